@@ -1,0 +1,509 @@
+"""How services send jobs: `AsyncClient`, and `Client`, which is the same for code that does not await."""
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Final, Generic, NoReturn, Self, TypedDict, TypeVar, Unpack
+
+from tqdm import tqdm
+
+from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, record_sent
+from penstock.codec import encode_message, queue_key, queue_name
+from penstock.errors import InvalidOptionError, TooManyTextsError, UnknownModelError, WrongTaskError
+from penstock.inbox import Inbox
+from penstock.job import RESULT_TIMEOUT_S, AsyncJob, JobState, ResultStore, T
+from penstock.registry import ModelInfo, Registry, locate_results
+from penstock.request import (
+    EmbedRequest,
+    GenerateRequest,
+    Message,
+    Precision,
+    Priority,
+    PriorityName,
+    Request,
+    Task,
+    Truncation,
+    new_job_id,
+)
+from penstock.result import GenerateResult, Timings, Usage, Vectors
+
+DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
+REGISTRY_TTL_S: Final = 5.0
+TEXTS_PER_JOB: Final = 256
+CHARACTERS_PER_JOB: Final = 200_000
+JOBS_IN_FLIGHT: Final = 8
+
+S = TypeVar("S")
+
+
+class EmbedOptions(TypedDict, total=False):
+    """Options of an embedding job; `penstock.request.EmbedRequest` explains them.
+
+    `priority` says which waiting jobs go first; after `deadline_s` seconds the job is not worth computing.
+    """
+
+    prompt_name: str | None
+    prompt: str | None
+    normalize_embeddings: bool
+    truncate_dim: int | None
+    precision: Precision
+    priority: PriorityName
+    deadline_s: float | None
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of a generation job; `penstock.request.GenerateRequest` explains them.
+
+    `priority` says which waiting jobs go first; after `deadline_s` seconds the job is not worth computing.
+    """
+
+    system_prompt: str | None
+    history: Sequence[Message | Mapping[str, str]]
+    max_new_tokens: int | None
+    context_window: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    truncation: Truncation | None
+    priority: PriorityName
+    deadline_s: float | None
+
+
+class AsyncClient:
+    """Sends jobs to Penstock's workers and waits for their results, without blocking the event loop.
+
+    All waiting jobs share one connection. Use it as `async with AsyncClient(url) as client`, within one
+    event loop.
+
+    Args:
+        url: Redis that holds the queues.
+        results_url: Redis that holds the results; None takes what the workers announced.
+        connect_timeout_s: after this, seconds, an unreachable Redis is `BrokerUnavailableError`.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        results_url: str | None = None,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        self._url, self._results_url, self._connect_timeout_s = url, results_url, connect_timeout_s
+        self._broker = Broker(url, connect_timeout_s=connect_timeout_s)
+        self._id = new_job_id()
+        self._origin = f"penstock-{os.getpid()}@{socket.gethostname()}"
+        self._store: ResultStore | None = None
+        self._opening = asyncio.Lock()
+        self._registry: Registry | None = None
+        self._registry_read_at = 0.0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections; jobs that were sent go on."""
+        if self._store is not None:
+            await self._store.close()
+        await self._broker.close()
+
+    async def models(self) -> Mapping[str, ModelInfo]:
+        """Return the models that workers announced, by name."""
+        return (await self._read_registry(max_age_s=0)).models
+
+    async def registry(self) -> Registry:
+        """Return models and workers as they are now."""
+        return await self._read_registry(max_age_s=0)
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str,
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[EmbedOptions],
+    ) -> Vectors:
+        """Embed `texts`, keeping their order.
+
+        Args:
+            texts: up to the model's `max_texts`; `embed_many` takes any number.
+            model: name it is served under.
+            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes.
+            **options: see `EmbedOptions`.
+
+        Returns:
+            float32 (or `precision`), shape (n_texts, dim), C-contiguous, read-only.
+
+        Raises:
+            RequestError: the request cannot be served as it is; nothing was sent.
+            TransportError: Redis is out of reach, or the result did not come in time.
+            WorkerError: the model failed on these texts.
+        """
+        job = await self.submit_embed(texts, model=model, **options)
+        return await job.result(timeout_s)
+
+    async def submit_embed(
+        self, texts: Sequence[str], *, model: str, **options: Unpack[EmbedOptions]
+    ) -> AsyncJob[Vectors]:
+        """Send an embedding job and return at once; see `embed`."""
+        fields = {**options, "model": model, "texts": list(texts) if isinstance(texts, tuple) else texts}
+        return await self._submit(EmbedRequest, "embed", fields)
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        model: str,
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerateResult:
+        """Answer `prompt`.
+
+        Args:
+            prompt: the user's turn.
+            model: name it is served under.
+            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes.
+            **options: see `GenerateOptions`.
+
+        Raises:
+            RequestError: the request cannot be served as it is.
+            TransportError: Redis is out of reach, or the result did not come in time.
+            WorkerError: the model failed on this prompt.
+        """
+        job = await self.submit_generate(prompt, model=model, **options)
+        return await job.result(timeout_s)
+
+    async def submit_generate(
+        self, prompt: str, *, model: str, **options: Unpack[GenerateOptions]
+    ) -> AsyncJob[GenerateResult]:
+        """Send a generation job and return at once; see `generate`."""
+        fields: dict[str, Any] = {**options, "model": model, "prompt": prompt}
+        if "history" in fields:
+            turns = fields["history"]
+            fields["history"] = [t.model_dump() if isinstance(t, Message) else t for t in turns]
+        return await self._submit(GenerateRequest, "generate", fields)
+
+    async def job(self, job_id: str) -> AsyncJob[Vectors | GenerateResult]:
+        """Return a job that any client sent, by its id; whether it exists shows when it is asked."""
+        return AsyncJob(job_id, self._broker, await self._open_store(), is_ours=False)
+
+    async def embed_many(
+        self,
+        texts: Iterable[str],
+        *,
+        model: str,
+        progress: bool = False,
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[EmbedOptions],
+    ) -> AsyncIterator[Vectors]:
+        """Embed any number of texts with bounded memory: several jobs in flight, results in order.
+
+        Args:
+            texts: read as needed, never all at once.
+            model: name it is served under.
+            progress: show a bar on standard error, where that is a terminal.
+            timeout_s: how long to wait for each job, seconds.
+            **options: see `EmbedOptions`.
+
+        Yields:
+            float32 (or `precision`), shape (n, dim), for the next n texts.
+
+        Raises:
+            PenstockError: see `embed`; jobs behind the one that failed are cancelled.
+        """
+        jobs: deque[AsyncJob[Vectors]] = deque()
+        with _bar(texts, progress) as bar:
+            try:
+                for part in _cut(texts):
+                    if len(jobs) == JOBS_IN_FLIGHT:
+                        yield (vectors := await jobs.popleft().result(timeout_s))
+                        bar.update(len(vectors))
+                    jobs.append(await self.submit_embed(part, model=model, **options))
+                while jobs:
+                    yield (vectors := await jobs.popleft().result(timeout_s))
+                    bar.update(len(vectors))
+            finally:
+                for job in jobs:
+                    await job.cancel()
+
+    async def _submit(self, kind: type[Request], task: Task, fields: Mapping[str, Any]) -> AsyncJob[T]:
+        plain = {name: value for name, value in fields.items() if name not in ("priority", "deadline_s")}
+        priority = _priority(fields.get("priority", "default"))
+        now = time.time()
+        request = kind.parse(plain | {"sent_at": now, "deadline": _deadline(now, fields.get("deadline_s"))})
+        model = await self._find_model(request.model, task)
+        if isinstance(request, EmbedRequest) and len(request.texts) > model.max_texts:
+            raise TooManyTextsError(len(request.texts), model.max_texts)
+        if request.deadline is None and model.deadline_s is not None:
+            request = request.model_copy(update={"deadline": now + model.deadline_s})
+        store, registry = await self._open_store(), await self._read_registry()
+        job: AsyncJob[T] = AsyncJob(new_job_id(), self._broker, store, is_ours=True)
+        queue = queue_name(registry.choose_pool(model), model.name)
+        message = encode_message(
+            request,
+            job_id=job.id,
+            queue=queue,
+            priority=priority,
+            reply_to=store.inbox.reply_to,
+            origin=self._origin,
+        )
+        await record_sent(store.redis, store.url, job.id)
+        await self._broker.push(queue_key(queue, priority), message)
+        return job
+
+    async def _find_model(self, name: str, task: Task) -> ModelInfo:
+        registry = await self._read_registry()
+        if name not in registry.models:
+            registry = await self._read_registry(max_age_s=0)
+        model = registry.models.get(name)
+        if model is None:
+            raise UnknownModelError(name, sorted(registry.models))
+        if model.task != task:
+            raise WrongTaskError(name, model.task, task)
+        return model
+
+    async def _read_registry(self, *, max_age_s: float = REGISTRY_TTL_S) -> Registry:
+        if self._registry is None or time.monotonic() - self._registry_read_at > max_age_s:
+            self._registry = await self._broker.registry()
+            self._registry_read_at = time.monotonic()
+        return self._registry
+
+    async def _open_store(self) -> ResultStore:
+        async with self._opening:
+            if self._store is None:
+                announced = (await self._read_registry()).results or "/1"
+                url = self._results_url or locate_results(self._url, announced)
+                results = connect(url, connect_timeout_s=self._connect_timeout_s)
+                store = ResultStore(results, url, Inbox(results, url, self._id))
+                await store.inbox.open()
+                self._store = store
+            return self._store
+
+
+class Job(Generic[T]):
+    """A job that was sent, for code that does not await; see `AsyncJob`."""
+
+    def __init__(self, job: AsyncJob[T], client: "Client") -> None:
+        self._job, self._client = job, client
+
+    @property
+    def id(self) -> str:
+        """Whoever knows it can read the result."""
+        return self._job.id
+
+    def result(self, timeout_s: float | None = RESULT_TIMEOUT_S) -> T:
+        """See `AsyncJob.result`."""
+        return self._client._run(self._job.result(timeout_s))
+
+    def state(self) -> JobState:
+        """See `AsyncJob.state`."""
+        return self._client._run(self._job.state())
+
+    def cancel(self) -> bool:
+        """See `AsyncJob.cancel`."""
+        return self._client._run(self._job.cancel())
+
+    def forget(self) -> None:
+        """See `AsyncJob.forget`."""
+        self._client._run(self._job.forget())
+
+    @property
+    def usage(self) -> Usage | None:
+        """See `AsyncJob.usage`."""
+        return self._job.usage
+
+    @property
+    def timings(self) -> Timings | None:
+        """See `AsyncJob.timings`."""
+        return self._job.timings
+
+
+class Client:
+    """Sends jobs to Penstock's workers and waits for their results; may be shared by threads.
+
+    An `AsyncClient` on an event loop in a thread of its own: all threads' jobs share its connections.
+    After a fork the child starts anew. Use it as `with Client(url) as client`, or call `close`.
+
+    Args:
+        url: Redis that holds the queues.
+        results_url: Redis that holds the results; None takes what the workers announced.
+        connect_timeout_s: after this, seconds, an unreachable Redis is `BrokerUnavailableError`.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        results_url: str | None = None,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        self._url, self._results_url, self._connect_timeout_s = url, results_url, connect_timeout_s
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections; jobs that were sent go on."""
+        with self._lock:
+            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
+        if loop is not None and thread is not None and self._pid == os.getpid():
+            asyncio.run_coroutine_threadsafe(self._async.close(), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+    def models(self) -> Mapping[str, ModelInfo]:
+        """See `AsyncClient.models`."""
+        return self._run(self._started().models())
+
+    def registry(self) -> Registry:
+        """See `AsyncClient.registry`."""
+        return self._run(self._started().registry())
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str,
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[EmbedOptions],
+    ) -> Vectors:
+        """See `AsyncClient.embed`; returns shape (n_texts, dim)."""
+        return self._run(self._started().embed(texts, model=model, timeout_s=timeout_s, **options))
+
+    def submit_embed(
+        self, texts: Sequence[str], *, model: str, **options: Unpack[EmbedOptions]
+    ) -> Job[Vectors]:
+        """See `AsyncClient.submit_embed`."""
+        return Job(self._run(self._started().submit_embed(texts, model=model, **options)), self)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        model: str,
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerateResult:
+        """See `AsyncClient.generate`."""
+        return self._run(self._started().generate(prompt, model=model, timeout_s=timeout_s, **options))
+
+    def submit_generate(
+        self, prompt: str, *, model: str, **options: Unpack[GenerateOptions]
+    ) -> Job[GenerateResult]:
+        """See `AsyncClient.submit_generate`."""
+        return Job(self._run(self._started().submit_generate(prompt, model=model, **options)), self)
+
+    def job(self, job_id: str) -> Job[Vectors | GenerateResult]:
+        """See `AsyncClient.job`."""
+        return Job(self._run(self._started().job(job_id)), self)
+
+    def embed_many(
+        self,
+        texts: Iterable[str],
+        *,
+        model: str,
+        progress: bool = False,
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[EmbedOptions],
+    ) -> Iterator[Vectors]:
+        """See `AsyncClient.embed_many`; `texts` is read in the calling thread, shape (n, dim) at a time."""
+        jobs: deque[Job[Vectors]] = deque()
+        with _bar(texts, progress) as bar:
+            try:
+                for part in _cut(texts):
+                    if len(jobs) == JOBS_IN_FLIGHT:
+                        yield (vectors := jobs.popleft().result(timeout_s))
+                        bar.update(len(vectors))
+                    jobs.append(self.submit_embed(part, model=model, **options))
+                while jobs:
+                    yield (vectors := jobs.popleft().result(timeout_s))
+                    bar.update(len(vectors))
+            finally:
+                for job in jobs:
+                    job.cancel()
+
+    def _started(self) -> AsyncClient:
+        with self._lock:
+            if self._loop is None or self._pid != os.getpid():  # a fork leaves the thread behind
+                self._pid = os.getpid()
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._loop.run_forever, name="penstock-client", daemon=True
+                )
+                self._thread.start()
+                self._async = asyncio.run_coroutine_threadsafe(self._make(), self._loop).result()
+            return self._async
+
+    async def _make(self) -> AsyncClient:
+        return AsyncClient(
+            self._url, results_url=self._results_url, connect_timeout_s=self._connect_timeout_s
+        )
+
+    def _run(self, work: Coroutine[Any, Any, S]) -> S:
+        assert self._loop is not None
+        future: Future[S] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+
+def _cut(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Cut texts into jobs by number and by characters."""
+    part: list[str] = []
+    n_characters = 0
+    for text in texts:
+        part.append(text)
+        n_characters += len(text) if isinstance(text, str) else 0
+        if len(part) == TEXTS_PER_JOB or n_characters >= CHARACTERS_PER_JOB:
+            yield part
+            part, n_characters = [], 0
+    if part:
+        yield part
+
+
+def _bar(texts: Iterable[str], progress: bool) -> "tqdm[NoReturn]":
+    total = len(texts) if isinstance(texts, Sized) else None
+    # disable=None: no bar where standard error is not a terminal.
+    return tqdm(total=total, unit=" texts", disable=None if progress else True)
+
+
+def _priority(name: object) -> Priority:
+    try:
+        return Priority[str(name).upper()]
+    except KeyError:
+        allowed = ", ".join(priority.name.lower() for priority in Priority)
+        raise InvalidOptionError("priority", repr(name)[:80], f"one of {allowed}") from None
+
+
+def _deadline(now: float, deadline_s: object) -> float | None:
+    if deadline_s is None:
+        return None
+    if isinstance(deadline_s, bool) or not isinstance(deadline_s, int | float) or not deadline_s > 0:
+        raise InvalidOptionError("deadline_s", repr(deadline_s)[:80], "a number of seconds above 0")
+    return now + deadline_s

@@ -1,0 +1,249 @@
+"""Requests and results as bytes: version 1 of both is described in docs/messages.md.
+
+Messages follow Celery's protocol 2 in kombu's Redis envelope, so any Celery producer can send them.
+Results are a JSON header and raw little-endian buffers; nothing here can run code that came over the wire.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.errors import (
+    InvalidMessageError,
+    JobCancelledError,
+    PenstockError,
+    ResultDecodeError,
+    ResultTooLargeError,
+    rebuild_error,
+)
+from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
+from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
+
+TASK_NAMES: Mapping[type, str] = {EmbedRequest: "penstock.embed", GenerateRequest: "penstock.generate"}
+CONTENT_TYPE = "application/x-penstock-result"
+SERIALIZER = "penstock"
+
+MAGIC = b"PNS\x01"
+PREAMBLE = struct.Struct("<4sI")  # magic with the version, length of the header in bytes
+ALIGNMENT = 64  # buffers start at a multiple: numpy and any SIMD code read them in place
+DTYPES: Mapping[str, np.dtype[Any]] = {"<f4": np.dtype("<f4"), "<f2": np.dtype("<f2")}
+MAX_RESULT_BYTES = 512 << 20
+"""Redis' own limit of one string: `proto-max-bulk-len`, 512 MB by default."""
+
+_RECORDS: Mapping[str, type] = {cls.__name__: cls for cls in (EmbedResult, GenerateResult, Timings, Usage)}
+
+
+def queue_name(pool: str, model: str) -> str:
+    """Return the queue of one model in one pool."""
+    return f"{pool}.{model}"
+
+
+def queue_key(queue: str, priority: Priority) -> str:
+    r"""Return the Redis list that holds a queue's jobs of one priority.
+
+    Source: kombu 5.7, `kombu.transport.redis.Channel._q_for_pri`: priority 0 has the queue's own name,
+    others a suffix behind the separator `\x06\x16`.
+    """
+    return f"{queue}\x06\x16{int(priority)}" if priority else queue
+
+
+def encode_message(
+    request: Request, *, job_id: str, queue: str, priority: Priority, reply_to: str, origin: str
+) -> bytes:
+    """Return what is pushed onto the queue's list.
+
+    Source: Celery's message protocol 2 (docs.celeryq.dev, Message Protocol) and the envelope of kombu's
+    virtual transports; `body_encoding` utf-8 leaves out base64.
+    """
+    embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    envelope = {
+        "body": _dumps([[], request.fields(), embed]),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {
+            "lang": "py",
+            "task": TASK_NAMES[type(request)],
+            "id": job_id,
+            "root_id": job_id,
+            "parent_id": None,
+            "group": None,
+            "shadow": None,
+            "eta": None,
+            "expires": None,
+            "retries": 0,
+            "timelimit": [None, None],
+            # Shown by logs and Flower in place of the arguments.
+            "argsrepr": "()",
+            "kwargsrepr": request.summary(),
+            "origin": origin,
+            "ignore_result": False,
+        },
+        "properties": {
+            "correlation_id": job_id,
+            "reply_to": reply_to,
+            "delivery_mode": 2,
+            # The default exchange: kombu then needs no binding to find the queue again.
+            "delivery_info": {"exchange": "", "routing_key": queue},
+            "priority": int(priority),
+            "body_encoding": "utf-8",
+            "delivery_tag": job_id,
+        },
+    }
+    return _dumps(envelope).encode()
+
+
+def decode_request(task: str, args: tuple[object, ...], kwargs: Mapping[str, Any]) -> Request:
+    """Read a message's arguments.
+
+    Raises:
+        RequestError: which field, its value, and what is allowed.
+    """
+    if args:
+        raise InvalidMessageError(f"{len(args)} positional arguments; all fields are keyword arguments")
+    cls: type[Request] = {name: cls for cls, name in TASK_NAMES.items()}[task]
+    return cls.parse(kwargs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a job ended: a result, or the error that its caller gets."""
+
+    status: Literal["SUCCESS", "FAILURE", "REVOKED"]
+    result: Result | None = None
+    error: PenstockError | None = None
+
+
+def encode_meta(meta: Any) -> bytes:
+    """Serialize what Celery stores for a job; arrays follow the JSON header as raw buffers.
+
+    Raises:
+        TypeError: an array that is neither float32 nor float16, or an object that is not ours.
+        ResultTooLargeError: more bytes than Redis takes in one string.
+    """
+    arrays: list[NDArray[Any]] = []
+
+    def default(value: object) -> object:
+        if isinstance(value, np.ndarray):
+            little = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
+            if little.dtype.str not in DTYPES:
+                raise TypeError(f"arrays of dtype {value.dtype} are not sent, only float32 and float16")
+            arrays.append(little)
+            return {"__array__": len(arrays) - 1, "dtype": little.dtype.str, "shape": list(little.shape)}
+        if type(value).__name__ in _RECORDS:
+            record = {field.name: getattr(value, field.name) for field in fields(value)}  # type: ignore[arg-type]  # a dataclass: it is in _RECORDS
+            return {"__record__": type(value).__name__, **record}
+        raise TypeError(f"{type(value).__name__} objects are not sent")
+
+    header = json.dumps(meta, default=default, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-(PREAMBLE.size + len(header)) % ALIGNMENT)
+    n_bytes = PREAMBLE.size + len(header) + sum(_padded(array.nbytes) for array in arrays)
+    if n_bytes > MAX_RESULT_BYTES:
+        raise ResultTooLargeError(n_bytes, MAX_RESULT_BYTES)
+    parts: list[bytes | memoryview] = [PREAMBLE.pack(MAGIC, len(header)), header]
+    for array in arrays:
+        parts += [array.reshape(-1).view(np.uint8).data, bytes(_padded(array.nbytes) - array.nbytes)]
+    return b"".join(parts)
+
+
+def decode_meta(payload: bytes) -> Any:
+    """Read what `encode_meta` wrote; arrays are read-only views of `payload`.
+
+    Every size is checked against the payload before an array is made.
+
+    Raises:
+        ResultDecodeError: not a result, another version, or sizes that do not fit.
+    """
+    if len(payload) < PREAMBLE.size or payload[:3] != MAGIC[:3]:
+        raise ResultDecodeError("it does not begin with the mark of a Penstock result")
+    magic, header_bytes = PREAMBLE.unpack_from(payload)
+    if magic != MAGIC:
+        raise ResultDecodeError(f"version {magic[3]}; version {MAGIC[3]} is read here")
+    start = PREAMBLE.size + header_bytes
+    if start > len(payload):
+        raise ResultDecodeError(f"header of {header_bytes} bytes in a payload of {len(payload)}")
+    expected = 0
+
+    def build(record: dict[str, Any]) -> Any:
+        nonlocal start, expected
+        if "__array__" in record:
+            if record["__array__"] != expected:
+                raise ResultDecodeError("arrays out of order")
+            array = _view(payload, start, record)
+            start, expected = start + _padded(array.nbytes), expected + 1
+            return array
+        if (name := record.pop("__record__", None)) is not None:
+            return _RECORDS[name](**record)
+        return record
+
+    try:
+        # Objects are built innermost first and in the order of the text, which is the arrays' order.
+        return json.loads(payload[PREAMBLE.size : start], object_hook=build)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ResultDecodeError(f"{type(error).__name__} in its header") from error
+
+
+def decode_outcome(job_id: str, payload: bytes) -> Outcome:
+    """Read a stored result record.
+
+    Raises:
+        ResultDecodeError: see `decode_meta`.
+    """
+    meta = decode_meta(payload)
+    if not isinstance(meta, dict) or "status" not in meta:
+        raise ResultDecodeError("it holds no result record")
+    if meta["status"] == "SUCCESS":
+        if not isinstance(meta.get("result"), Result):
+            raise ResultDecodeError("the result is of another task")
+        return Outcome(status="SUCCESS", result=meta["result"])
+    if meta["status"] == "REVOKED":
+        return Outcome(status="REVOKED", error=JobCancelledError(job_id))
+    failure = meta.get("result")
+    if not isinstance(failure, dict) or "exc_type" not in failure:
+        raise ResultDecodeError(f"status {meta['status']!r} without an error")
+    message = failure.get("exc_message")
+    args = message if isinstance(message, list) else [message]
+    return Outcome(status="FAILURE", error=rebuild_error(str(failure["exc_type"]), args))
+
+
+def encode_failure(job_id: str, error: PenstockError) -> bytes:
+    """Serialize an error as Celery's backend would store it."""
+    return encode_meta(
+        {
+            "status": "REVOKED" if isinstance(error, JobCancelledError) else "FAILURE",
+            "result": {
+                "exc_type": type(error).__name__,
+                "exc_message": list(error.args),
+                "exc_module": type(error).__module__,
+            },
+            "traceback": None,
+            "children": [],
+            "task_id": job_id,
+        }
+    )
+
+
+def _view(payload: bytes, start: int, record: Mapping[str, Any]) -> NDArray[Any]:
+    dtype, shape = DTYPES.get(record.get("dtype", "")), record.get("shape")
+    if dtype is None:
+        raise ResultDecodeError(f"dtype {record.get('dtype')!r}; {' and '.join(DTYPES)} are read here")
+    if not isinstance(shape, list) or len(shape) > 4 or not all(type(n) is int and n >= 0 for n in shape):
+        raise ResultDecodeError(f"shape {str(shape)[:80]}")
+    count = math.prod(shape)
+    if start + count * dtype.itemsize > len(payload):
+        raise ResultDecodeError(f"array of {count * dtype.itemsize} bytes, {len(payload) - start} are left")
+    array: NDArray[Any] = np.frombuffer(payload, dtype=dtype, count=count, offset=start)
+    return array.reshape(shape)
+
+
+def _padded(n_bytes: int) -> int:
+    return n_bytes + -n_bytes % ALIGNMENT
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

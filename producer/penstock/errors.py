@@ -1,0 +1,326 @@
+"""Every error a caller can meet.
+
+```
+PenstockError
+├── ConfigError                  a setting, a file or a `PENSTOCK_*` variable
+├── RequestError                 the caller's fault, never retried
+│   ├── UnknownModelError
+│   ├── WrongTaskError
+│   ├── InvalidOptionError
+│   ├── InvalidTextError
+│   ├── TooManyTextsError
+│   ├── RequestTooLargeError
+│   ├── InputTooLongError
+│   └── InvalidMessageError
+├── WorkerError                  ours, retried when `retryable`
+│   ├── ModelLoadError
+│   ├── OutOfMemoryError
+│   ├── EngineError
+│   ├── ResultTooLargeError
+│   └── WorkerLostError
+├── TransportError               Redis out of reach, or too slow
+│   ├── BrokerUnavailableError
+│   ├── BrokerRefusedError
+│   └── ResultTimeoutError
+├── JobCancelledError
+├── DeadlineExceededError
+├── ResultExpiredError
+├── UnknownJobError
+└── ResultDecodeError
+```
+
+Every field is a positional argument and every argument is plain JSON: the result store keeps
+`cls.__name__` and `args`, and the error is built again from them on the caller's side.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+
+class PenstockError(Exception):
+    """Whatever Penstock raises."""
+
+    retryable: ClassVar[bool] = False
+
+
+class ConfigError(PenstockError):
+    """The configuration cannot be used; all that is wrong with it, one line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__(list(problems))
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
+
+
+class RequestError(PenstockError):
+    """The request cannot be served as it is; sending it again changes nothing."""
+
+
+class UnknownModelError(RequestError):
+    """No worker ever announced a model of that name."""
+
+    def __init__(self, model: str, known: Sequence[str] = ()) -> None:
+        super().__init__(model, list(known))
+        self.model, self.known = model, tuple(known)
+
+    def __str__(self) -> str:
+        known = ", ".join(self.known) or "none: no worker has announced a model yet"
+        return f"model {self.model!r} is not served here; known models: {known}"
+
+
+class WrongTaskError(RequestError):
+    """The model does something else than what was asked."""
+
+    def __init__(self, model: str, task: str, wanted: str) -> None:
+        super().__init__(model, task, wanted)
+        self.model, self.task, self.wanted = model, task, wanted
+
+    def __str__(self) -> str:
+        return f"model {self.model!r} serves {self.task!r}, the request asks for {self.wanted!r}"
+
+
+class InvalidOptionError(RequestError):
+    """An option is unknown, of the wrong type, or out of its range."""
+
+    def __init__(self, option: str, value: str, allowed: str) -> None:
+        super().__init__(option, value, allowed)
+        self.option, self.value, self.allowed = option, value, allowed
+
+    def __str__(self) -> str:
+        return f"{self.option} is {self.value}; {self.allowed}"
+
+
+class InvalidTextError(RequestError):
+    """A text is not a string, or not one that UTF-8 can carry."""
+
+    def __init__(self, index: int, problem: str) -> None:
+        super().__init__(index, problem)
+        self.index, self.problem = index, problem
+
+    def __str__(self) -> str:
+        return f"text {self.index} {self.problem}"
+
+
+class TooManyTextsError(RequestError):
+    """One job holds more texts than the model's limit."""
+
+    def __init__(self, n_texts: int, limit: int) -> None:
+        super().__init__(n_texts, limit)
+        self.n_texts, self.limit = n_texts, limit
+
+    def __str__(self) -> str:
+        return f"{self.n_texts} texts in one job, the limit is {self.limit}; embed_many takes any number"
+
+
+class RequestTooLargeError(RequestError):
+    """A text or a whole request has more bytes than may go through the queue."""
+
+    def __init__(self, what: str, n_bytes: int, limit: int) -> None:
+        super().__init__(what, n_bytes, limit)
+        self.what, self.n_bytes, self.limit = what, n_bytes, limit
+
+    def __str__(self) -> str:
+        return f"{self.what} has {self.n_bytes} bytes, the limit is {self.limit}"
+
+
+class InputTooLongError(RequestError):
+    """A prompt leaves no room for the answer in the model's context window."""
+
+    def __init__(self, model: str, n_tokens: int, limit: int) -> None:
+        super().__init__(model, n_tokens, limit)
+        self.model, self.n_tokens, self.limit = model, n_tokens, limit
+
+    def __str__(self) -> str:
+        return f"{self.model} accepts {self.limit} prompt tokens here, the prompt has {self.n_tokens}"
+
+
+class InvalidMessageError(RequestError):
+    """A message on the queue does not follow docs/messages.md."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"message refused: {self.problem}"
+
+
+class WorkerError(PenstockError):
+    """The worker could not do what it should; the request was fine."""
+
+    retryable = True
+
+
+class ModelLoadError(WorkerError):
+    """A model cannot be loaded; the worker that needs it does not start."""
+
+    retryable = False
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(model, reason)
+        self.model, self.reason = model, reason
+
+    def __str__(self) -> str:
+        return f"model {self.model!r} cannot be loaded: {self.reason}"
+
+
+class OutOfMemoryError(WorkerError):
+    """This one item does not fit into the device's memory, even alone."""
+
+    retryable = False
+
+    def __init__(self, model: str, n_tokens: int) -> None:
+        super().__init__(model, n_tokens)
+        self.model, self.n_tokens = model, n_tokens
+
+    def __str__(self) -> str:
+        return f"{self.model} ran out of memory on one item of {self.n_tokens} tokens"
+
+
+class EngineError(WorkerError):
+    """The model failed, or gave something that must not leave the worker."""
+
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(model, problem)
+        self.model, self.problem = model, problem
+
+    def __str__(self) -> str:
+        return f"{self.model} failed: {self.problem}"
+
+
+class ResultTooLargeError(WorkerError):
+    """The result has more bytes than the result store takes."""
+
+    retryable = False
+
+    def __init__(self, n_bytes: int, limit: int) -> None:
+        super().__init__(n_bytes, limit)
+        self.n_bytes, self.limit = n_bytes, limit
+
+    def __str__(self) -> str:
+        return f"the result has {self.n_bytes} bytes, the limit is {self.limit}; send fewer texts"
+
+
+class WorkerLostError(WorkerError):
+    """The workers that took this job died or gave it up, as often as is allowed."""
+
+    def __init__(self, job_id: str, n_deliveries: int) -> None:
+        super().__init__(job_id, n_deliveries)
+        self.job_id, self.n_deliveries = job_id, n_deliveries
+
+    def __str__(self) -> str:
+        return f"job {self.job_id} was delivered {self.n_deliveries} times and no worker finished it"
+
+
+class TransportError(PenstockError):
+    """Redis is out of reach, refuses, or is too slow."""
+
+    retryable = True
+
+
+class BrokerUnavailableError(TransportError):
+    """Redis did not answer within the connect limit."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url, reason)
+        self.url, self.reason = url, reason
+
+    def __str__(self) -> str:
+        return f"Redis at {self.url} is out of reach: {self.reason}"
+
+
+class BrokerRefusedError(TransportError):
+    """Redis answered and refused: password, user, rights, or memory."""
+
+    retryable = False
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url, reason)
+        self.url, self.reason = url, reason
+
+    def __str__(self) -> str:
+        return f"Redis at {self.url} refused: {self.reason}"
+
+
+class ResultTimeoutError(TransportError):
+    """The result did not come in time; the job goes on and can be asked again."""
+
+    def __init__(self, job_id: str, timeout_s: float) -> None:
+        super().__init__(job_id, timeout_s)
+        self.job_id, self.timeout_s = job_id, timeout_s
+
+    def __str__(self) -> str:
+        return f"job {self.job_id} has no result after {self.timeout_s:g} s"
+
+
+class JobCancelledError(PenstockError):
+    """The job was cancelled before its result was stored."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return f"job {self.job_id} was cancelled"
+
+
+class DeadlineExceededError(PenstockError):
+    """The job's deadline passed before the model saw it; nothing was computed."""
+
+    def __init__(self, job_id: str, late_s: float) -> None:
+        super().__init__(job_id, late_s)
+        self.job_id, self.late_s = job_id, late_s
+
+    def __str__(self) -> str:
+        return f"job {self.job_id} reached the model {self.late_s:.3f} s after its deadline"
+
+
+class ResultExpiredError(PenstockError):
+    """The job ended, and its result is no longer stored."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return f"job {self.job_id} ended and its result has expired or was forgotten"
+
+
+class UnknownJobError(PenstockError):
+    """No job of that id was sent, or all that was known of it has expired."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return f"no job has the id {self.job_id!r}"
+
+
+class ResultDecodeError(PenstockError):
+    """The stored bytes are not a result of a version that is known here."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"stored result cannot be read: {self.problem}"
+
+
+def error_classes(root: type[PenstockError] = PenstockError) -> Iterator[type[PenstockError]]:
+    """Yield `root` and all classes below it."""
+    yield root
+    for child in root.__subclasses__():
+        yield from error_classes(child)
+
+
+def rebuild_error(name: str, args: Sequence[object]) -> PenstockError:
+    """Build an error from its class name and arguments; an unknown one becomes a `WorkerError`."""
+    found = {cls.__name__: cls for cls in error_classes()}.get(name)
+    try:
+        return found(*args) if found else WorkerError(f"{name}: {', '.join(map(str, args))}")
+    except TypeError:  # another version's fields
+        return WorkerError(f"{name}: {', '.join(map(str, args))}")

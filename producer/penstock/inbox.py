@@ -1,0 +1,93 @@
+"""Waiting for results: one connection hears of all jobs of a client.
+
+Workers publish a note (the job's id) on the client's reply channel when a job has ended; the payload is
+then fetched once, by whoever waits for it. A note can be lost with the connection, so every waiter looks
+for itself after a reconnect, and now and then.
+"""
+
+import asyncio
+import contextlib
+import weakref
+from typing import Final
+
+import redis.asyncio as aioredis
+from redis.exceptions import RedisError
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+
+from penstock.broker import redis_errors
+from penstock.store import reply_channel, result_key
+
+LOOK_AGAIN_S: Final = 5.0
+"""How long a waiter trusts the notes alone; bounds what a lost note costs."""
+
+
+class Inbox:
+    """Hears which jobs ended. Belongs to one event loop."""
+
+    def __init__(self, results: aioredis.Redis, url: str, client_id: str) -> None:
+        self.reply_to = reply_channel(client_id)
+        self._url = url
+        self._pubsub = results.pubsub()
+        self._notes: weakref.WeakValueDictionary[str, asyncio.Event] = weakref.WeakValueDictionary()
+        self._listener: asyncio.Task[None] | None = None
+        self._opening = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Subscribe, and return when Redis has confirmed it: from then on no note is missed.
+
+        Raises:
+            TransportError: the result store cannot be reached, or refuses.
+        """
+        async with self._opening:
+            if self._listener is None:
+                with redis_errors(self._url):
+                    await self._pubsub.subscribe(self.reply_to)
+                    await self._pubsub.get_message(timeout=LOOK_AGAIN_S)
+                self._listener = asyncio.create_task(self._listen(), name="penstock-inbox")
+
+    def expect(self, job_id: str) -> asyncio.Event:
+        """Return the event that is set when the job may have ended; forgotten with its last holder."""
+        return self._notes.setdefault(job_id, asyncio.Event())
+
+    async def follow(self, job_id: str) -> asyncio.Event:
+        """Like `expect`, for a job whose notes go to another client."""
+        with redis_errors(self._url):
+            await self._pubsub.subscribe(result_key(job_id))
+        return self.expect(job_id)
+
+    async def unfollow(self, job_id: str) -> None:
+        """Undo `follow`."""
+        with contextlib.suppress(RedisError, OSError):
+            await self._pubsub.unsubscribe(result_key(job_id))
+
+    async def close(self) -> None:
+        """Stop listening."""
+        if self._listener is not None:
+            self._listener.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._listener
+        await self._pubsub.aclose()  # type: ignore[no-untyped-call]  # redis-py's own gap
+
+    async def _listen(self) -> None:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type((RedisError, OSError)),
+            wait=wait_random_exponential(multiplier=0.05, max=2.0),
+        )
+        while True:
+            async for attempt in retrying:
+                with attempt:
+                    if attempt.retry_state.attempt_number > 1:
+                        await self._resubscribe()
+                    message = await self._pubsub.get_message(timeout=LOOK_AGAIN_S)
+            if message is not None and message["type"] == "message":
+                self._deliver(message["channel"].decode(), message["data"])
+
+    async def _resubscribe(self) -> None:
+        await self._pubsub.connect()  # type: ignore[no-untyped-call]  # subscribes again to all that it had
+        for event in list(self._notes.values()):
+            event.set()
+
+    def _deliver(self, channel: str, data: bytes) -> None:
+        job_id = data.decode() if channel == self.reply_to else channel.removeprefix(result_key(""))
+        if (event := self._notes.get(job_id)) is not None:
+            event.set()

@@ -1,0 +1,189 @@
+"""A job that was sent: its state, its result, and a way to take it back."""
+
+import asyncio
+from enum import StrEnum
+from typing import Final, Generic, TypeVar, cast
+
+import redis.asyncio as aioredis
+
+from penstock.broker import Broker, redis_errors
+from penstock.codec import Outcome, decode_outcome, encode_failure
+from penstock.errors import (
+    BrokerUnavailableError,
+    JobCancelledError,
+    ResultExpiredError,
+    ResultTimeoutError,
+    UnknownJobError,
+)
+from penstock.inbox import LOOK_AGAIN_S, Inbox
+from penstock.result import EmbedResult, Result, Timings, Usage
+from penstock.store import END_JOB, RECORD_TTL_S, SENT, end_job_arguments, record_key, result_key
+
+T = TypeVar("T")
+
+RESULT_TIMEOUT_S: Final = 600.0
+"""How long `result` waits unless told otherwise: OpenAI's client waits as long."""
+
+
+class JobState(StrEnum):
+    """Where a job is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    UNKNOWN = "unknown"
+
+
+_ENDED = {"SUCCESS": JobState.SUCCEEDED, "FAILURE": JobState.FAILED, "REVOKED": JobState.CANCELLED}
+
+
+class ResultStore:
+    """The Redis that holds results, as one client sees it."""
+
+    def __init__(self, redis: aioredis.Redis, url: str, inbox: Inbox) -> None:
+        self.redis, self.url, self.inbox = redis, url, inbox
+
+    async def look(self, job_id: str) -> tuple[Outcome | None, str | None]:
+        """Return how the job ended, if it has, and its record."""
+        with redis_errors(self.url):
+            found = await self.redis.mget(result_key(job_id), record_key(job_id))
+        payload, record = cast("list[bytes | None]", found)
+        known = record.decode() if record else None
+        # A retry in between is stored too, with a status that is not the end.
+        outcome = decode_outcome(job_id, payload) if payload and known in _ENDED else None
+        return outcome, known
+
+    async def end(self, job_id: str, error: JobCancelledError) -> bool:
+        """End a job that was sent and has not ended; False if it has, or is unknown."""
+        keys, arguments = end_job_arguments(
+            job_id=job_id,
+            payload=encode_failure(job_id, error),
+            status="REVOKED",
+            is_final=True,
+            must_be_sent=True,
+            result_ttl_s=RECORD_TTL_S,
+            reply_to=self.inbox.reply_to,
+        )
+        with redis_errors(self.url):
+            return bool(await self.redis.eval(END_JOB, len(keys), *keys, *arguments))
+
+    async def forget(self, job_id: str) -> None:
+        """Delete the result; the record stays, so that a later look hears "expired"."""
+        with redis_errors(self.url):
+            await self.redis.delete(result_key(job_id))
+
+    async def close(self) -> None:
+        """Stop listening and close all connections."""
+        await self.inbox.close()
+        await self.redis.aclose()
+
+
+class AsyncJob(Generic[T]):
+    """A job that was sent. Made by `AsyncClient.submit_embed`, `submit_generate` and `job`.
+
+    Attributes:
+        id: whoever knows it can read the result.
+    """
+
+    def __init__(self, job_id: str, broker: Broker, store: ResultStore, *, is_ours: bool) -> None:
+        self.id = job_id
+        self._broker, self._store, self._is_ours = broker, store, is_ours
+        self._note = store.inbox.expect(job_id)  # held here: the inbox forgets it with the job
+        self._outcome: Outcome | None = None
+
+    async def result(self, timeout_s: float | None = RESULT_TIMEOUT_S) -> T:
+        """Wait for the result; can be called again, until it expires.
+
+        Args:
+            timeout_s: how long to wait, seconds; None waits for as long as it takes.
+
+        Returns:
+            Vectors, float32 or float16, shape (n_texts, dim), of an embedding job; else the answer.
+
+        Raises:
+            ResultTimeoutError: it did not come in time; the job goes on.
+            ResultExpiredError: the job ended, and its result is no longer kept.
+            UnknownJobError: no job of this id was sent.
+            PenstockError: whatever the worker raised.
+        """
+        if self._outcome is None:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    self._outcome = await self._wait()
+            except TimeoutError:
+                raise ResultTimeoutError(self.id, float(timeout_s or 0)) from None
+        if self._outcome.error is not None:
+            # A copy: one exception object would collect the tracebacks of all who ask.
+            raise type(self._outcome.error)(*self._outcome.error.args)
+        result = self._outcome.result
+        return result.vectors if isinstance(result, EmbedResult) else result  # type: ignore[return-value]  # T is the task's
+
+    async def state(self) -> JobState:
+        """Say where the job is."""
+        outcome, record = await self._store.look(self.id)
+        if record == SENT:
+            return JobState.RUNNING if await self._broker.is_taken(self.id) else JobState.WAITING
+        if record is None:
+            return JobState.UNKNOWN
+        return _ENDED[record] if outcome else JobState.EXPIRED
+
+    async def cancel(self) -> bool:
+        """Take the job back; whoever waits for it gets `JobCancelledError`.
+
+        Returns:
+            True if it had not ended. A job that still waits is then never computed; what a worker has
+            begun runs to its end, and its result is dropped.
+        """
+        return await self._store.end(self.id, JobCancelledError(self.id))
+
+    async def forget(self) -> None:
+        """Delete the stored result, for those who have read it and will not ask again."""
+        await self._store.forget(self.id)
+
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens of the job; None until `result` has returned."""
+        return self._answer.usage if self._answer else None
+
+    @property
+    def timings(self) -> Timings | None:
+        """Where the job's time went; None until `result` has returned."""
+        return self._answer.timings if self._answer else None
+
+    @property
+    def _answer(self) -> Result | None:
+        return self._outcome.result if self._outcome else None
+
+    async def _wait(self) -> Outcome:
+        if self._is_ours:  # nothing can have been missed: the inbox was open before the job was sent
+            await self._hear()
+        else:
+            await self._store.inbox.follow(self.id)
+        try:
+            while True:
+                if (outcome := await self._look()) is not None:
+                    return outcome
+                await self._hear()
+        finally:
+            if not self._is_ours:
+                await self._store.inbox.unfollow(self.id)
+
+    async def _look(self) -> Outcome | None:
+        try:
+            outcome, record = await self._store.look(self.id)
+        except BrokerUnavailableError:
+            return None  # it may come back before the timeout, with the result
+        if outcome is None and record != SENT:
+            raise UnknownJobError(self.id) if record is None else ResultExpiredError(self.id)
+        return outcome
+
+    async def _hear(self) -> None:
+        try:
+            async with asyncio.timeout(LOOK_AGAIN_S):
+                await self._note.wait()
+        except TimeoutError:
+            return
+        self._note.clear()

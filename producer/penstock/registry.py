@@ -1,0 +1,182 @@
+"""Which models are served, by which workers: workers announce, clients discover.
+
+| key (broker's Redis) | type | holds |
+| --- | --- | --- |
+| `penstock:models` | hash | model name -> `ModelInfo` |
+| `penstock:workers` | hash | worker id -> time of its last heartbeat, newline, `WorkerInfo` |
+| `penstock:results` | string | where results are kept, without credentials |
+
+A model stays known when its workers are gone: its jobs are accepted and wait.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Literal, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from penstock.request import PoolName, Task
+
+MODELS_KEY: Final = "penstock:models"
+WORKERS_KEY: Final = "penstock:workers"
+RESULTS_KEY: Final = "penstock:results"
+HEARTBEAT_S: Final = 2.0
+ALIVE_S: Final = 15.0
+"""A worker that was silent for longer counts as gone."""
+
+WorkerState = Literal["loading", "ready", "stalled", "stopping"]
+
+# Redis' clock, not the workers': theirs may differ.  KEYS: workers.  ARGV: worker id, WorkerInfo.
+BEAT: Final = """
+redis.call('HSET', KEYS[1], ARGV[1], redis.call('TIME')[1] .. '\\n' .. ARGV[2])
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What clients must know of a model.
+
+    Attributes:
+        name: the name it is served under.
+        task: what it does.
+        pools: pools that serve it, the preferred one first.
+        dim: width of its vectors; None for a generation model.
+        max_tokens: length limit of a text, or the context window, tokens.
+        max_texts: texts in one job.
+        deadline_s: deadline of jobs that name none, seconds after they were sent.
+        dtype: number format that it computes in.
+    """
+
+    name: str
+    task: Task
+    pools: tuple[PoolName, ...]
+    dim: int | None
+    max_tokens: int | None
+    max_texts: int
+    deadline_s: float | None
+    dtype: str
+
+    def to_json(self) -> str:
+        """Return the registry's form."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read the registry's form; fields of a later version are left out."""
+        return cls(**_known(cls, json.loads(text), pools=tuple))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """One worker process.
+
+    Attributes:
+        id: unique to the process.
+        host: its machine.
+        pid: its process id there.
+        pool: what hardware it works on.
+        device: the device in torch's words.
+        state: `ready` takes jobs; `stalled` has a forward pass that does not end.
+        models: names it serves.
+        started_at: Unix seconds.
+        load_s: how long each model took to load, seconds.
+        memory_bytes: resident memory of the process.
+        units_per_s: measured speed by model: tokens of texts, or new tokens, per second of computing.
+        note: why it is not ready, else empty.
+    """
+
+    id: str
+    host: str
+    pid: int
+    pool: PoolName
+    device: str
+    state: WorkerState
+    models: tuple[str, ...]
+    started_at: float
+    load_s: Mapping[str, float] = field(default_factory=dict)
+    memory_bytes: int = 0
+    units_per_s: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    def to_json(self) -> str:
+        """Return the registry's form."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registry:
+    """One look at what is served.
+
+    Attributes:
+        models: by name, also those whose workers are gone.
+        workers: all that announced themselves, with the seconds since their last heartbeat.
+        results: where results are kept, see `locate_results`; None before the first worker.
+    """
+
+    models: Mapping[str, ModelInfo]
+    workers: tuple[tuple[WorkerInfo, float], ...]
+    results: str | None
+
+    @classmethod
+    def read(
+        cls,
+        models: Mapping[bytes, bytes],
+        workers: Mapping[bytes, bytes],
+        results: bytes | None,
+        now_s: float,
+    ) -> Self:
+        """Build it from the three keys and Redis' time."""
+        found = {name.decode(): ModelInfo.from_json(text) for name, text in models.items()}
+        beats = []
+        for entry in workers.values():
+            second, _, text = entry.partition(b"\n")
+            worker = WorkerInfo(**_known(WorkerInfo, json.loads(text), models=tuple))
+            beats.append((worker, now_s - float(second)))
+        beats.sort(key=lambda beat: (beat[0].pool, beat[0].host, beat[0].pid))
+        return cls(models=found, workers=tuple(beats), results=results.decode() if results else None)
+
+    def ready_workers(self, model: str, pool: PoolName) -> int:
+        """Count the live workers that take this model's jobs in this pool."""
+        return sum(
+            worker.pool == pool and model in worker.models and worker.state == "ready" and age_s <= ALIVE_S
+            for worker, age_s in self.workers
+        )
+
+    def choose_pool(self, model: ModelInfo) -> PoolName:
+        """Return the preferred pool that has a live worker, else the preferred one: the job waits there."""
+        return next((pool for pool in model.pools if self.ready_workers(model.name, pool)), model.pools[0])
+
+
+def announce_results(broker_url: str, results_url: str) -> str:
+    """Return where results are kept as clients are told: no credentials, and relative where it can be.
+
+    Relative, because a client may reach the same server under another name than the workers do.
+    """
+    broker, results = urlsplit(broker_url), urlsplit(results_url)
+    if (broker.hostname, broker.port or 6379) == (results.hostname, results.port or 6379):
+        return results.path or "/0"
+    return urlunsplit(results._replace(netloc=results.netloc.rpartition("@")[2]))
+
+
+def locate_results(broker_url: str, announced: str) -> str:
+    """Return the result store's URL for a client that reaches the broker at `broker_url`."""
+    broker = urlsplit(broker_url)
+    if announced.startswith("/"):
+        return urlunsplit(broker._replace(path=announced))
+    results = urlsplit(announced)
+    credentials, at, _ = broker.netloc.rpartition("@")
+    return urlunsplit(results._replace(netloc=f"{credentials}{at}{results.netloc}"))
+
+
+def mask_url(url: str) -> str:
+    """Return `url` without its password."""
+    parts = urlsplit(url)
+    if not parts.password:
+        return url
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+
+
+def _known(cls: type[Any], fields: Mapping[str, Any], **convert: type) -> dict[str, Any]:
+    known = {name: value for name, value in fields.items() if name in cls.__dataclass_fields__}
+    return known | {name: kind(known[name]) for name, kind in convert.items()}

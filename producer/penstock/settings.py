@@ -1,0 +1,343 @@
+"""The deployment: one TOML file, overridden by `PENSTOCK_*` variables, overridden by arguments.
+
+Read once at an entry point and passed on; nothing else reads the environment.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from penstock.errors import ConfigError
+from penstock.registry import mask_url
+from penstock.request import GenerationOptions, PoolName, Task
+
+PREFIX = "PENSTOCK_"
+CONFIG_VARIABLE = "PENSTOCK_CONFIG"
+_SEPARATOR = "__"
+_MODEL_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]|_(?!_)){0,63}")
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RedisSettings(_Section):
+    """Where jobs wait and where results are kept."""
+
+    broker_url: str = "redis://127.0.0.1:6379/0"
+    """Redis that holds the queues and the registry."""
+    results_url: str = "redis://127.0.0.1:6379/1"
+    """Redis that holds the results; better another server, so that results cannot starve the queue."""
+    password: SecretStr | None = None
+    """Password of both, where their URLs hold none."""
+    password_file: Path | None = None
+    """File that holds the password, for secrets that are mounted."""
+    result_ttl_s: int = Field(default=3600, ge=1, le=30 * 86400)
+    """How long a result can be fetched, seconds."""
+
+    @field_validator("broker_url", "results_url")
+    @classmethod
+    def _is_redis(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("redis", "rediss") or not parts.hostname:
+            raise ValueError("a URL like redis://HOST:6379/0 or rediss://HOST:6379/0")
+        return url
+
+    def with_password(self, url: str) -> str:
+        """Return `url` with the configured password, if it has none of its own."""
+        secret = self.password.get_secret_value() if self.password else None
+        if secret is None and self.password_file is not None:
+            secret = self.password_file.read_text().strip()
+        parts = urlsplit(url)
+        if not secret or parts.password:
+            return url
+        host = parts.netloc.rpartition("@")[2]
+        return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:{quote(secret, safe='')}@{host}"))
+
+
+class CpuPool(_Section):
+    """Worker processes on processors."""
+
+    device: Literal["cpu"] = "cpu"
+    """Processors only; CUDA is never touched."""
+    processes: int = Field(default=2, ge=0, le=256)
+    """Worker processes that `penstock up` starts."""
+    threads: int = Field(default=1, ge=1, le=256)
+    """Torch threads in each process."""
+    jobs_in_flight: int = Field(default=16, ge=1, le=1024)
+    """Jobs that one process takes at a time; they fill its batches."""
+
+
+class GpuPool(CpuPool):
+    """Worker processes on accelerators; one process per card."""
+
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # type: ignore[assignment]  # wider than a CPU pool's
+    """auto: CUDA, else MPS, else no start; cpu is allowed, for trying the routing without a card."""
+    processes: int = Field(default=0, ge=0, le=256)
+    """Worker processes that `penstock up` starts."""
+    jobs_in_flight: int = Field(default=64, ge=1, le=1024)
+    """Jobs that one process takes at a time; they fill its batches."""
+
+
+class Pools(_Section):
+    """Workers on one kind of hardware each."""
+
+    cpu: CpuPool = CpuPool()
+    gpu: GpuPool = GpuPool()
+
+
+class ModelSettings(_Section):
+    """One model that the workers serve."""
+
+    task: Task
+    """embed or generate."""
+    source: str = Field(min_length=1)
+    """Hub id, folder, or bundled:NAME."""
+    pools: tuple[PoolName, ...] = Field(default=("cpu",), min_length=1, max_length=2)
+    """Pools that serve it, the preferred one first."""
+    dtype: Dtype = "auto"
+    """auto takes bfloat16 where it is fast and vectors keep their direction, else float32."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run Python that comes with the model; a hub model then needs a full commit as its revision."""
+    max_texts: int = Field(default=4096, ge=1, le=100_000)
+    """Texts in one embedding job."""
+    max_batch_tokens: int = Field(default=8192, ge=16)
+    """Tokens in one forward pass of an embedding model, padding counted."""
+    max_batch_size: int = Field(default=16, ge=1, le=1024)
+    """Requests that a generation model answers at a time."""
+    deadline_s: float | None = Field(default=None, gt=0)
+    """Deadline of jobs that name none, seconds after they were sent."""
+    generation: GenerationOptions = GenerationOptions()
+    """Options of calls that do not set their own."""
+
+    @field_validator("generation", mode="before")
+    @classmethod
+    def _numbers_from_variables(cls, value: object) -> object:
+        # A variable's value is a string; the options themselves are strict for messages' sake.
+        if not isinstance(value, dict):
+            return value
+        return GenerationOptions.model_validate(value, strict=False)
+
+
+class WorkerSettings(_Section):
+    """What all worker processes share."""
+
+    heartbeat_file: Path | None = None
+    """Touched while every stage makes progress: the readiness file of health checks."""
+    stall_s: float = Field(default=120.0, gt=0)
+    """A forward pass longer than this, in seconds, counts as hung."""
+    drain_s: float = Field(default=30.0, ge=0)
+    """How long running jobs may take to end after SIGTERM, seconds."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe log lines that are shown."""
+
+
+class FlowerSettings(_Section):
+    """The monitoring page that `penstock up` starts."""
+
+    address: str = "127.0.0.1"
+    """Interface it listens on."""
+    port: int = Field(default=5555, ge=0, le=65535)
+    """Port it listens on; 0 starts none."""
+
+
+class Settings(BaseSettings):
+    """A deployment. Read with `load_settings`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter=_SEPARATOR,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+    )
+
+    redis: RedisSettings = RedisSettings()
+    pools: Pools = Pools()
+    models: dict[str, ModelSettings] = Field(default_factory=dict)
+    worker: WorkerSettings = WorkerSettings()
+    flower: FlowerSettings = FlowerSettings()
+
+    @field_validator("models")
+    @classmethod
+    def _names_fit_queues(cls, models: dict[str, ModelSettings]) -> dict[str, ModelSettings]:
+        for name in models:
+            if not _MODEL_NAME.fullmatch(name):
+                raise ValueError(
+                    f"model name {name!r}: up to 64 of a-z 0-9 . - _ (no __), a letter or digit first"
+                )
+        return models
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what `load_settings` merged, and nothing behind its back."""
+        del settings_cls, env_settings, dotenv_settings, file_secret_settings
+        return (init_settings,)
+
+    @property
+    def broker_url(self) -> str:
+        """The broker's URL with its password: for connections, never for a log."""
+        return self.redis.with_password(self.redis.broker_url)
+
+    @property
+    def results_url(self) -> str:
+        """The result store's URL with its password: for connections, never for a log."""
+        return self.redis.with_password(self.redis.results_url)
+
+
+class Loaded(NamedTuple):
+    """Settings, and where each value came from.
+
+    Attributes:
+        settings: the checked values.
+        origins: dotted key -> `argument`, `PENSTOCK_...` or the file's path; no entry is a default.
+    """
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+
+def load_settings(
+    config: Path | None = None,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Loaded:
+    """Read file, variables and arguments, the later ones winning.
+
+    Args:
+        config: a TOML file; None takes `PENSTOCK_CONFIG`, and where that is not set, none.
+        arguments: nested values from a command line.
+        environ: the process' environment.
+
+    Raises:
+        ConfigError: everything that is wrong, one line each: where, key, value, what is allowed.
+    """
+    path = config or (Path(environ[CONFIG_VARIABLE]) if environ.get(CONFIG_VARIABLE) else None)
+    problems = list(_misspelled(environ))
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, values in _sources(path, arguments or {}, environ):
+        _merge(merged, values)
+        for key, _ in flatten(values):
+            origins[key] = _variable(key) if origin == PREFIX else origin
+    try:
+        settings = Settings(**merged)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            key = ".".join(map(str, detail["loc"]))
+            origin = next((o for k, o in origins.items() if k == key or k.startswith(key + ".")), "defaults")
+            if detail["type"] == "extra_forbidden" and origin.startswith(PREFIX):
+                continue  # told above, with the setting that may be meant
+            value = "" if "password" in key else f" = {mask_url(str(detail['input']))[:80]!r}"
+            problems.append(f"{origin}: {key}{value}: {detail['msg'].removeprefix('Value error, ')}")
+        raise ConfigError(problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return Loaded(settings, origins)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) for each leaf of nested mappings."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def sample_environment() -> str:
+    """Return `.env.example`: every variable with its meaning and default, commented out."""
+    lines = [
+        "# Every variable that Penstock reads, with its default. A variable wins over the file that",
+        f"# {CONFIG_VARIABLE} names; models are set the same way: {PREFIX}MODELS__NAME__SOURCE=...",
+    ]
+    for section, field in Settings.model_fields.items():
+        if isinstance(field.default, _Section):
+            lines += ["", f"# {(type(field.default).__doc__ or '').splitlines()[0]}"]
+            lines += _sample_section(section, field.default)
+    return "\n".join(lines) + "\n"
+
+
+def _sample_section(path: str, section: _Section) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, _Section):
+            yield from _sample_section(f"{path}.{name}", value)
+        else:
+            yield f"# {field.description}"
+            yield f"#{_variable(f'{path}.{name}')}={'' if value is None else value}"
+
+
+def _sources(
+    path: Path | None, arguments: Mapping[str, Any], environ: Mapping[str, str]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if path is not None:
+        try:
+            yield str(path), tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+            raise ConfigError([f"{path}: {error}"]) from None
+    yield PREFIX, _from_environment(environ)
+    yield "argument", arguments
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    class Source(EnvSettingsSource):
+        def _load_env_vars(self) -> Mapping[str, str | None]:
+            return {name.lower(): value for name, value in environ.items() if value != ""}
+
+    return Source(Settings)()
+
+
+def _misspelled(environ: Mapping[str, str]) -> Iterator[str]:
+    for variable in sorted(environ):
+        if variable.startswith(PREFIX) and variable != CONFIG_VARIABLE:
+            words = variable.removeprefix(PREFIX).lower().split(_SEPARATOR)
+            if known := _unknown_word(Settings, words):
+                near = difflib.get_close_matches(known[0], known[1], n=1)
+                hint = f"; is {near[0].upper()} meant?" if near else f"; known: {', '.join(known[1]).upper()}"
+                yield f"{variable}: no setting {known[0].upper()}{hint}"
+
+
+def _unknown_word(model: type[BaseModel], words: list[str]) -> tuple[str, list[str]] | None:
+    """Return the first word of a variable that names no setting, and those that would."""
+    names = list(model.model_fields)
+    if not words or words[0] not in names:
+        return (words[0] if words else "", names)
+    if model is Settings and words[0] == "models":
+        return _unknown_word(ModelSettings, words[2:]) if len(words) > 2 else None
+    inner = model.model_fields[words[0]].annotation
+    if isinstance(inner, type) and issubclass(inner, BaseModel):
+        return _unknown_word(inner, words[1:])
+    return None if len(words) == 1 else (words[1], [])
+
+
+def _variable(key: str) -> str:
+    return PREFIX + key.upper().replace(".", _SEPARATOR)
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(name), dict):
+            _merge(into[name], value)
+        else:
+            into[name] = dict(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,66 @@
+"""What the result store holds for a job, and the one script that ends a job.
+
+| key | type | holds | written by |
+| --- | --- | --- | --- |
+| `celery-task-meta-<id>` | string | the result record of `codec.encode_meta` | worker, `Job.cancel` |
+| `penstock:job:<id>` | string | `sent`, or the status the job ended with | sender, worker, `Job.cancel` |
+| `penstock:reply:<client>` | channel | ids of jobs that ended | worker, `Job.cancel` |
+"""
+
+from typing import Final
+
+SENT: Final = "sent"
+RECORD_TTL_S: Final = 86_400
+"""How long a job's record outlives its result: lets a late caller hear "expired" and not "unknown"."""
+
+# A job ends once: whoever comes second (a cancelled job's worker, a second delivery) changes nothing.
+# The payload travels to Redis once; whoever follows Celery's own channel gets all of it, our clients a note.
+#
+# KEYS: result, record.  ARGV: payload, result TTL, record TTL, status, is final (1/0), must be sent (1/0),
+# reply channel or "", job id.
+END_JOB: Final = """
+local record = redis.call('GET', KEYS[2])
+if (record and record ~= 'sent') or (not record and ARGV[6] == '1') then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+if ARGV[5] == '1' then redis.call('SET', KEYS[2], ARGV[4], 'EX', ARGV[3]) end
+redis.call('PUBLISH', KEYS[1], ARGV[1])
+if ARGV[5] == '1' and ARGV[7] ~= '' then redis.call('PUBLISH', ARGV[7], ARGV[8]) end
+return 1
+"""
+
+
+def result_key(job_id: str) -> str:
+    """Return the key, and the channel, of a job's result; the name is Celery's own."""
+    return f"celery-task-meta-{job_id}"
+
+
+def record_key(job_id: str) -> str:
+    """Return the key that says whether a job was sent, and how it ended."""
+    return f"penstock:job:{job_id}"
+
+
+def reply_channel(client_id: str) -> str:
+    """Return the channel on which one client hears that its jobs ended."""
+    return f"penstock:reply:{client_id}"
+
+
+def is_reply_channel(reply_to: str | None) -> bool:
+    """Tell our clients' reply channels from the ids that Celery puts in their place."""
+    return bool(reply_to) and str(reply_to).startswith("penstock:reply:")
+
+
+def end_job_arguments(
+    *,
+    job_id: str,
+    payload: bytes,
+    status: str,
+    is_final: bool,
+    must_be_sent: bool,
+    result_ttl_s: int,
+    reply_to: str | None,
+) -> tuple[list[str], list[str | bytes | int]]:
+    """Return the keys and arguments of `END_JOB`."""
+    channel = str(reply_to) if is_reply_channel(reply_to) else ""
+    flags = (int(is_final), int(must_be_sent))
+    ttls = (result_ttl_s, result_ttl_s + RECORD_TTL_S)
+    return [result_key(job_id), record_key(job_id)], [payload, *ttls, status, *flags, channel, job_id]
