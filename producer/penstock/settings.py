@@ -74,8 +74,6 @@ class CpuPool(_Section):
     """Worker processes that `penstock up` starts."""
     threads: int = Field(default=1, ge=1, le=256)
     """Torch threads in each process."""
-    jobs_in_flight: int = Field(default=16, ge=1, le=1024)
-    """Jobs that one process takes at a time; they fill its batches."""
 
 
 class GpuPool(CpuPool):
@@ -85,8 +83,6 @@ class GpuPool(CpuPool):
     """auto: CUDA, else MPS, else no start; cpu is allowed, for trying the routing without a card."""
     processes: int = Field(default=0, ge=0, le=256)
     """Worker processes that `penstock up` starts."""
-    jobs_in_flight: int = Field(default=64, ge=1, le=1024)
-    """Jobs that one process takes at a time; they fill its batches."""
 
 
 class Pools(_Section):
@@ -134,6 +130,8 @@ class ModelSettings(_Section):
 class WorkerSettings(_Section):
     """What all worker processes share."""
 
+    jobs_in_flight: int = Field(default=32, ge=1, le=1024)
+    """Jobs that one process takes at a time; they fill its batches."""
     heartbeat_file: Path | None = None
     """Touched while every stage makes progress: the readiness file of health checks."""
     stall_s: float = Field(default=120.0, gt=0)

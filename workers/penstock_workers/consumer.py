@@ -1,0 +1,140 @@
+"""Taking messages off the queues: whatever lies there, the worker lives and the sender gets an answer.
+
+Stock Celery 5.7 ends the worker on a list entry that is not a message and on a body of another shape, logs
+the body of what it refuses, and leaves its sender waiting.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from celery.exceptions import InvalidTaskError
+from celery.worker.consumer import Consumer as CeleryConsumer
+from celery.worker.request import Request as CeleryRequest
+from kombu.exceptions import ContentDisallowed
+from kombu.transport import redis as kombu_redis
+
+from penstock.errors import InvalidMessageError
+
+logger = logging.getLogger(__name__)
+
+_MALFORMED = (ValueError, TypeError, KeyError, AttributeError)
+
+
+class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
+    """Drops list entries that are not messages; nobody can be told, since they name no sender."""
+
+    def _brpop_read(self, **options: Any) -> bool:
+        try:
+            return bool(super()._brpop_read(**options))
+        except _MALFORMED as error:
+            logger.error("queue entry is not a message and was dropped: %s", type(error).__name__)
+            return True
+
+
+class Transport(kombu_redis.Transport):  # type: ignore[misc]  # kombu has no types
+    """kombu's Redis transport with our channel."""
+
+    Channel = Channel
+
+
+class Consumer(CeleryConsumer):  # type: ignore[misc]  # Celery has no types
+    """Answers messages that cannot become tasks with `InvalidMessageError`; their content is not logged."""
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], object]:
+        """Return what takes a message; see Celery's own."""
+        handle = super().create_task_handler(*args, **kwargs)
+
+        def on_message(message: Any) -> object:
+            try:
+                return handle(message)
+            except _MALFORMED as error:
+                self._refuse(message, f"body of another shape ({type(error).__name__})")
+                return None
+
+        return on_message
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        """Refuse a body that is not what its content type says."""
+        self._refuse(message, f"body is not {message.content_type} ({type(exc).__name__})")
+
+    def on_invalid_task(self, body: object, message: Any, exc: Exception) -> None:
+        """Refuse a content type that is not read here, or a body of another shape."""
+        del body
+        if isinstance(exc, ContentDisallowed):
+            self._refuse(message, f"content type {message.content_type} is not read here, only JSON")
+        else:
+            self._refuse(message, str(exc))
+
+    def on_unknown_message(self, body: object, message: Any) -> None:
+        """Refuse a message without a task name."""
+        del body
+        self._refuse(message, "it names no task")
+
+    def on_unknown_task(self, body: object, message: Any, exc: Exception) -> None:
+        """Refuse a task that does not exist."""
+        del body
+        self._refuse(message, f"there is no task {str(exc)[:80]}")
+
+    def _refuse(self, message: Any, problem: str) -> None:
+        headers = message.headers or {}
+        job_id = headers.get("id")
+        logger.error("message refused: %s", problem, extra={"job_id": job_id})
+        message.ack_log_error(logger, self.connection_errors)
+        if isinstance(job_id, str):
+            reply_to = (message.properties or {}).get("reply_to")
+            self.app.backend.mark_as_failure(
+                job_id, InvalidMessageError(problem), request=_Sender(reply_to), call_errbacks=False
+            )
+
+
+class _Sender:
+    """What the result backend asks of a request that never became one."""
+
+    def __init__(self, reply_to: str | None) -> None:
+        self.reply_to = reply_to
+
+    def __getattr__(self, name: str) -> None:
+        return None  # no group, no chord, no children
+
+
+class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types
+    """A task that was taken; shows how much it holds in place of its arguments.
+
+    Senders that are not ours put the arguments' text into the headers, from where Celery sends it to
+    logs, events and Flower.
+    """
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        try:
+            super().__init__(message, **options)
+        except _MALFORMED as error:
+            raise InvalidTaskError(f"body of another shape ({type(error).__name__})") from error
+        if not isinstance(self._args, list | tuple) or not isinstance(self._kwargs, dict):
+            raise InvalidTaskError("arguments are not a list and a mapping")
+        self._argsrepr = "()"
+        self._kwargsrepr = summarize(self._kwargs)
+        self._request_dict.update(argsrepr=self._argsrepr, kwargsrepr=self._kwargsrepr)
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """Describe it for `celery inspect` and Flower, always without its texts."""
+        del safe
+        return dict(super().info(safe=True))
+
+
+def summarize(kwargs: dict[str, Any]) -> str:
+    """Say how much a message holds, without a word of it; any shape may have come."""
+    texts = kwargs.get("texts", [])
+    if "texts" in kwargs:
+        n_texts = len(texts) if isinstance(texts, list) else 1
+        return f"{n_texts:,} texts, {_characters(texts):,} characters"
+    turns = kwargs.get("history") or []
+    n_turns = 1 + bool(kwargs.get("system_prompt")) + (len(turns) if isinstance(turns, list) else 0)
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if n_turns > 1 else []
+    n_characters = _characters([kwargs.get("prompt"), kwargs.get("system_prompt"), *contents])
+    return f"{n_turns:,} turns, {n_characters:,} characters"
+
+
+def _characters(values: object) -> int:
+    items = values if isinstance(values, list) else [values]
+    return sum(len(value) for value in items if isinstance(value, str))

@@ -1,0 +1,54 @@
+"""Which hardware a pool runs on, and in which number format."""
+
+import platform
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from penstock.errors import ModelLoadError
+from penstock.request import PoolName
+from penstock.settings import Dtype
+
+DeviceName = Literal["auto", "cuda", "mps", "cpu"]
+
+
+def choose_device(pool: PoolName, wanted: DeviceName) -> torch.device:
+    """Return the device of a pool.
+
+    Raises:
+        ModelLoadError: the pool wants an accelerator and this machine shows none.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if wanted in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if wanted in ("auto", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    looked_for = {"auto": "neither CUDA nor MPS", "cuda": "no CUDA", "mps": "no MPS"}[wanted]
+    raise ModelLoadError(
+        f"pool {pool}", f'{looked_for} device is there; set pools.{pool}.device = "cpu" to try without one'
+    )
+
+
+def limit_threads(n_threads: int) -> None:
+    """Give torch this many threads: its own default takes every core, in every process."""
+    torch.set_num_threads(n_threads)
+    torch.set_num_interop_threads(1)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Say whether matrix products in bfloat16 are computed by the hardware itself."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
+        # AVX-512 BF16 or AMX; without either, oneDNN computes in float32 after conversions.
+        flags = Path("/proc/cpuinfo")
+        return flags.exists() and bool({"avx512_bf16", "amx_bf16"} & set(flags.read_text().split()))
+    return False
+
+
+def torch_dtype(name: Dtype) -> torch.dtype:
+    """Return torch's dtype of that name; `auto` is float32 until an engine finds better."""
+    formats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return formats.get(name, torch.float32)

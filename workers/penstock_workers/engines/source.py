@@ -1,0 +1,49 @@
+"""Where a model's files are: a folder, a hub id, or one that ships with Penstock."""
+
+from pathlib import Path
+
+from penstock.errors import ModelLoadError
+from penstock.settings import ModelSettings
+from penstock_workers.bundled import bundled_folder
+
+BUNDLED = "bundled:"
+
+
+def resolve_source(name: str, model: ModelSettings) -> str:
+    """Return what `from_pretrained` takes: a folder that exists, or a hub id.
+
+    Raises:
+        ModelLoadError: the folder is missing or empty, the bundled model unknown or not installed,
+            or the model may run its own code without being pinned.
+    """
+    if model.source.startswith(BUNDLED):
+        try:
+            return str(bundled_folder(model.source.removeprefix(BUNDLED)))
+        except (ValueError, FileNotFoundError) as error:
+            raise ModelLoadError(name, str(error)) from error
+    folder = Path(model.source).expanduser()
+    if folder.is_dir():
+        if not any(folder.iterdir()):
+            raise ModelLoadError(name, f"folder {folder} is empty")
+        return str(folder)
+    if folder.is_absolute() or model.source.startswith((".", "~")) or model.source.count("/") > 1:
+        raise ModelLoadError(name, f"folder {folder} does not exist")
+    if model.trust_remote_code and not _is_commit(model.revision):
+        raise ModelLoadError(
+            name, "trust_remote_code needs a revision that is a full commit of 40 hex digits"
+        )
+    return model.source
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
+
+
+def explain_failure(name: str, error: Exception) -> ModelLoadError:
+    """Turn whatever a library raised while loading into one clear line."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return ModelLoadError(
+            name, "it needs Python code of its own; allow it with trust_remote_code and a pinned revision"
+        )
+    return ModelLoadError(name, f"{type(error).__name__}: {text[:300]}")

@@ -1,0 +1,242 @@
+"""A worker process from start to end: its models, loaded before the first job, and its signs of life."""
+
+import logging
+import os
+import re
+import resource
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final, cast
+
+import redis
+from celery import bootsteps
+from celery.concurrency.thread import TaskPool as ThreadPool
+from celery.signals import worker_ready, worker_shutting_down
+
+from penstock.codec import queue_name
+from penstock.errors import ConfigError, ModelLoadError
+from penstock.registry import (
+    BEAT,
+    HEARTBEAT_S,
+    MODELS_KEY,
+    RESULTS_KEY,
+    WORKERS_KEY,
+    WorkerInfo,
+    WorkerState,
+    announce_results,
+)
+from penstock.request import PoolName
+from penstock.settings import Settings
+from penstock_workers.serving import Serving, load_model
+
+logger = logging.getLogger(__name__)
+
+EXIT_CONFIG: Final = 78
+"""sysexits.h's EX_CONFIG: starting again changes nothing, and `penstock up` does not."""
+
+
+def choose_models(queues: Iterable[str], settings: Settings) -> tuple[PoolName, list[str]]:
+    """Return the pool and the models of the queues that a worker was started for.
+
+    Raises:
+        ConfigError: a queue is of no configured model, or they are of two pools.
+    """
+    served = {
+        queue_name(pool, name): (pool, name)
+        for name, model in settings.models.items()
+        for pool in model.pools
+    }
+    wanted = sorted(queues)
+    known = ", ".join(sorted(served)) or "none: the configuration has no models"
+    if problems := [
+        f"queue {queue!r} is of no model; queues: {known}" for queue in wanted if queue not in served
+    ]:
+        raise ConfigError(problems)
+    pools = {served[queue][0] for queue in wanted}
+    if len(pools) != 1:
+        raise ConfigError([f"-Q names queues of two pools, a process works for one: {', '.join(wanted)}"])
+    return pools.pop(), [served[queue][1] for queue in wanted]
+
+
+def refuse_forks(pool_class: type, arguments: Sequence[str]) -> None:
+    """Allow the threads pool only.
+
+    Args:
+        pool_class: what Celery chose; it takes the configured pool for an asked-for prefork, so
+        arguments: the command line, is looked at too.
+
+    Raises:
+        ConfigError: another pool was asked for.
+    """
+    asked = re.search(r"(^| )(-P|--pool)[ =]?(prefork|processes)( |$)", " ".join(arguments))
+    if asked or not issubclass(pool_class, ThreadPool):
+        name = asked.group(3) if asked else pool_class.__module__.rpartition(".")[2]
+        raise ConfigError([f"pool {name} is refused: {_WHY_THREADS}"])
+
+
+_WHY_THREADS: Final = (
+    "a forked child cannot use CUDA or OpenMP that its parent has touched, and each would load the models "
+    "again; use -P threads, and start more worker processes"
+)
+
+
+class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """Loads the models before the consumer starts, and keeps telling that the process lives.
+
+    A step of Celery's worker and not a signal handler: Celery swallows errors of signal handlers, and a
+    worker without its model would take jobs and fail every one of them.
+    """
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._settings: Settings = worker.app.penstock_settings
+        self._serving: Serving = worker.app.penstock_serving
+        self._heartbeat: Heartbeat | None = None
+
+    def create(self, worker: Any) -> "Lifecycle":
+        """Refuse what cannot work before anything is started."""
+        with _or_exit():
+            refuse_forks(worker.pool_cls, sys.argv[1:])
+            self._pool, self._names = choose_models(worker.app.amqp.queues.consume_from, self._settings)
+        return self
+
+    def start(self, worker: Any) -> None:
+        """Load the models; the process ends if one cannot be loaded."""
+        del worker
+        # torch, and the file that knows it, load here: the app itself imports without.
+        from penstock_workers.engines.device import choose_device, limit_threads
+
+        with _or_exit():
+            pool = getattr(self._settings.pools, self._pool)
+            limit_threads(pool.threads)
+            device = choose_device(self._pool, pool.device)
+            self._heartbeat = Heartbeat(self._settings, self._serving, self._pool, str(device), self._names)
+            self._heartbeat.start()
+            for name in self._names:
+                began = time.perf_counter()
+                self._serving.models[name] = load_model(name, self._settings.models[name], device)
+                seconds = time.perf_counter() - began
+                self._heartbeat.loaded(name, seconds)
+                logger.info("model %s loaded in %.1f s on %s", name, seconds, device)
+
+    def stop(self, worker: Any) -> None:
+        """Take the process out of the registry."""
+        del worker
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+
+
+class Heartbeat(threading.Thread):
+    """Announces this process and its models in the registry, and touches the readiness file.
+
+    Redis out of reach does not make a worker unhealthy: restarting it would help nobody.
+    """
+
+    def __init__(
+        self, settings: Settings, serving: Serving, pool: PoolName, device: str, names: Sequence[str]
+    ) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self._settings, self._serving = settings, serving
+        self._redis = redis.Redis.from_url(settings.broker_url, socket_timeout=5, socket_connect_timeout=5)
+        self._stopping = threading.Event()
+        self._wake = threading.Event()
+        self._is_ready = False
+        self._load_s: dict[str, float] = {}
+        host, pid = socket.gethostname(), os.getpid()
+        self._fields = {
+            "id": f"{pool}@{host}:{pid}",
+            "host": host,
+            "pid": pid,
+            "pool": pool,
+            "device": device,
+            "models": tuple(names),
+            "started_at": time.time(),
+        }
+        worker_ready.connect(self._on_ready, weak=False)
+        worker_shutting_down.connect(self._on_stopping, weak=False)
+
+    def loaded(self, name: str, seconds: float) -> None:
+        """Note that a model was loaded."""
+        self._load_s[name] = round(seconds, 3)
+
+    def run(self) -> None:
+        """Beat until the process ends."""
+        while not self._stopping.is_set():
+            state = self._state()
+            if state == "ready" and self._settings.worker.heartbeat_file is not None:
+                self._settings.worker.heartbeat_file.touch()
+            try:
+                self._announce(state)
+            except (redis.RedisError, OSError) as error:
+                logger.warning("registry out of reach: %s", type(error).__name__)
+            self._wake.wait(HEARTBEAT_S)
+            self._wake.clear()
+
+    def stop(self) -> None:
+        """Take the process out of the registry, and its file away."""
+        self._stopping.set()
+        self._wake.set()
+        if self._settings.worker.heartbeat_file is not None:
+            self._settings.worker.heartbeat_file.unlink(missing_ok=True)
+        try:
+            self._redis.hdel(WORKERS_KEY, str(self._fields["id"]))
+        except (redis.RedisError, OSError):
+            logger.warning("registry out of reach; the entry of this process expires by itself")
+
+    def _state(self) -> WorkerState:
+        if self._serving.is_stalled(self._settings.worker.stall_s):
+            return "stalled"
+        return "ready" if self._is_ready else "loading"
+
+    def _announce(self, state: WorkerState) -> None:
+        info = WorkerInfo(
+            **cast("dict[str, Any]", self._fields),
+            state=state,
+            load_s=dict(self._load_s),
+            memory_bytes=_memory_bytes(),
+            units_per_s=self._serving.speeds(),
+            note="a forward pass does not end" if state == "stalled" else "",
+        )
+        self._redis.eval(BEAT, 1, WORKERS_KEY, info.id, info.to_json())
+
+    def _on_ready(self, **_: object) -> None:
+        models = {name: served.info.to_json() for name, served in self._serving.models.items()}
+        results = announce_results(self._settings.redis.broker_url, self._settings.redis.results_url)
+        try:
+            self._redis.hset(MODELS_KEY, mapping=models)  # type: ignore[arg-type]  # str keys are fine
+            self._redis.set(RESULTS_KEY, results)
+        except (redis.RedisError, OSError) as error:
+            logger.warning("registry out of reach: %s", type(error).__name__)
+        self._is_ready = True
+        self._wake.set()
+
+    def _on_stopping(self, **_: object) -> None:
+        self._is_ready = False
+        self._wake.set()
+
+
+class _or_exit:  # noqa: N801  reads as part of its `with` statement
+    """End the process with one clear line; Celery would log a traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, ConfigError | ModelLoadError):
+            for line in str(error).splitlines():
+                logger.critical("%s", line)
+            raise SystemExit(EXIT_CONFIG) from None
+
+
+def _memory_bytes() -> int:
+    """Return the resident memory of this process; its peak where /proc is missing."""
+    status = Path("/proc/self/statm")
+    if status.exists():
+        return int(status.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

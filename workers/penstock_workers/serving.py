@@ -1,0 +1,111 @@
+"""What one worker process serves: an engine and a batcher for each of its models."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from penstock.errors import UnknownModelError, WrongTaskError
+from penstock.registry import ModelInfo
+from penstock.settings import ModelSettings
+from penstock_workers.batching import Batcher, cut_by_count, cut_by_tokens
+
+if TYPE_CHECKING:  # torch loads with the first model, not with the app
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from penstock_workers.engines.embedding import Embedder, Encoded
+    from penstock_workers.engines.generation import Answer, Generator, Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedEmbedder:
+    """An embedding model and the batches it is fed."""
+
+    info: ModelInfo
+    engine: "Embedder"
+    batcher: "Batcher[Encoded, NDArray[np.float32]]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedGenerator:
+    """A generation model and the batches it is fed."""
+
+    info: ModelInfo
+    engine: "Generator"
+    batcher: "Batcher[Prompt, Answer]"
+
+
+Served = ServedEmbedder | ServedGenerator
+S = TypeVar("S", ServedEmbedder, ServedGenerator)
+
+
+class Serving:
+    """The models of this process, by name; empty until they are loaded."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, Served] = {}
+
+    def find(self, model: str, kind: type[S]) -> S:
+        """Return a model of one kind.
+
+        Raises:
+            UnknownModelError: this process does not serve it.
+            WrongTaskError: it does something else.
+        """
+        served = self.models.get(model)
+        if served is None:
+            raise UnknownModelError(model, sorted(self.models))
+        if not isinstance(served, kind):
+            wanted = "embed" if kind is ServedEmbedder else "generate"
+            raise WrongTaskError(model, served.info.task, wanted)
+        return served
+
+    def is_stalled(self, stall_s: float) -> bool:
+        """Whether any model has shown no sign of life for this long, in seconds, while it should."""
+        return any(served.batcher.is_stalled(stall_s) for served in self.models.values())
+
+    def speeds(self) -> Mapping[str, float]:
+        """Return measured tokens per second by model."""
+        measured = {name: served.batcher.tokens_per_s for name, served in self.models.items()}
+        return {name: round(speed, 1) for name, speed in measured.items() if speed is not None}
+
+
+def load_model(name: str, model: ModelSettings, device: "torch.device") -> Served:
+    """Load a model and start its batcher.
+
+    Raises:
+        ModelLoadError: one line that says why.
+    """
+    if model.task == "embed":
+        from penstock_workers.engines.embedding import Embedder
+
+        embedder = Embedder.load(name, model, device)
+        return ServedEmbedder(
+            info=_describe(name, model, embedder.dim, embedder.max_tokens, embedder.dtype),
+            engine=embedder,
+            batcher=Batcher(name, embedder.run, cut_by_tokens(model.max_batch_tokens)),
+        )
+    from penstock_workers.engines.generation import Generator
+
+    generator = Generator.load(name, model, device)
+    return ServedGenerator(
+        info=_describe(name, model, None, generator.context_window, generator.dtype),
+        engine=generator,
+        batcher=Batcher(name, generator.generate, cut_by_count(model.max_batch_size)),
+    )
+
+
+def _describe(
+    name: str, model: ModelSettings, dim: int | None, max_tokens: int | None, dtype: str
+) -> ModelInfo:
+    return ModelInfo(
+        name=name,
+        task=model.task,
+        pools=model.pools,
+        dim=dim,
+        max_tokens=max_tokens,
+        max_texts=model.max_texts,
+        deadline_s=model.deadline_s,
+        dtype=dtype,
+    )
