@@ -35,9 +35,9 @@ from penstock.result import GenerateResult, Timings, Usage, Vectors
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
 REGISTRY_TTL_S: Final = 5.0
-TEXTS_PER_JOB: Final = 256
-CHARACTERS_PER_JOB: Final = 200_000
-JOBS_IN_FLIGHT: Final = 8
+TEXTS_PER_JOB: Final = 64
+CHARACTERS_PER_JOB: Final = 100_000
+JOBS_IN_FLIGHT: Final = 16
 
 S = TypeVar("S")
 

@@ -237,7 +237,7 @@ def load_settings(
     for origin, values in _sources(path, arguments or {}, environ):
         _merge(merged, values)
         for key, _ in flatten(values):
-            origins[key] = _variable(key) if origin == PREFIX else origin
+            origins[key] = variable_name(key) if origin == PREFIX else origin
     try:
         settings = Settings(**merged)
     except ValidationError as error:
@@ -263,6 +263,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
+def effective_values(loaded: Loaded) -> list[tuple[str, Any, str]]:
+    """Return (dotted key, value, origin) of every setting; secrets are masked."""
+    values = flatten(loaded.settings.model_dump(mode="json"))
+    return [(key, _masked(key, value), loaded.origins.get(key, "default")) for key, value in values]
+
+
+def _masked(key: str, value: Any) -> Any:
+    return mask_url(value) if key.endswith("_url") else value
+
+
 def sample_environment() -> str:
     """Return `.env.example`: every variable with its meaning and default, commented out."""
     lines = [
@@ -283,7 +293,7 @@ def _sample_section(path: str, section: _Section) -> Iterator[str]:
             yield from _sample_section(f"{path}.{name}", value)
         else:
             yield f"# {field.description}"
-            yield f"#{_variable(f'{path}.{name}')}={'' if value is None else value}"
+            yield f"#{variable_name(f'{path}.{name}')}={'' if value is None else value}"
 
 
 def _sources(
@@ -329,7 +339,8 @@ def _unknown_word(model: type[BaseModel], words: list[str]) -> tuple[str, list[s
     return None if len(words) == 1 else (words[1], [])
 
 
-def _variable(key: str) -> str:
+def variable_name(key: str) -> str:
+    """Return the environment variable of a dotted key."""
     return PREFIX + key.upper().replace(".", _SEPARATOR)
 
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from celery.app.task import Context
 from celery.exceptions import InvalidTaskError
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.request import Request as CeleryRequest
@@ -80,22 +81,12 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # Celery has no types
         headers = message.headers or {}
         job_id = headers.get("id")
         logger.error("message refused: %s", problem, extra={"job_id": job_id})
-        message.ack_log_error(logger, self.connection_errors)
+        if not message.acknowledged:  # Celery's own handling may have got so far
+            message.ack_log_error(logger, self.connection_errors)
         if isinstance(job_id, str):
-            reply_to = (message.properties or {}).get("reply_to")
-            self.app.backend.mark_as_failure(
-                job_id, InvalidMessageError(problem), request=_Sender(reply_to), call_errbacks=False
-            )
-
-
-class _Sender:
-    """What the result backend asks of a request that never became one."""
-
-    def __init__(self, reply_to: str | None) -> None:
-        self.reply_to = reply_to
-
-    def __getattr__(self, name: str) -> None:
-        return None  # no group, no chord, no children
+            sender = Context(id=job_id, reply_to=(message.properties or {}).get("reply_to"))
+            error = InvalidMessageError(problem)
+            self.app.backend.mark_as_failure(job_id, error, request=sender, call_errbacks=False)
 
 
 class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types

@@ -1,0 +1,34 @@
+# The words people type. Everything runs in .venv, which the first of them makes.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test up lint bench clean
+
+demo: .venv/ready
+	$(BIN)/penstock demo --config configs/demo.toml
+
+test: .venv/ready
+	$(BIN)/python -m pytest -m "not gpu"
+
+up: .venv/ready
+	$(BIN)/penstock up --config configs/demo.toml
+
+lint: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks.embedding --quick
+
+clean:
+	rm -rf .venv .penstock
+
+# torch comes first and by itself: asked for by another package, pip would take its largest build.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[workers,flower,bundled,dev]"
+	touch .venv/ready

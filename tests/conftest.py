@@ -1,0 +1,43 @@
+"""What tests ask for by name: a server, a worker that serves both bundled models, a client."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from penstock import Client
+from penstock.errors import ConfigError
+from penstock_workers.local_redis import free_port
+from tests.deployment import BUNDLED, Server, WorkerProcess
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A Valkey for the whole session."""
+    try:
+        with Server(free_port()).running() as running:
+            yield running
+    except ConfigError as error:  # no server on this machine
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def worker(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    """One worker process that serves `minilm` and `chat`."""
+    folder: Path = tmp_path_factory.mktemp("worker")
+    process = WorkerProcess(folder, server, toml=BUNDLED, queues="cpu.minilm,cpu.chat")
+    try:
+        process.wait_until_ready()
+        yield process
+    finally:
+        process.stop()
+
+
+@pytest.fixture
+def client(server: Server, worker: WorkerProcess) -> Iterator[Client]:
+    """A client of that worker."""
+    with Client(server.broker_url) as connected:
+        yield connected

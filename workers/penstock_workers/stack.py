@@ -1,0 +1,159 @@
+"""The processes of `penstock up`: a Redis where none is given, the workers, and Flower."""
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from socket import socket
+from typing import Final
+
+from penstock.codec import queue_name
+from penstock.errors import ConfigError
+from penstock.request import PoolName
+from penstock.settings import CONFIG_VARIABLE, Loaded, Settings, variable_name
+from penstock_workers.local_redis import free_port, is_ready, local_redis_command
+from penstock_workers.supervisor import Child
+
+DEFAULT_PORT: Final = 6379
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """What to start, and how to reach it.
+
+    Attributes:
+        children: for the supervisor.
+        broker_url: where clients connect, with its password.
+        flower_url: the monitoring page; None if none is started.
+    """
+
+    children: tuple[Child, ...]
+    broker_url: str
+    flower_url: str | None
+
+
+def plan_stack(
+    loaded: Loaded,
+    *,
+    config: Path | None,
+    environment: Mapping[str, str],
+    redis_folder: Path | None,
+    with_flower: bool = True,
+) -> Stack:
+    """Decide what to start for a configuration.
+
+    Args:
+        loaded: the configuration; a Redis is started if it names no broker.
+        config: its file, for the children.
+        environment: variables for the children, on top of ours.
+        redis_folder: where the Redis that is started keeps its data; None keeps nothing, and takes any
+            free port.
+        with_flower: start the monitoring page too.
+
+    Raises:
+        ConfigError: no models, no processes, or no Redis to start.
+    """
+    settings = loaded.settings
+    variables = dict(environment) | ({CONFIG_VARIABLE: str(config.resolve())} if config else {})
+    children: list[Child] = []
+    broker_url = settings.broker_url
+    if "redis.broker_url" not in loaded.origins:
+        port = DEFAULT_PORT if redis_folder and _is_free(DEFAULT_PORT) else free_port()
+        broker_url = f"redis://127.0.0.1:{port}/0"
+        variables[variable_name("redis.broker_url")] = broker_url
+        variables[variable_name("redis.results_url")] = f"redis://127.0.0.1:{port}/1"
+        children.append(
+            Child(
+                name="redis",
+                command=local_redis_command(port=port, folder=redis_folder),
+                environment={},
+                stage=0,
+                is_ready=lambda: is_ready(broker_url),
+            )
+        )
+    workers = _workers(settings, variables)
+    if not workers:
+        raise ConfigError(["nothing to start: no pool with processes serves a model"])
+    flower = _flower(settings, variables) if with_flower else []
+    return Stack(
+        children=(*children, *workers, *flower),
+        broker_url=broker_url,
+        flower_url=f"http://{settings.flower.address}:{settings.flower.port}" if flower else None,
+    )
+
+
+def worker_queues(settings: Settings, pool: PoolName, models: tuple[str, ...] = ()) -> list[str]:
+    """Return the queues that a worker of `pool` takes from.
+
+    Args:
+        settings: the deployment.
+        pool: what hardware it works on.
+        models: all of the pool if empty.
+
+    Raises:
+        ConfigError: the pool serves no model, or not one of those asked for.
+    """
+    served = [name for name, model in settings.models.items() if pool in model.pools]
+    known = ", ".join(served) or "none"
+    if problems := [
+        f"pool {pool} does not serve {name!r}; its models: {known}" for name in models if name not in served
+    ]:
+        raise ConfigError(problems)
+    if not served:
+        raise ConfigError(
+            [f"pool {pool} serves no model; give one `pools = [{pool!r}]` in the configuration"]
+        )
+    return [queue_name(pool, name) for name in models or served]
+
+
+def worker_command(settings: Settings, queues: list[str], node: str) -> list[str]:
+    """Return Celery's command line for a worker process."""
+    command = [sys.executable, "-m", "celery", "-A", "penstock_workers", "worker", "-Q", ",".join(queues)]
+    # Gossip and mingle exchange what our workers do not use, at each start and for each worker.
+    options = ["-P", "threads", "-n", f"{node}@%h", "-l", settings.worker.log_level]
+    return [*command, *options, "--without-gossip", "--without-mingle"]
+
+
+def _workers(settings: Settings, variables: Mapping[str, str]) -> list[Child]:
+    pools: tuple[PoolName, ...] = ("gpu", "cpu")
+    return [
+        Child(
+            name=f"{pool}-{number}",
+            command=worker_command(settings, worker_queues(settings, pool), f"{pool}-{number}"),
+            environment={**_thread_limits(getattr(settings.pools, pool).threads), **variables},
+            stage=1,
+        )
+        for pool in pools
+        if any(pool in model.pools for model in settings.models.values())
+        for number in range(1, getattr(settings.pools, pool).processes + 1)
+    ]
+
+
+def _thread_limits(n_threads: int) -> dict[str, str]:
+    # Read by OpenMP and the tokenizers when they load, before torch can be told.
+    return {
+        "OMP_NUM_THREADS": str(n_threads),
+        "RAYON_NUM_THREADS": str(n_threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _flower(settings: Settings, variables: Mapping[str, str]) -> list[Child]:
+    if settings.flower.port == 0 or importlib.util.find_spec("flower") is None:
+        return []
+    options = [f"--address={settings.flower.address}", f"--port={settings.flower.port}"]
+    return [
+        Child(
+            name="flower",
+            command=[sys.executable, "-m", "celery", "-A", "penstock_workers", "flower", *options],
+            environment=variables,
+            stage=2,
+        )
+    ]
+
+
+def _is_free(port: int) -> bool:
+    with closing(socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0

@@ -1,0 +1,98 @@
+"""Whether a deployment is ready, per worker and per model, and if not, why."""
+
+import asyncio
+from dataclasses import asdict, dataclass
+
+from penstock.client import AsyncClient
+from penstock.registry import ALIVE_S, Registry, WorkerInfo
+from penstock.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One worker or model.
+
+    Attributes:
+        name: the worker's id, or the model's name.
+        is_ready: whether it takes jobs.
+        detail: what it serves and how, or why it is not ready.
+    """
+
+    name: str
+    is_ready: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """A deployment at one moment."""
+
+    workers: tuple[Line, ...]
+    models: tuple[Line, ...]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every model has a worker that takes its jobs."""
+        return bool(self.models) and all(line.is_ready for line in self.models)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return it for JSON."""
+        return {"is_ready": self.is_ready, **asdict(self)}
+
+    def lines(self) -> list[str]:
+        """Return it for people."""
+        rows = [*(("worker", line) for line in self.workers), *(("model", line) for line in self.models)]
+        width = max((len(line.name) for _, line in rows), default=0)
+        verdict = "ready" if self.is_ready else "not ready"
+        return [
+            f"{kind:6}  {line.name:{width}}  {'ready' if line.is_ready else 'NOT READY':9}  {line.detail}"
+            for kind, line in rows
+        ] + [verdict if rows else f"{verdict}: no worker has announced itself and no model is configured"]
+
+
+def read_status(settings: Settings) -> Status:
+    """Look at the registry.
+
+    Args:
+        settings: its models are expected; where it has none, those that were ever announced.
+
+    Raises:
+        TransportError: Redis is out of reach, or refuses.
+    """
+    return judge(asyncio.run(_read(settings.broker_url)), tuple(settings.models))
+
+
+def judge(registry: Registry, expected: tuple[str, ...]) -> Status:
+    """Say who is ready."""
+    workers = tuple(_worker_line(worker, age_s) for worker, age_s in registry.workers)
+    names = expected or tuple(registry.models)
+    return Status(workers=workers, models=tuple(_model_line(registry, name) for name in names))
+
+
+async def _read(url: str) -> Registry:
+    async with AsyncClient(url) as client:
+        return await client.registry()
+
+
+def _worker_line(worker: WorkerInfo, age_s: float) -> Line:
+    if age_s > ALIVE_S:
+        return Line(name=worker.id, is_ready=False, detail=f"silent for {age_s:.0f} s: it died or lost Redis")
+    if worker.state != "ready":
+        reason = worker.note or f"{worker.state} {', '.join(worker.models)}"
+        return Line(name=worker.id, is_ready=False, detail=reason)
+    memory = f"{worker.memory_bytes / 2**20:,.0f} MiB"
+    return Line(
+        name=worker.id, is_ready=True, detail=f"{', '.join(worker.models)} on {worker.device}, {memory}"
+    )
+
+
+def _model_line(registry: Registry, name: str) -> Line:
+    model = registry.models.get(name)
+    if model is None:
+        return Line(name=name, is_ready=False, detail="no worker has announced it")
+    counts = {pool: registry.ready_workers(name, pool) for pool in model.pools}
+    where = ", ".join(f"{n} in {pool}" for pool, n in counts.items())
+    if not any(counts.values()):
+        return Line(name=name, is_ready=False, detail=f"no ready worker ({where}); its jobs wait")
+    shape = f"{model.dim} dimensions" if model.dim else f"context of {model.max_tokens} tokens"
+    return Line(name=name, is_ready=True, detail=f"{model.task}, {model.dtype}, {shape}; workers: {where}")

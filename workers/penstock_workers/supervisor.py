@@ -1,0 +1,346 @@
+"""Starts the processes of one machine, starts crashed ones again, and stops all of them in order.
+
+Knows commands and exit codes; must not know Redis, Celery or models.
+"""
+
+import asyncio
+import ctypes
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from typing import IO
+
+_ANSI_COLOURS = (36, 33, 32, 35, 34)
+_MAX_LINE_BYTES = _PIPE_BYTES = 1 << 20  # Source: pipe(7), the largest pipe without privileges
+_READY_POLL_S = 0.05
+_GRACE_S = 2.0  # on top of the drain limit, for a child to say that it reached it, and to leave
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _STABLE_AFTER_S = 1.0, 30.0, 60.0
+_EARLY_S, _MAX_EARLY_ENDS = 10.0, 3
+_PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Child:
+    """A process to keep running.
+
+    Attributes:
+        name: what its log lines start with, e.g. `cpu-1`.
+        command: program and arguments.
+        environment: variables, added to the parent's.
+        stage: lower ones start first and stop last.
+        is_ready: the next stage waits until it says yes; asked every 50 ms, it must answer fast.
+    """
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    stage: int
+    is_ready: Callable[[], bool] | None = None
+
+
+class StackEndedError(Exception):
+    """A signal, or a child that cannot be kept running, ended the stack; nothing runs any more."""
+
+    def __init__(self, exit_code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
+def write_line(line: str) -> None:
+    """Write `line` to stdout at once."""
+    # The reader of `penstock up | head` may be gone; the children go on.
+    with suppress(BrokenPipeError):
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+class Supervisor:
+    """Runs children until SIGINT or SIGTERM comes, or one of them cannot be kept running.
+
+    A child that ends by itself is started again, after 1 s at first and 30 s at most. It ends the
+    stack when it exits with `os.EX_CONFIG` (starting it again changes nothing), or three times in a
+    row within 10 s. SIGINT or SIGTERM drains: SIGTERM to the children, highest stage first, SIGKILL
+    to what a stage has left after its limit. SIGINT while that goes on is SIGKILL to all at once;
+    SIGTERM is not, for `timeout` and some process managers send it twice.
+
+    Each child leads a session, so a terminal's Ctrl-C reaches the parent alone; what is left of its
+    process group when it ends is killed. On Linux the kernel sends a child SIGTERM when the parent
+    dies, also of SIGKILL; not to the child's own children. On other systems children outlive a
+    parent that was killed, or whose terminal was closed.
+
+    Works in the main thread only: signals and the kernel's promise are tied to it.
+    """
+
+    def __init__(
+        self, children: Sequence[Child], *, drain_s: float, write: Callable[[str], None] = write_line
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            children: what to run.
+            drain_s: how long each stage may take to end after SIGTERM; 2 s are added.
+            write: takes each line, complete with its prefix.
+        """
+        self._limit_s, self._write = drain_s + _GRACE_S, write
+        colours = itertools.cycle(_ANSI_COLOURS if _paints() else (None,))
+        self._processes = [
+            _Process(child, _prefixed(child.name, colour, write))
+            for child, colour in zip(children, colours, strict=False)
+        ]
+        self._stopping = asyncio.Event()
+        self._end: StackEndedError | None = None
+        self._block: asyncio.Task[object] | None = None
+
+    async def run(self, stop: asyncio.Event | None = None) -> int:
+        """Run the children until a signal comes or `stop` is set; return the exit code."""
+        try:
+            async with self.running():
+                await (stop or asyncio.Event()).wait()
+        except StackEndedError as end:
+            return end.exit_code
+        return 0
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the children while the block runs; none is left when the block is.
+
+        Raises:
+            StackEndedError: a signal or a hopeless child cancelled the block.
+        """
+        self._block = asyncio.current_task()
+        try:
+            with self._signals():
+                try:
+                    await self._start_all()
+                    yield
+                finally:
+                    await self._stop_all()
+        except asyncio.CancelledError:
+            if self._end is None or (self._block and self._block.uncancel()):  # someone else did it
+                raise
+            raise self._end from None
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        loop.add_signal_handler(signal.SIGINT, self._interrupted)
+        loop.add_signal_handler(signal.SIGTERM, self._end_block, 0, "stopping")
+        try:
+            yield
+        finally:
+            for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def _reap(self) -> None:
+        for process in self._processes:
+            process.reap()
+
+    def _interrupted(self) -> None:
+        if self._stopping.is_set():
+            self._kill_all()
+        else:
+            self._end_block(0, "stopping; Ctrl-C again stops without draining")
+
+    def _end_block(self, exit_code: int, reason: str) -> None:
+        if self._stopping.is_set() or self._block is None:
+            return
+        self._stopping.set()
+        self._say(reason)
+        self._end = StackEndedError(exit_code, reason)
+        self._block.cancel()
+
+    async def _start_all(self) -> None:
+        for stage in self._stages():
+            for process in stage:
+                process.keeper = asyncio.create_task(self._keep(process))
+            for process in stage:
+                while process.child.is_ready and not process.child.is_ready():
+                    await asyncio.sleep(_READY_POLL_S)
+
+    async def _keep(self, process: "_Process") -> None:
+        name, pause_s, n_early_ends = process.child.name, 0.0, 0
+        while not self._stopping.is_set():
+            try:
+                returncode, lived_s = await process.live()
+            except OSError as error:
+                return self._end_block(1, f"{name} cannot be started: {error}")
+            if self._stopping.is_set():
+                return None
+            ended = f"{name} ended with {_describe(returncode)} after {lived_s:.1f} s"
+            n_early_ends = n_early_ends + 1 if lived_s < _EARLY_S else 0
+            if returncode == os.EX_CONFIG:
+                return self._end_block(1, f"{ended}: its configuration or model cannot be used")
+            if n_early_ends == _MAX_EARLY_ENDS:
+                return self._end_block(1, f"{ended}, {n_early_ends} times in a row: giving it up")
+            pause_s = _next_pause_s(pause_s, lived_s)
+            self._say(f"{ended}; starting it again in {pause_s:g} s")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause_s)
+        return None
+
+    async def _stop_all(self) -> None:
+        self._stopping.set()
+        try:
+            for stage in reversed(self._stages()):
+                await self._stop_stage(stage)
+        except asyncio.CancelledError:
+            self._kill_all()
+            await asyncio.wait([process.keeper for process in self._processes if process.keeper])
+            raise
+
+    async def _stop_stage(self, stage: Sequence["_Process"]) -> None:
+        keepers = {process.keeper: process for process in stage if process.keeper}
+        if not keepers:  # stopped before it was started
+            return
+        for process in stage:
+            process.terminate()
+        _, late = await asyncio.wait(keepers, timeout=self._limit_s)
+        for keeper in late:
+            self._say(f"{keepers[keeper].child.name} did not end within {self._limit_s:g} s: killing it")
+            keepers[keeper].kill()
+        if late:
+            await asyncio.wait(late)
+
+    def _kill_all(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+    def _stages(self) -> list[list["_Process"]]:
+        numbers = sorted({process.child.stage for process in self._processes})
+        return [[p for p in self._processes if p.child.stage == number] for number in numbers]
+
+    def _say(self, text: str) -> None:
+        self._write(f"penstock | {text}")
+
+
+class _Process:
+    """A child's process group, one life after the other.
+
+    Attributes:
+        child: what is run.
+        keeper: the task that starts it, and starts it again; None before its stage is started.
+    """
+
+    def __init__(self, child: Child, write: Callable[[bytes], None]) -> None:
+        self.child, self._write = child, write
+        self.keeper: asyncio.Task[None] | None = None
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._output: _Output
+        self._ended: asyncio.Future[int]
+
+    async def live(self) -> tuple[int, float]:
+        """Run once; return the exit code, or minus the signal, and how long it lived, seconds."""
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        self._ended = loop.create_future()
+        # Not asyncio's own subprocesses: Python 3.11 gives each a thread, and a thread's lock, held at the
+        # fork, is what makes `preexec_fn` unsafe. Here only the main thread runs.
+        self._popen = subprocess.Popen(  # noqa: S603  # the command is our caller's
+            self.child.command,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.child.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,  # one pipe keeps their order
+            bufsize=0,
+            start_new_session=True,
+            preexec_fn=_tie_to_parent(),
+        )
+        assert self._popen.stdout is not None
+        self._output = _Output(self._popen.stdout, self._write)
+        return await self._ended, loop.time() - started_s
+
+    def reap(self) -> None:
+        """See whether it has ended, and if so, what it leaves behind."""
+        if self._popen is None or self._ended.done() or (returncode := self._popen.poll()) is None:
+            return
+        self.kill()
+        self._output.close()
+        self._ended.set_result(returncode)
+
+    def terminate(self) -> None:
+        if self._popen:
+            self._popen.terminate()
+
+    def kill(self) -> None:
+        # The group may be empty; macOS calls one of zombies a lack of permission.
+        if self._popen and not self._ended.done():
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._popen.pid, signal.SIGKILL)
+
+
+class _Output:
+    """Cuts what comes out of a pipe into lines."""
+
+    def __init__(self, pipe: IO[bytes], write: Callable[[bytes], None]) -> None:
+        self._pipe, self._write, self._partial = pipe, write, b""
+        os.set_blocking(pipe.fileno(), False)
+        asyncio.get_running_loop().add_reader(pipe, self._read)
+
+    def close(self) -> None:
+        """Write what is left, a line without an end too."""
+        if self._pipe.closed:
+            return
+        asyncio.get_running_loop().remove_reader(self._pipe)
+        # One read, not until the end: a daemon that left the group may hold the pipe for ever.
+        self._take(self._pipe.read(_PIPE_BYTES) or b"")
+        self._pipe.close()
+        if self._partial:
+            self._write(self._partial)
+
+    def _read(self) -> None:
+        chunk = self._pipe.read(_PIPE_BYTES)
+        if chunk == b"":
+            self.close()
+        elif chunk:  # None: nothing there after all
+            self._take(chunk)
+
+    def _take(self, chunk: bytes) -> None:
+        *lines, self._partial = (self._partial + chunk).split(b"\n")
+        if len(self._partial) > _MAX_LINE_BYTES:
+            lines, self._partial = [*lines, self._partial], b""
+        for line in lines:
+            self._write(line)
+
+
+def _tie_to_parent() -> Callable[[], None] | None:
+    """Return what a child runs between fork and exec, so that the kernel ends it with its parent."""
+    if sys.platform != "linux":
+        return None
+    # Looked up before the fork, after which as little as possible should happen. The kernel watches
+    # the parent's thread that forked.
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+    prctl.argtypes = (ctypes.c_int, ctypes.c_ulong)
+
+    def tie() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the kernel was asked
+            os._exit(os.EX_UNAVAILABLE)
+
+    return tie
+
+
+def _next_pause_s(pause_s: float, lived_s: float) -> float:
+    if lived_s >= _STABLE_AFTER_S:
+        return _FIRST_PAUSE_S
+    return min(max(2 * pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+
+
+def _describe(returncode: int) -> str:
+    if returncode >= 0:
+        return f"exit code {returncode}"
+    return f"signal {-returncode} ({signal.strsignal(-returncode)})"
+
+
+def _paints() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _prefixed(name: str, colour: int | None, write: Callable[[str], None]) -> Callable[[bytes], None]:
+    prefix = f"{name} | " if colour is None else f"\x1b[{colour}m{name} |\x1b[0m "
+    return lambda line: write(prefix + line.decode("utf-8", "backslashreplace"))
