@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from penstock_workers.local_redis import free_port, local_redis_command, wait_until_ready
 from tests.eventually import eventually
@@ -19,7 +20,7 @@ class Server:
 
     def __init__(self, port: int, password: str | None = None) -> None:
         self.port, self.password = port, password
-        user = f":{password}@" if password else ""
+        user = f":{quote(password, safe='')}@" if password else ""
         self.broker_url = f"redis://{user}127.0.0.1:{port}/0"
         self.results_url = f"redis://{user}127.0.0.1:{port}/1"
 
@@ -59,8 +60,6 @@ class WorkerProcess:
             **os.environ,
             "PENSTOCK_CONFIG": str(self.config),
             "PENSTOCK_WORKER__HEARTBEAT_FILE": str(self.heartbeat_file),
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
             "NO_COLOR": "1",
             **(environment or {}),
         }

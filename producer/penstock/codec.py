@@ -140,7 +140,9 @@ def encode_meta(meta: Any) -> bytes:
             return {"__record__": type(value).__name__, **record}
         raise TypeError(f"{type(value).__name__} objects are not sent")
 
-    header = json.dumps(meta, default=default, ensure_ascii=False, separators=(",", ":")).encode()
+    # A lone surrogate, in what an error quotes, must not cost the caller his error.
+    text = json.dumps(meta, default=default, ensure_ascii=False, separators=(",", ":"))
+    header = text.encode(errors="replace")
     header += b" " * (-(PREAMBLE.size + len(header)) % ALIGNMENT)
     n_bytes = PREAMBLE.size + len(header) + sum(_padded(array.nbytes) for array in arrays)
     if n_bytes > MAX_RESULT_BYTES:
@@ -183,9 +185,12 @@ def decode_meta(payload: bytes) -> Any:
 
     try:
         # Objects are built innermost first and in the order of the text, which is the arrays' order.
-        return json.loads(payload[PREAMBLE.size : start], object_hook=build)
+        meta = json.loads(payload[PREAMBLE.size : start], object_hook=build)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ResultDecodeError(f"{type(error).__name__} in its header") from error
+    if start != len(payload):
+        raise ResultDecodeError(f"{len(payload)} bytes, its header describes {start}")
+    return meta
 
 
 def decode_outcome(job_id: str, payload: bytes) -> Outcome:
@@ -198,9 +203,12 @@ def decode_outcome(job_id: str, payload: bytes) -> Outcome:
     if not isinstance(meta, dict) or "status" not in meta:
         raise ResultDecodeError("it holds no result record")
     if meta["status"] == "SUCCESS":
-        if not isinstance(meta.get("result"), Result):
+        result = meta.get("result")
+        if not isinstance(result, Result):
             raise ResultDecodeError("the result is of another task")
-        return Outcome(status="SUCCESS", result=meta["result"])
+        if isinstance(result, EmbedResult) and not isinstance(result.vectors, np.ndarray):
+            raise ResultDecodeError("its vectors are no array")
+        return Outcome(status="SUCCESS", result=result)
     if meta["status"] == "REVOKED":
         return Outcome(status="REVOKED", error=JobCancelledError(job_id))
     failure = meta.get("result")

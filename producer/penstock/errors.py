@@ -320,7 +320,11 @@ def error_classes(root: type[PenstockError] = PenstockError) -> Iterator[type[Pe
 def rebuild_error(name: str, args: Sequence[object]) -> PenstockError:
     """Build an error from its class name and arguments; an unknown one becomes a `WorkerError`."""
     found = {cls.__name__: cls for cls in error_classes()}.get(name)
-    try:
-        return found(*args) if found else WorkerError(f"{name}: {', '.join(map(str, args))}")
-    except TypeError:  # another version's fields
-        return WorkerError(f"{name}: {', '.join(map(str, args))}")
+    if found is not None:
+        try:
+            error = found(*args)
+            str(error)
+            return error
+        except (TypeError, ValueError):
+            pass  # another version's fields
+    return WorkerError(f"{name}: {', '.join(map(str, args))}")

@@ -170,7 +170,10 @@ def locate_results(broker_url: str, announced: str) -> str:
 
 def mask_url(url: str) -> str:
     """Return `url` without its password."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(not a URL)"  # whatever it holds, it may hold a password
     if not parts.password:
         return url
     host = parts.netloc.rpartition("@")[2]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from penstock.errors import (
@@ -20,7 +20,7 @@ from penstock.errors import (
     RequestTooLargeError,
 )
 
-VERSION: Literal[1] = 1
+VERSION = 1
 MAX_TEXT_BYTES = 1 << 20
 """One text or prompt, in UTF-8."""
 MAX_REQUEST_BYTES = 16 << 20
@@ -74,9 +74,9 @@ class GenerationOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     max_new_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
-    context_window: int | None = Field(default=None, ge=16)
+    context_window: int | None = Field(default=None, ge=16, lt=1 << 31)
     temperature: float | None = Field(default=None, ge=0, le=2)
-    top_k: int | None = Field(default=None, ge=0)
+    top_k: int | None = Field(default=None, ge=0, lt=1 << 31)
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0, le=10)
@@ -101,10 +101,17 @@ class GenerationOptions(BaseModel):
 class _Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    version: Literal[1] = VERSION
+    version: int = VERSION
     model: str = Field(min_length=1, max_length=200)
     sent_at: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     deadline: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+    @field_validator("version")
+    @classmethod
+    def _is_known(cls, version: int) -> int:
+        if version != VERSION:
+            raise InvalidMessageError(f"version {version}; version {VERSION} is read here")
+        return version
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Self:
@@ -150,6 +157,12 @@ class EmbedRequest(_Request):
         _check_bytes(texts)
         return texts
 
+    @field_validator("prompt", "prompt_name")
+    @classmethod
+    def _can_be_sent(cls, text: str | None) -> str | None:
+        _check_bytes([text] if text else [])
+        return text
+
     def summary(self) -> str:
         """Say how much is asked, without a word of it: for logs and Flower."""
         return f"{len(self.texts):,} texts, {sum(map(len, self.texts)):,} characters"
@@ -175,17 +188,10 @@ class GenerateRequest(_Request, GenerationOptions):
     def _take_lists_of_turns(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
 
-    @field_validator("history")
-    @classmethod
-    def _within_limits(cls, history: tuple[Message, ...]) -> tuple[Message, ...]:
-        _check_bytes([turn.content for turn in history])
-        return history
-
-    @field_validator("prompt", "system_prompt")
-    @classmethod
-    def _text_within_limits(cls, text: str | None) -> str | None:
-        _check_bytes([text] if text else [])
-        return text
+    @model_validator(mode="after")
+    def _within_limits(self) -> Self:
+        _check_bytes([turn.content for turn in self.messages()])
+        return self
 
     def options(self) -> GenerationOptions:
         """Return the options this call set itself."""
@@ -235,12 +241,13 @@ def _explain(detail: ErrorDetails) -> PenstockError:
     if kind == "extra_forbidden":
         return InvalidOptionError(path, "set", "there is no option of that name")
     if name == "version":
-        return InvalidMessageError(f"version {detail['input']!r}; version {VERSION} is read here")
-    if name in ("texts", "prompt", "system_prompt", "history"):
+        return InvalidMessageError(f"version {detail['input']!r:.40}; version {VERSION} is read here")
+    if name in ("texts", "prompt", "system_prompt", "history", "prompt_name"):
         index = int(rest[0]) if rest and rest[0].isdigit() else 0
         problem = {
             "string_type": f"is a {type(detail['input']).__name__}, not a string",
             "string_too_short": "is empty",
+            "string_unicode": "holds a lone surrogate, which UTF-8 cannot carry",
             "list_type": f"came as a {type(detail['input']).__name__}: pass a list of strings",
         }.get(kind, detail["msg"])
         return InvalidTextError(index, problem if name != "history" else f"of history: {problem} ({path})")

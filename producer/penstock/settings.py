@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from penstock.errors import ConfigError
@@ -22,7 +23,7 @@ from penstock.request import GenerationOptions, PoolName, Task
 PREFIX = "PENSTOCK_"
 CONFIG_VARIABLE = "PENSTOCK_CONFIG"
 _SEPARATOR = "__"
-_MODEL_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]|_(?!_)){0,63}")
+_MODEL_NAME = re.compile(r"[a-z0-9]([a-z0-9-]|_(?!_)){0,63}")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -48,9 +49,13 @@ class RedisSettings(_Section):
     @field_validator("broker_url", "results_url")
     @classmethod
     def _is_redis(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("redis", "rediss") or not parts.hostname:
-            raise ValueError("a URL like redis://HOST:6379/0 or rediss://HOST:6379/0")
+        wanted = ValueError("a URL like redis://HOST:6379/0 or rediss://HOST:6379/0")
+        try:
+            parts = urlsplit(url)
+            if parts.scheme not in ("redis", "rediss") or not parts.hostname or parts.port == 0:
+                raise wanted
+        except ValueError:
+            raise wanted from None
         return url
 
     def with_password(self, url: str) -> str:
@@ -118,6 +123,13 @@ class ModelSettings(_Section):
     generation: GenerationOptions = GenerationOptions()
     """Options of calls that do not set their own."""
 
+    @field_validator("pools")
+    @classmethod
+    def _name_each_once(cls, pools: tuple[PoolName, ...]) -> tuple[PoolName, ...]:
+        if len(set(pools)) < len(pools):
+            raise ValueError("each pool once")
+        return pools
+
     @field_validator("generation", mode="before")
     @classmethod
     def _numbers_from_variables(cls, value: object) -> object:
@@ -171,11 +183,8 @@ class Settings(BaseSettings):
     @field_validator("models")
     @classmethod
     def _names_fit_queues(cls, models: dict[str, ModelSettings]) -> dict[str, ModelSettings]:
-        for name in models:
-            if not _MODEL_NAME.fullmatch(name):
-                raise ValueError(
-                    f"model name {name!r}: up to 64 of a-z 0-9 . - _ (no __), a letter or digit first"
-                )
+        if wrong := [name for name in models if not _MODEL_NAME.fullmatch(name)]:
+            raise ValueError(f"names {wrong}: up to 64 of a-z 0-9 - _, no __, a-z 0-9 first")
         return models
 
     @classmethod
@@ -217,41 +226,78 @@ class Loaded(NamedTuple):
 def load_settings(
     config: Path | None = None,
     *,
-    arguments: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, str] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Loaded:
     """Read file, variables and arguments, the later ones winning.
 
     Args:
         config: a TOML file; None takes `PENSTOCK_CONFIG`, and where that is not set, none.
-        arguments: nested values from a command line.
+        arguments: dotted key -> text from a command line; read as the variable of that key would be.
         environ: the process' environment.
 
     Raises:
         ConfigError: everything that is wrong, one line each: where, key, value, what is allowed.
     """
     path = config or (Path(environ[CONFIG_VARIABLE]) if environ.get(CONFIG_VARIABLE) else None)
-    problems = list(_misspelled(environ))
+    from_arguments = {variable_name(key): text for key, text in (arguments or {}).items()}
+    problems = [*_misspelled(environ), *_misspelled(from_arguments)]
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for origin, values in _sources(path, arguments or {}, environ):
+    for origin, values in _sources(path, from_arguments, environ):
         _merge(merged, values)
         for key, _ in flatten(values):
             origins[key] = variable_name(key) if origin == PREFIX else origin
     try:
         settings = Settings(**merged)
+        settings.redis.with_password(settings.redis.broker_url)
     except ValidationError as error:
-        for detail in error.errors(include_url=False):
-            key = ".".join(map(str, detail["loc"]))
-            origin = next((o for k, o in origins.items() if k == key or k.startswith(key + ".")), "defaults")
-            if detail["type"] == "extra_forbidden" and origin.startswith(PREFIX):
-                continue  # told above, with the setting that may be meant
-            value = "" if "password" in key else f" = {mask_url(str(detail['input']))[:80]!r}"
-            problems.append(f"{origin}: {key}{value}: {detail['msg'].removeprefix('Value error, ')}")
-        raise ConfigError(problems) from None
+        raise ConfigError([*problems, *_explain(error, origins)]) from None
+    except OSError as error:
+        problems.append(f"{origins['redis.password_file']}: redis.password_file: {error}")
     if problems:
         raise ConfigError(problems)
     return Loaded(settings, origins)
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> Iterator[str]:
+    details = error.errors(include_url=False)
+    for detail in details:
+        key = ".".join(map(str, detail["loc"]))
+        origin = _origin(key, origins)
+        if detail["type"] == "extra_forbidden" and not origin.endswith(".toml") and origin != "default":
+            continue  # told as a misspelled variable, with the setting that may be meant
+        if detail["type"] == "too_short" and any(len(d["loc"]) > len(detail["loc"]) for d in details):
+            continue  # pydantic counts the items that were right
+        yield f"{origin}: {key}{_quote(key, detail['type'], detail['input'])}: {_plain(detail['msg'])}"
+
+
+def _origin(key: str, origins: Mapping[str, str]) -> str:
+    """Return where a value came from: its own entry, one below it, or the nearest beside it."""
+    while key:
+        for known, origin in origins.items():
+            if known == key or known.startswith(f"{key}."):
+                return origin
+        key = key.rpartition(".")[0]
+    return "default"
+
+
+def _quote(key: str, kind: str, value: object) -> str:
+    # Only what is known to be no secret: a password may stand under a misspelled key, or in half a URL.
+    if (
+        kind in ("extra_forbidden", "missing")
+        or "password" in key
+        or not isinstance(value, str | int | float)
+    ):
+        return ""
+    if key.startswith("redis"):
+        text = mask_url(str(value)) if "://" in str(value) else ""
+        return f" = {text!r}" if text else ""
+    return f" = {str(value)[:80]!r}"
+
+
+def _plain(message: str) -> str:
+    return message.removeprefix("Value error, ")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -297,7 +343,7 @@ def _sample_section(path: str, section: _Section) -> Iterator[str]:
 
 
 def _sources(
-    path: Path | None, arguments: Mapping[str, Any], environ: Mapping[str, str]
+    path: Path | None, arguments: Mapping[str, str], environ: Mapping[str, str]
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if path is not None:
         try:
@@ -305,13 +351,19 @@ def _sources(
         except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
             raise ConfigError([f"{path}: {error}"]) from None
     yield PREFIX, _from_environment(environ)
-    yield "argument", arguments
+    yield "argument", _from_environment(arguments)
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     class Source(EnvSettingsSource):
         def _load_env_vars(self) -> Mapping[str, str | None]:
             return {name.lower(): value for name, value in environ.items() if value != ""}
+
+        def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+            try:
+                return super().decode_complex_value(field_name, field, value)
+            except ValueError:  # no JSON: refused below with its key, where text is not what is wanted
+                return value
 
     return Source(Settings)()
 
@@ -321,6 +373,9 @@ def _misspelled(environ: Mapping[str, str]) -> Iterator[str]:
         if variable.startswith(PREFIX) and variable != CONFIG_VARIABLE:
             words = variable.removeprefix(PREFIX).lower().split(_SEPARATOR)
             if known := _unknown_word(Settings, words):
+                if not known[0]:
+                    yield f"{variable}: a section; set one of {', '.join(known[1]).upper()} in it"
+                    continue
                 near = difflib.get_close_matches(known[0], known[1], n=1)
                 hint = f"; is {near[0].upper()} meant?" if near else f"; known: {', '.join(known[1]).upper()}"
                 yield f"{variable}: no setting {known[0].upper()}{hint}"

@@ -20,7 +20,8 @@ PLAIN_CELERY = """
 import sys
 from celery import Celery
 app = Celery(broker=sys.argv[1])
-sent = app.send_task("penstock.embed", kwargs={"model": "minilm", "texts": ["plain celery"]}, queue="cpu.minilm")
+texts = {"model": "minilm", "texts": ["plain celery"]}
+sent = app.send_task("penstock.embed", kwargs=texts, queue="cpu.minilm")
 print(sent.id)
 assert not [name for name in sys.modules if name.startswith("penstock")]
 """

@@ -129,6 +129,7 @@ class Batcher(Generic[I, A]):
         self.name = name
         self._run, self._cut = run, cut
         self._waiting: deque[tuple[Work[I, A], int]] = deque()
+        self._running: list[tuple[Work[I, A], int]] = []
         self._changed = threading.Condition()
         self._busy_since: float | None = None
         self._death: BaseException | None = None
@@ -165,7 +166,7 @@ class Batcher(Generic[I, A]):
     def _live(self) -> None:
         try:
             while True:
-                batch = self._take()
+                self._running = batch = self._take()
                 self._busy_since = started = time.perf_counter()
                 self._compute(batch)
                 self._busy_since = None
@@ -175,7 +176,7 @@ class Batcher(Generic[I, A]):
             logger.critical("model thread ended", extra={"model": self.name}, exc_info=True)
             with self._changed:
                 self._death = death
-                for work, _ in self._waiting:
+                for work, _ in (*self._running, *self._waiting):
                     work.fail(EngineError(self.name, "its model thread has ended"))
                 self._waiting.clear()
 
@@ -205,6 +206,9 @@ class Batcher(Generic[I, A]):
 
     def _compute(self, batch: list[tuple[Work[I, A], int]]) -> None:
         """Compute a batch; one that fails is halved until the item that fails is alone."""
+        batch = [entry for entry in batch if not entry[0].is_over]
+        if not batch:
+            return
         for work, _ in batch:
             work.start()
         left = dict(enumerate(batch))
@@ -225,6 +229,9 @@ class Batcher(Generic[I, A]):
             )
             for half in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
                 self._compute(half)
+            return
+        for work, _ in left.values():
+            work.fail(EngineError(self.name, "it gave no answer for an item"))
 
     def _explain(self, error: Exception) -> PenstockError:
         if isinstance(error, PenstockError):

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, cast
@@ -32,17 +31,11 @@ class Deployment:
     """The configuration a command was started with."""
 
     def __init__(self, config: Path | None, assignments: tuple[str, ...]) -> None:
+        arguments = dict(_split(assignment) for assignment in assignments)
         self.config = config
-        pairs = [_split(assignment) for assignment in assignments]
-        self.environment = {variable_name(key): text for key, text in pairs}
-        arguments: dict[str, Any] = {}
-        for key, text in pairs:
-            *path, name = key.split(".")
-            section = arguments
-            for word in path:
-                section = section.setdefault(word, {})
-            section[name] = _value(text)
         self.loaded: Loaded = load_settings(config, arguments=arguments)
+        # Children read the same texts as variables.
+        self.environment = {variable_name(key): text for key, text in arguments.items()}
 
 
 def _split(assignment: str) -> tuple[str, str]:
@@ -52,16 +45,13 @@ def _split(assignment: str) -> tuple[str, str]:
     return key, text
 
 
-def _value(text: str) -> object:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:  # a string without its quotes
-        return text
-
-
 def _deployment(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option(
-        "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override one value; repeatable."
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Set a value as its variable would; repeatable.",
     )(command)
     return click.option(
         "--config",

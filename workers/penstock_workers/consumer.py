@@ -119,9 +119,10 @@ def summarize(kwargs: dict[str, Any]) -> str:
     if "texts" in kwargs:
         n_texts = len(texts) if isinstance(texts, list) else 1
         return f"{n_texts:,} texts, {_characters(texts):,} characters"
-    turns = kwargs.get("history") or []
-    n_turns = 1 + bool(kwargs.get("system_prompt")) + (len(turns) if isinstance(turns, list) else 0)
-    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if n_turns > 1 else []
+    history = kwargs.get("history")
+    turns = history if isinstance(history, list) else []
+    n_turns = 1 + bool(kwargs.get("system_prompt")) + len(turns)
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
     n_characters = _characters([kwargs.get("prompt"), kwargs.get("system_prompt"), *contents])
     return f"{n_turns:,} turns, {n_characters:,} characters"
 

@@ -109,11 +109,14 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
     def start(self, worker: Any) -> None:
         """Load the models; the process ends if one cannot be loaded."""
         del worker
+        pool = getattr(self._settings.pools, self._pool)
+        # OpenMP and the tokenizers take all cores unless they are told before they load.
+        os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(pool.threads)
+        os.environ["TOKENIZERS_PARALLELISM"] = "true" if pool.threads > 1 else "false"
         # torch, and the file that knows it, load here: the app itself imports without.
         from penstock_workers.engines.device import choose_device, limit_threads
 
         with _or_exit():
-            pool = getattr(self._settings.pools, self._pool)
             limit_threads(pool.threads)
             device = choose_device(self._pool, pool.device)
             self._heartbeat = Heartbeat(self._settings, self._serving, self._pool, str(device), self._names)
@@ -182,6 +185,7 @@ class Heartbeat(threading.Thread):
         """Take the process out of the registry, and its file away."""
         self._stopping.set()
         self._wake.set()
+        self.join(HEARTBEAT_S + 10)  # a beat that is under way would put the file and the entry back
         if self._settings.worker.heartbeat_file is not None:
             self._settings.worker.heartbeat_file.unlink(missing_ok=True)
         try:

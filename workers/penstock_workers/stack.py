@@ -122,22 +122,13 @@ def _workers(settings: Settings, variables: Mapping[str, str]) -> list[Child]:
         Child(
             name=f"{pool}-{number}",
             command=worker_command(settings, worker_queues(settings, pool), f"{pool}-{number}"),
-            environment={**_thread_limits(getattr(settings.pools, pool).threads), **variables},
+            environment=variables,
             stage=1,
         )
         for pool in pools
         if any(pool in model.pools for model in settings.models.values())
         for number in range(1, getattr(settings.pools, pool).processes + 1)
     ]
-
-
-def _thread_limits(n_threads: int) -> dict[str, str]:
-    # Read by OpenMP and the tokenizers when they load, before torch can be told.
-    return {
-        "OMP_NUM_THREADS": str(n_threads),
-        "RAYON_NUM_THREADS": str(n_threads),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
 
 
 def _flower(settings: Settings, variables: Mapping[str, str]) -> list[Child]:

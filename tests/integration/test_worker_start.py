@@ -1,0 +1,186 @@
+"""A worker that cannot do its work does not start: a non-zero code and one clear line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from penstock_workers.bundled import bundled_folder
+from penstock_workers.lifecycle import EXIT_CONFIG
+from tests.deployment import BUNDLED, ROOT, Server, WorkerProcess
+from tests.eventually import eventually
+
+MODEL = '[models.broken]\ntask = "embed"\nsource = "{}"\n'
+
+
+def missing(folder: Path) -> str:
+    return MODEL.format(folder / "nowhere")
+
+
+def empty(folder: Path) -> str:
+    (folder / "empty").mkdir()
+    return MODEL.format(folder / "empty")
+
+
+def truncated(folder: Path) -> str:
+    shutil.copytree(bundled_folder("minilm"), folder / "truncated")
+    weights = next((folder / "truncated").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    return MODEL.format(folder / "truncated")
+
+
+def remote_code(folder: Path) -> str:
+    target = folder / "remote"
+    shutil.copytree(bundled_folder("minilm"), target)
+    config = json.loads((target / "config.json").read_text())
+    config |= {
+        "model_type": "surprise",
+        "auto_map": {"AutoConfig": "surprise.Config", "AutoModel": "surprise.Model"},
+    }
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "surprise.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    return MODEL.format(target)
+
+
+def not_there(folder: Path) -> str:
+    return MODEL.format("bundled:gigantic")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (missing, "does not exist"),
+        (empty, "is empty"),
+        (truncated, "broken"),
+        (remote_code, "needs Python code of its own"),
+        (not_there, "is not one of bundled:minilm"),
+    ],
+)
+def test_a_model_that_does_not_load_ends_the_worker(
+    server: Server, tmp_path: Path, make: Callable[[Path], str], reason: str
+) -> None:
+    """The worker ends before it takes a job, and says why in one line without a traceback."""
+    worker = WorkerProcess(tmp_path, server, toml=make(tmp_path), queues="cpu.broken")
+
+    code = worker.wait()
+
+    critical = [line for line in worker.log.splitlines() if "CRITICAL" in line]
+    assert code == EXIT_CONFIG, worker.log
+    assert len(critical) == 1
+    assert "model 'broken' cannot be loaded" in critical[0]
+    assert reason in critical[0]
+    assert "Traceback" not in worker.log
+    assert "ready." not in worker.log
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("queues", "options", "environment", "reason"),
+    [
+        ("cpu.nope", (), {}, "queue 'cpu.nope' is of no model; queues: cpu.chat, cpu.minilm"),
+        ("cpu.minilm", ("-P", "prefork"), {}, "pool prefork is refused: a forked child cannot use CUDA"),
+        ("cpu.minilm", ("-P", "solo"), {}, "pool solo is refused"),
+        ("cpu.minilm", (), {"PENSTOCK_POOLS__CPU__PROCESES": "3"}, "is PROCESSES meant?"),
+        ("cpu.minilm", (), {"PENSTOCK_CONFIG": "/nowhere.toml"}, "/nowhere.toml"),
+        ("gpu.minilm,cpu.chat", (), {"PENSTOCK_MODELS__MINILM__POOLS": '["gpu"]'}, "queues of two pools"),
+    ],
+)
+def test_a_wrong_start_is_refused(
+    server: Server,
+    tmp_path: Path,
+    queues: str,
+    options: tuple[str, ...],
+    environment: dict[str, str],
+    reason: str,
+) -> None:
+    """Unknown queues, pools that fork, misspelled settings: refused at once, with what is allowed."""
+    worker = WorkerProcess(
+        tmp_path, server, toml=BUNDLED, queues=queues, options=options, environment=environment
+    )
+
+    code = worker.wait()
+
+    assert code == EXIT_CONFIG, worker.log
+    assert reason in worker.log
+    assert "Traceback" not in worker.log
+
+
+def test_a_gpu_pool_without_a_gpu_is_refused(server: Server, tmp_path: Path) -> None:
+    """Pool `gpu` never falls back to a processor by itself."""
+    toml = BUNDLED.replace('source = "bundled:minilm"', 'source = "bundled:minilm"\npools = ["gpu"]')
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    worker = WorkerProcess(tmp_path, server, toml=toml, queues="gpu.minilm", environment=hidden)
+
+    code = worker.wait()
+
+    assert code == EXIT_CONFIG, worker.log
+    assert "neither CUDA nor MPS" in worker.log
+    assert 'pools.gpu.device = "cpu"' in worker.log
+
+
+def test_a_gpu_pool_on_a_processor_serves_its_queues(server: Server, tmp_path: Path) -> None:
+    """With `device = "cpu"` the GPU pool's routing can be tried without a card."""
+    toml = '[pools.gpu]\ndevice = "cpu"\n' + MODEL.format("bundled:minilm").replace("broken", "onlygpu")
+    toml += 'pools = ["gpu"]\n'
+    worker = WorkerProcess(tmp_path, server, toml=toml, queues="gpu.onlygpu")
+    try:
+        worker.wait_until_ready()
+        from penstock import Client
+
+        with Client(server.broker_url) as client:
+            assert client.embed(["a"], model="onlygpu", timeout_s=30).shape == (1, 384)
+    finally:
+        worker.stop()
+
+
+def test_only_the_models_of_the_queues_are_loaded(server: Server, tmp_path: Path) -> None:
+    """`-Q cpu.chat` loads the chat model alone, before `ready`, and SIGTERM ends it with 0."""
+    worker = WorkerProcess(tmp_path, server, toml=BUNDLED, queues="cpu.chat")
+    try:
+        worker.wait_until_ready()
+        eventually(lambda: "ready." in worker.log)
+        lines = worker.log.splitlines()
+        loaded = next(i for i, line in enumerate(lines) if "model chat loaded" in line)
+        ready = next(i for i, line in enumerate(lines) if line.endswith("ready."))
+
+        worker.process.terminate()
+        code = worker.wait(30)
+
+        assert loaded < ready
+        assert "minilm" not in "".join(line for line in lines if "loaded" in line)
+        assert code == 0
+        assert not worker.heartbeat_file.exists()
+    finally:
+        worker.stop()
+
+
+def test_the_short_form_is_the_same_worker(server: Server, tmp_path: Path) -> None:
+    """`penstock worker --pool cpu --model chat` takes the queue cpu.chat and nothing else."""
+    config = tmp_path / "short.toml"
+    config.write_text(
+        f'[redis]\nbroker_url = "{server.broker_url}"\nresults_url = "{server.results_url}"\n{BUNDLED}'
+    )
+    command = [str(Path(sys.executable).with_name("penstock")), "worker", "--pool", "cpu", "--model", "chat"]
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--config", str(config), "-c", "3"],
+            cwd=ROOT,
+            env={**os.environ, "NO_COLOR": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        eventually(lambda: "ready." in log.read_text(), within_s=60)
+
+        assert "cpu.chat" in log.read_text()
+        assert "cpu.minilm" not in log.read_text()
+        assert "concurrency: 3" in log.read_text()
+    finally:
+        process.terminate()
+        process.wait(30)

@@ -1,0 +1,426 @@
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from penstock.errors import DeadlineExceededError, EngineError, OutOfMemoryError, PenstockError
+from penstock_workers.batching import WINDOW_ITEMS, Batcher, Work, cut_by_count, cut_by_tokens
+from tests.eventually import eventually
+
+HELD_S = 5.0  # a test that forgets to release its model fails after this
+
+
+@dataclass(frozen=True)
+class Text:
+    """An item; its answer is its text in upper case."""
+
+    text: str
+    n_tokens: int = 1
+
+
+class FakeModel:
+    """Answers in upper case; can be held in the middle of a batch, and fails as it is told."""
+
+    def __init__(self, fails: Callable[[Sequence[Text]], BaseException | None] = lambda _: None) -> None:
+        self.batches: list[list[str]] = []
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self._fails = fails
+
+    def run(self, items: Sequence[Text]) -> Iterator[tuple[int, str | PenstockError] | None]:
+        """See `penstock_workers.batching.Run`; the answers come last first."""
+        self.batches.append([item.text for item in items])
+        self.go_on.wait(HELD_S)
+        if (error := self._fails(items)) is not None:
+            raise error
+        for index in reversed(range(len(items))):
+            yield index, items[index].text.upper()
+
+    def hold(self) -> None:
+        """Stop in the next batch until `go_on` is set."""
+        self.go_on.clear()
+
+
+def texts(words: str, n_tokens: int = 1) -> list[Text]:
+    """Return an item per word."""
+    return [Text(word, n_tokens) for word in words.split()]
+
+
+def answers(work: Work[Text, str]) -> list[str]:
+    """Return a job's answers, or raise its error, within a second or five."""
+    eventually(lambda: work.is_over)
+    return work.wait()
+
+
+def start(model: FakeModel, *, max_items: int = 64) -> Batcher[Text, str]:
+    """Return a batcher of that model."""
+    return Batcher("fake", model.run, cut_by_count(max_items))
+
+
+def start_busy(model: FakeModel, *, max_items: int = 64) -> tuple[Batcher[Text, str], Work[Text, str]]:
+    """Return a batcher whose model is held in a first batch, and that batch's job."""
+    model.hold()
+    batcher = start(model, max_items=max_items)
+    first = batcher.submit("first", texts("first"), None)
+    eventually(lambda: model.batches)
+    return batcher, first
+
+
+# Cutting
+
+
+def test_batches_by_tokens_hold_the_oldest_and_fit_and_are_alike() -> None:
+    """The oldest item always goes; the batch keeps its budget; no item outside is between those inside."""
+    rng = random.Random(5)
+    for _ in range(500):
+        lengths = [rng.randint(0, 300) for _ in range(rng.randint(1, 40))]
+        max_tokens = rng.randint(1, 2000)
+
+        chosen = cut_by_tokens(max_tokens)(lengths)
+
+        inside = [lengths[i] for i in chosen]
+        outside = [length for i, length in enumerate(lengths) if i not in set(chosen)]
+        assert 0 in chosen
+        assert len(set(chosen)) == len(chosen)
+        assert len(chosen) == 1 or max(inside) * len(inside) <= max_tokens
+        assert not any(min(inside) < length < max(inside) for length in outside)
+
+
+def test_batches_by_tokens_are_as_full_as_they_can_be() -> None:
+    """Nothing is left out that would have fitted."""
+    rng = random.Random(6)
+    for _ in range(500):
+        lengths = [rng.randint(1, 300) for _ in range(rng.randint(1, 40))]
+        max_tokens = rng.randint(1, 2000)
+
+        chosen = set(cut_by_tokens(max_tokens)(lengths))
+
+        longest = max(lengths[i] for i in chosen)
+        outside = [length for i, length in enumerate(lengths) if i not in chosen]
+        assert all(max(length, longest) * (len(chosen) + 1) > max_tokens for length in outside)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "chosen"),
+    [
+        ([5], 1, {0}),
+        ([500, 1, 1, 1], 100, {0}),
+        ([1, 500, 500], 100, {0}),
+        ([10, 10, 10, 10], 30, {0, 1, 2}),
+        ([10, 3, 10, 3], 20, {0, 2}),
+        ([0, 0, 0], 1, {0, 1, 2}),
+        ([2, 90, 2, 90, 2], 8, {0, 2, 4}),
+        ([50, 49, 51, 1], 160, {0, 1, 3}),
+    ],
+)
+def test_batches_by_tokens(lengths: list[int], max_tokens: int, chosen: set[int]) -> None:
+    """A long item goes alone, and short ones do not pay for it."""
+    assert set(cut_by_tokens(max_tokens)(lengths)) == chosen
+
+
+def test_batches_by_count_are_the_oldest() -> None:
+    """Generation takes its requests in the order they came."""
+    assert cut_by_count(3)([5, 1, 9, 1]) == [0, 1, 2]
+    assert cut_by_count(3)([5, 1]) == [0, 1]
+
+
+# Answering
+
+
+def test_job_is_answered_as_a_whole_and_in_order() -> None:
+    """Answers come in the order of the items, whatever order the model gave them in."""
+    batcher = start(FakeModel())
+
+    assert answers(batcher.submit("job", texts("a b c d"), None)) == ["A", "B", "C", "D"]
+
+
+def test_job_larger_than_a_batch_is_answered_as_a_whole() -> None:
+    """A job goes through in several batches; its caller sees one answer."""
+    model = FakeModel()
+    batcher = start(model, max_items=2)
+
+    work = batcher.submit("job", texts("a b c d e"), None)
+
+    assert answers(work) == ["A", "B", "C", "D", "E"]
+    assert model.batches == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_items_of_waiting_jobs_share_a_batch() -> None:
+    """What piles up while the model is busy is computed together."""
+    model = FakeModel()
+    batcher, first = start_busy(model)
+    jobs = [batcher.submit(f"job-{n}", texts(f"a{n} b{n}"), None) for n in range(3)]
+
+    model.go_on.set()
+
+    assert answers(first) == ["FIRST"]
+    assert [answers(job) for job in jobs] == [["A0", "B0"], ["A1", "B1"], ["A2", "B2"]]
+    assert model.batches == [["first"], ["a0", "b0", "a1", "b1", "a2", "b2"]]
+
+
+def test_idle_model_starts_at_once() -> None:
+    """A single item does not wait for company."""
+    model = FakeModel()
+    batcher = start(model)
+
+    for word in ("a", "b"):
+        assert answers(batcher.submit(word, texts(word), None)) == [word.upper()]
+
+    assert model.batches == [["a"], ["b"]]
+
+
+def test_every_item_is_computed_once() -> None:
+    """Jobs of any size and length, from many threads, are all answered, each item by one batch."""
+    rng = random.Random(7)
+    model = FakeModel()
+    batcher: Batcher[Text, str] = Batcher("fake", model.run, cut_by_tokens(400))
+    jobs: dict[str, list[Text]] = {
+        f"{n}": [Text(f"{n}-{i}", rng.randint(1, 500)) for i in range(rng.randint(0, 2 * WINDOW_ITEMS // 30))]
+        for n in range(60)
+    }
+    works: dict[str, Work[Text, str]] = {}
+
+    def submit(names: list[str]) -> None:
+        for name in names:
+            works[name] = batcher.submit(name, jobs[name], None)
+
+    senders = [threading.Thread(target=submit, args=([*jobs][n::3],)) for n in range(3)]
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join()
+
+    for name, items in jobs.items():
+        assert answers(works[name]) == [item.text.upper() for item in items]
+    computed = [text for batch in model.batches for text in batch]
+    assert sorted(computed) == sorted(item.text for items in jobs.values() for item in items)
+
+
+def test_window_is_the_oldest_items() -> None:
+    """With more waiting than the window holds, the oldest of them still goes into the next batch."""
+    model = FakeModel()
+    model.hold()
+    batcher: Batcher[Text, str] = Batcher("fake", model.run, cut_by_tokens(10_000))
+    first = batcher.submit("first", [Text("first", 1)], None)
+    eventually(lambda: model.batches)
+    long = batcher.submit("long", [Text("long", 9_999)], None)
+    short = batcher.submit("short", [Text(f"s{n}", 1) for n in range(2 * WINDOW_ITEMS)], None)
+
+    model.go_on.set()
+
+    assert answers(long) == ["LONG"]
+    assert len(answers(short)) == 2 * WINDOW_ITEMS
+    assert model.batches[1] == ["long"]
+    assert answers(first) == ["FIRST"]
+
+
+def test_empty_job_is_answered_at_once() -> None:
+    """A job without texts needs no model, not even a free one."""
+    model = FakeModel()
+    batcher, _ = start_busy(model)
+
+    assert batcher.submit("empty", [], None).wait() == []
+
+    model.go_on.set()
+    assert model.batches == [["first"]]
+
+
+def test_work_tells_its_times() -> None:
+    """Waiting for a batch and computing are told apart."""
+    model = FakeModel()
+    batcher, first = start_busy(model)
+    second = batcher.submit("second", texts("second"), None)
+    held = time.perf_counter()
+    eventually(lambda: time.perf_counter() - held > 0.1)
+
+    model.go_on.set()
+
+    assert answers(second) == ["SECOND"]
+    assert second.batched_s >= 0.1 > second.computed_s >= 0
+    assert first.computed_s >= 0.1
+    assert (eventually(lambda: batcher.tokens_per_s) or 0) > 0
+
+
+def test_speed_is_unknown_before_the_first_batch() -> None:
+    """No figure is made up."""
+    assert start(FakeModel()).tokens_per_s is None
+
+
+# Failing
+
+
+def fails_on(word: str, error: BaseException) -> Callable[[Sequence[Text]], BaseException | None]:
+    """Fail every batch that holds `word`."""
+    return lambda items: error if any(item.text == word for item in items) else None
+
+
+def test_failing_item_fails_its_job_only() -> None:
+    """The item that fails is found by halving; jobs that shared its batch get their answers."""
+    model = FakeModel(fails_on("bad", ValueError("bad words")))
+    batcher, _ = start_busy(model)
+    before = batcher.submit("before", texts("a b c"), None)
+    failing = batcher.submit("failing", texts("d bad e"), None)
+    after = batcher.submit("after", texts("f g"), None)
+
+    model.go_on.set()
+
+    assert answers(before) == ["A", "B", "C"]
+    assert answers(after) == ["F", "G"]
+    with pytest.raises(EngineError) as caught:
+        answers(failing)
+    assert str(caught.value) == "fake failed: ValueError in its forward pass"  # not the error's own text
+    assert answers(batcher.submit("next", texts("h"), None)) == ["H"]
+
+
+def test_error_of_ours_reaches_the_caller_unchanged() -> None:
+    """An engine that knows what is wrong says it in its own words."""
+    model = FakeModel(fails_on("bad", OutOfMemoryError("fake", 9)))
+    batcher = start(model)
+
+    with pytest.raises(OutOfMemoryError, match="9 tokens"):
+        answers(batcher.submit("job", texts("bad"), None))
+
+
+def test_error_as_an_answer_fails_its_job_only() -> None:
+    """A model can fail one item of a batch and answer the others, without computing twice."""
+    batches = []
+
+    def run(items: Sequence[Text]) -> Iterator[tuple[int, str | PenstockError] | None]:
+        batches.append(len(items))
+        for index, item in enumerate(items):
+            yield index, EngineError("fake", "no number") if item.text == "bad" else item.text
+
+    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_count(8))
+    failing = batcher.submit("failing", texts("bad a bad b"), None)
+
+    with pytest.raises(EngineError, match="no number"):
+        answers(failing)
+    assert answers(batcher.submit("next", texts("c"), None)) == ["c"]
+    assert batches[0] == 4
+
+
+def test_batch_that_does_not_fit_is_halved() -> None:
+    """Out of memory in a large batch costs time, not jobs."""
+    model = FakeModel(lambda items: RuntimeError("out of memory") if len(items) > 2 else None)
+    batcher, _ = start_busy(model)
+    jobs = [batcher.submit(f"{n}", texts(f"a{n} b{n}"), None) for n in range(4)]
+
+    model.go_on.set()
+
+    assert [answers(job) for job in jobs] == [[f"A{n}", f"B{n}"] for n in range(4)]
+    assert [len(batch) for batch in model.batches] == [1, 8, 4, 2, 2, 4, 2, 2]
+
+
+def test_answers_given_before_a_failure_stand() -> None:
+    """Only what a failed batch left open is computed again."""
+    runs: list[list[str]] = []
+
+    def run(items: Sequence[Text]) -> Iterator[tuple[int, str | PenstockError] | None]:
+        runs.append([item.text for item in items])
+        for index, item in enumerate(items):
+            if item.text == "c" and len(runs) == 1:
+                raise RuntimeError("once")
+            yield index, item.text.upper()
+
+    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_count(8))
+
+    assert answers(batcher.submit("job", texts("a b c d"), None)) == ["A", "B", "C", "D"]
+    assert runs == [["a", "b", "c", "d"], ["c"], ["d"]]
+
+
+@pytest.mark.parametrize("death", [SystemExit(1), KeyboardInterrupt(), GeneratorExit()], ids=repr)
+def test_dead_model_thread_fails_waiting_and_later_jobs(death: BaseException) -> None:
+    """Whatever ends the thread, nobody waits for an answer that cannot come."""
+    model = FakeModel(lambda _: death)
+    batcher, _ = start_busy(model, max_items=1)
+    waiting = [batcher.submit(f"{n}", texts("a b"), None) for n in range(3)]
+    assert not batcher.is_stalled(60)
+
+    model.go_on.set()
+
+    for work in waiting:
+        with pytest.raises(EngineError, match="its model thread has ended"):
+            answers(work)
+    with pytest.raises(EngineError, match="its model thread has ended"):
+        answers(batcher.submit("later", texts("c"), None))
+    assert batcher.is_stalled(60)
+    assert model.batches == [["first"]]
+
+
+# Deadlines
+
+
+def test_job_whose_deadline_passed_is_not_computed() -> None:
+    """A job nobody wants any more costs no forward pass."""
+    model = FakeModel()
+    batcher, _ = start_busy(model)
+    deadline = time.time() + 0.02
+    late = batcher.submit("late", texts("a b"), deadline)
+    in_time = batcher.submit("in time", texts("c"), deadline + 3600)
+    eventually(lambda: time.time() > deadline)
+
+    model.go_on.set()
+
+    with pytest.raises(DeadlineExceededError) as caught:
+        answers(late)
+    assert caught.value.job_id == "late"
+    assert caught.value.late_s > 0
+    assert answers(in_time) == ["C"]
+    assert model.batches == [["first"], ["c"]]
+
+
+def test_deadline_in_the_past_is_told_at_once() -> None:
+    """An idle model does not start on it either."""
+    model = FakeModel()
+    batcher = start(model)
+
+    with pytest.raises(DeadlineExceededError):
+        answers(batcher.submit("late", texts("a"), time.time() - 10))
+
+    assert model.batches == []
+
+
+# Signs of life
+
+
+def test_hanging_model_is_stalled() -> None:
+    """A forward pass that does not end shows, after the limit and not before."""
+    model = FakeModel()
+    batcher, first = start_busy(model)
+
+    assert not batcher.is_stalled(60)
+    assert eventually(lambda: batcher.is_stalled(0.02))
+
+    model.go_on.set()
+    assert answers(first) == ["FIRST"]
+    assert eventually(lambda: not batcher.is_stalled(0.0))
+
+
+def test_idle_model_is_not_stalled() -> None:
+    """Having nothing to do is no fault, however long it lasts."""
+    assert not start(FakeModel()).is_stalled(0.0)
+
+
+def test_signs_of_life_are_progress() -> None:
+    """A long answer is no hang as long as its tokens come."""
+    alive, done = threading.Event(), threading.Event()
+
+    def run(items: Sequence[Text]) -> Iterator[tuple[int, str | PenstockError] | None]:
+        alive.wait(HELD_S)
+        while not done.wait(0.002):
+            yield None
+        yield 0, items[0].text.upper()
+
+    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_count(1))
+    work = batcher.submit("job", texts("a"), None)
+    assert eventually(lambda: batcher.is_stalled(0.1))
+
+    alive.set()
+
+    assert eventually(lambda: not batcher.is_stalled(0.1))
+    assert not work.is_over
+    done.set()
+    assert answers(work) == ["A"]

@@ -1,0 +1,28 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "sentence_transformers")
+CELERY = ("celery", "kombu")
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("penstock", (*HEAVY, *CELERY, "penstock_workers")),
+        ("penstock_workers.celery", HEAVY),
+        ("penstock_workers.cli", (*HEAVY, *CELERY)),
+    ],
+)
+def test_import_stays_light(module: str, forbidden: tuple[str, ...]) -> None:
+    """Services pay for no torch and no Celery, and a worker loads torch with its first model."""
+    code = f"import sys, {module}; print(*sorted(sys.modules.keys() & {set(forbidden)!r}))"
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
+
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True, timeout=60
+    )
+
+    assert loaded.stdout.split() == []

@@ -1,0 +1,372 @@
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.errors import ConfigError
+from penstock.settings import (
+    Loaded,
+    Settings,
+    effective_values,
+    flatten,
+    load_settings,
+    sample_environment,
+    variable_name,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MODEL = '[models.minilm]\ntask = "embed"\nsource = "a/b"\n'
+
+
+def load(
+    tmp_path: Path, toml: str = "", *, arguments: Mapping[str, Any] | None = None, **variables: str
+) -> Loaded:
+    """Read a file of this content under variables without their prefix."""
+    config = tmp_path / "penstock.toml"
+    config.write_text(toml, encoding="utf-8")
+    environ = {f"PENSTOCK_{name}": value for name, value in variables.items()}
+    return load_settings(config, arguments=arguments, environ=environ)
+
+
+def problems(tmp_path: Path, toml: str = "", **variables: str) -> list[str]:
+    """Return all that is wrong, with the file's name in place of its path."""
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, toml, **variables)
+    return [line.replace(str(tmp_path / "penstock.toml"), "FILE") for line in caught.value.problems]
+
+
+def values(loaded: Loaded) -> dict[str, tuple[Any, str]]:
+    """Return value and origin by key."""
+    return {key: (value, origin) for key, value, origin in effective_values(loaded)}
+
+
+# Precedence
+
+
+def test_later_sources_win_and_are_named(tmp_path: Path) -> None:
+    """An argument wins over a variable, that over the file, that over the default; each is told."""
+    toml = "[worker]\njobs_in_flight = 2\nstall_s = 3.0\ndrain_s = 4.0\n"
+
+    loaded = load(
+        tmp_path,
+        toml,
+        arguments={"worker": {"jobs_in_flight": 20}},
+        WORKER__JOBS_IN_FLIGHT="200",
+        WORKER__STALL_S="300",
+    )
+
+    found = values(loaded)
+    assert found["worker.jobs_in_flight"] == (20, "argument")
+    assert found["worker.stall_s"] == (300.0, "PENSTOCK_WORKER__STALL_S")
+    assert found["worker.drain_s"] == (4.0, str(tmp_path / "penstock.toml"))
+    assert found["worker.log_level"] == ("info", "default")
+
+
+def test_nothing_given_is_all_defaults() -> None:
+    """The defaults suit a laptop and need no file."""
+    loaded = load_settings(environ={})
+
+    assert loaded.settings == Settings()
+    assert loaded.origins == {}
+    assert {origin for _, origin in values(loaded).values()} == {"default"}
+
+
+def test_variable_names_the_file(tmp_path: Path) -> None:
+    """`PENSTOCK_CONFIG` names the file where no argument does."""
+    first, second = tmp_path / "first.toml", tmp_path / "second.toml"
+    first.write_text("[flower]\nport = 1\n")
+    second.write_text("[flower]\nport = 2\n")
+    environ = {"PENSTOCK_CONFIG": str(first)}
+
+    assert load_settings(environ=environ).settings.flower.port == 1
+    assert load_settings(second, environ=environ).settings.flower.port == 2
+    assert load_settings(environ={"PENSTOCK_CONFIG": ""}).settings.flower.port == 5555
+
+
+def test_a_variable_changes_one_value_of_a_table(tmp_path: Path) -> None:
+    """What the file says of the same model, and of others, stays."""
+    toml = MODEL + '[models.chat]\ntask = "generate"\nsource = "c"\ngeneration = { top_k = 5, seed = 1 }\n'
+
+    loaded = load(tmp_path, toml, MODELS__CHAT__GENERATION__TOP_K="7", MODELS__MINILM__MAX_TEXTS="9")
+
+    chat, minilm = loaded.settings.models["chat"], loaded.settings.models["minilm"]
+    assert (chat.source, chat.generation.top_k, chat.generation.seed) == ("c", 7, 1)
+    assert (minilm.source, minilm.max_texts) == ("a/b", 9)
+
+
+def test_environment_of_others_is_ignored() -> None:
+    """Only our own prefix is read."""
+    loaded = load_settings(environ={"FLOWER_PORT": "1", "REDIS": "x", "PATH": "/bin", "PENSTOCK": "x"})
+
+    assert loaded.settings == Settings()
+
+
+# Variables
+
+
+def test_every_section_is_reached_by_variables(tmp_path: Path) -> None:
+    """Pools, models and their options are set by nested variables, converted to their types."""
+    loaded = load(
+        tmp_path,
+        REDIS__BROKER_URL="rediss://r:6380/2",
+        POOLS__CPU__PROCESSES="0",
+        POOLS__GPU__DEVICE="cuda",
+        MODELS__CHAT__TASK="generate",
+        MODELS__CHAT__SOURCE="c",
+        MODELS__CHAT__POOLS='["gpu", "cpu"]',
+        MODELS__CHAT__DEADLINE_S="1.5",
+        MODELS__CHAT__TRUST_REMOTE_CODE="true",
+        MODELS__CHAT__GENERATION__TEMPERATURE="0.25",
+        MODELS__CHAT__GENERATION__MAX_NEW_TOKENS="64",
+        MODELS__CHAT__GENERATION__STOP='["END", "STOP"]',
+        WORKER__HEARTBEAT_FILE="/run/ready",
+    ).settings
+
+    chat = loaded.models["chat"]
+    assert loaded.redis.broker_url == "rediss://r:6380/2"
+    assert (loaded.pools.cpu.processes, loaded.pools.gpu.device) == (0, "cuda")
+    assert (chat.pools, chat.deadline_s, chat.trust_remote_code) == (("gpu", "cpu"), 1.5, True)
+    assert (chat.generation.temperature, chat.generation.max_new_tokens) == (0.25, 64)
+    assert chat.generation.stop == ("END", "STOP")
+    assert loaded.worker.heartbeat_file == Path("/run/ready")
+
+
+def test_empty_variable_is_no_value(tmp_path: Path) -> None:
+    """Compose files pass unset variables on as empty ones."""
+    loaded = load(tmp_path, "[flower]\nport = 7\n", FLOWER__PORT="", REDIS__PASSWORD="")
+
+    assert loaded.settings.flower.port == 7
+    assert loaded.settings.redis.password is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "told"),
+    [
+        ("REDIS__BROKER_ULR", "no setting BROKER_ULR; is BROKER_URL meant?"),
+        ("POOL__CPU__PROCESSES", "no setting POOL; is POOLS meant?"),
+        ("POOLS__GPUS__PROCESSES", "no setting GPUS; is GPU meant?"),
+        ("MODELS__CHAT__SORCE", "no setting SORCE; is SOURCE meant?"),
+        ("MODELS__CHAT__GENERATION__TEMPERATUR", "no setting TEMPERATUR; is TEMPERATURE meant?"),
+        ("NONSENSE", "no setting NONSENSE; known: REDIS, POOLS, MODELS, WORKER, FLOWER"),
+        ("FLOWER__XYZ", "no setting XYZ; known: ADDRESS, PORT"),
+    ],
+)
+def test_misspelled_variable_stops_the_start(tmp_path: Path, variable: str, told: str) -> None:
+    """A variable that means nothing is an error, with the one that may be meant."""
+    toml = '[models.chat]\ntask = "generate"\nsource = "c"\n'
+
+    assert problems(tmp_path, toml, **{variable: "1"}) == [f"PENSTOCK_{variable}: {told}"]
+
+
+def test_variable_name_is_what_is_read(tmp_path: Path) -> None:
+    """The name that is shown for a key sets that key."""
+    assert variable_name("pools.cpu.threads") == "PENSTOCK_POOLS__CPU__THREADS"
+    name = variable_name("models.minilm.source").removeprefix("PENSTOCK_")
+
+    assert load(tmp_path, MODEL, **{name: "x"}).settings.models["minilm"].source == "x"
+
+
+# What is wrong
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    """One start tells every bad entry: where it stands, key, value, what is allowed."""
+    toml = (
+        '[pools.cpu]\nprocesses = -1\nthreads = 0\n[redis]\nbroker_url = "http://r"\ncolour = 1\n'
+        '[models.chat]\ntask = "sing"\nsource = "c"\ngeneration = { temperature = 3, top_p = 0 }\n'
+    )
+
+    told = problems(tmp_path, toml, WORKER__STALL_S="0", FLOWER__PRT="1")
+
+    assert sorted(told) == [
+        "FILE: models.chat.generation.temperature = '3': Input should be less than or equal to 2",
+        "FILE: models.chat.generation.top_p = '0': Input should be greater than 0",
+        "FILE: models.chat.task = 'sing': Input should be 'embed' or 'generate'",
+        "FILE: pools.cpu.processes = '-1': Input should be greater than or equal to 0",
+        "FILE: pools.cpu.threads = '0': Input should be greater than or equal to 1",
+        "FILE: redis.broker_url = 'http://r': a URL like redis://HOST:6379/0 or rediss://HOST:6379/0",
+        "FILE: redis.colour = '1': Extra inputs are not permitted",
+        "PENSTOCK_FLOWER__PRT: no setting PRT; is PORT meant?",
+        "PENSTOCK_WORKER__STALL_S: worker.stall_s = '0': Input should be greater than 0",
+    ]
+
+
+def test_bad_argument_is_told_as_one() -> None:
+    """A value from the command line is told from one of the file."""
+    with pytest.raises(ConfigError) as caught:
+        load_settings(arguments={"flower": {"port": 70000}}, environ={})
+
+    assert caught.value.problems == (
+        "argument: flower.port = '70000': Input should be less than or equal to 65535",
+    )
+
+
+@pytest.mark.parametrize("toml", ["[redis\n", "a = \n", "[redis]\n[redis]\n", "a = 1\na = 2\n"])
+def test_broken_toml_is_told_with_its_line(tmp_path: Path, toml: str) -> None:
+    """A file that is no TOML stops the start with one line."""
+    (line,) = problems(tmp_path, toml)
+
+    assert line.startswith("FILE: ")
+    assert "line" in line
+
+
+def test_other_encodings_are_told(tmp_path: Path) -> None:
+    """TOML is UTF-8."""
+    config = tmp_path / "penstock.toml"
+    config.write_bytes('[flower]\naddress = "ü"'.encode("latin-1"))
+
+    with pytest.raises(ConfigError, match=r"penstock\.toml: .*can't decode"):
+        load_settings(config, environ={})
+
+
+def test_missing_file_is_told(tmp_path: Path) -> None:
+    """A file that was asked for must be there."""
+    missing = tmp_path / "missing.toml"
+
+    for given in ({"config": missing, "environ": {}}, {"environ": {"PENSTOCK_CONFIG": str(missing)}}):
+        with pytest.raises(ConfigError, match=r"missing\.toml: .*No such file"):
+            load_settings(**given)
+
+
+@pytest.mark.parametrize("name", ["a", "minilm", "qwen2.5-0.5b", "a_b", "0", "x" * 64, "a.b-c_d"])
+def test_model_names_that_fit_a_queue(tmp_path: Path, name: str) -> None:
+    """Names may hold what model names usually hold."""
+    loaded = load(tmp_path, f'[models."{name}"]\ntask = "embed"\nsource = "s"\n')
+
+    assert list(loaded.settings.models) == [name]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "A", "a b", "a/b", "a,b", "_a", "-a", ".a", "a__b", "ä", "x" * 65, "a\\n"]
+)
+def test_model_names_that_do_not_fit_a_queue(tmp_path: Path, name: str) -> None:
+    """Names that would break a queue, a variable or Celery's command line are refused."""
+    (line,) = problems(tmp_path, f'[models."{name}"]\ntask = "embed"\nsource = "s"\n')
+
+    assert "up to 64 of a-z 0-9 . - _ (no __), a letter or digit first" in line
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ('task = "embed"\nsource = ""', "models.m.source = ''"),
+        ('task = "embed"\nsource = "s"\npools = []', "models.m.pools = '[]'"),
+        ('task = "embed"\nsource = "s"\npools = ["tpu"]', "models.m.pools.0 = 'tpu'"),
+        ('task = "embed"\nsource = "s"\ndtype = "int8"', "models.m.dtype = 'int8'"),
+        ('task = "embed"\nsource = "s"\ndeadline_s = 0', "models.m.deadline_s = '0'"),
+        ('task = "embed"\nsource = "s"\nmax_batch_tokens = 15', "models.m.max_batch_tokens = '15'"),
+        ('task = "embed"\nsource = "s"\ngeneration = { topk = 1 }', "models.m.generation.topk = '1'"),
+    ],
+)
+def test_model_entries_are_checked(tmp_path: Path, entry: str, told: str) -> None:
+    """Each field of a model has a range, and the complaint names the field."""
+    lines = problems(tmp_path, f"[models.m]\n{entry}\n")
+
+    assert any(told in line for line in lines)
+
+
+# Secrets
+
+
+def test_password_completes_urls_that_have_none(tmp_path: Path) -> None:
+    """One password serves both URLs, quoted as URLs need it, and never replaces another."""
+    toml = '[redis]\nbroker_url = "redis://me@r:6379/0"\nresults_url = "rediss://:own@s:6379/1"\n'
+
+    settings = load(tmp_path, toml, REDIS__PASSWORD="p@ss/word").settings
+
+    assert settings.broker_url == "redis://me:p%40ss%2Fword@r:6379/0"
+    assert settings.results_url == "rediss://:own@s:6379/1"
+
+
+def test_password_is_read_from_its_file(tmp_path: Path) -> None:
+    """A mounted secret may end with a newline."""
+    secret = tmp_path / "password"
+    secret.write_text("hush\n")
+
+    settings = load(tmp_path, REDIS__PASSWORD_FILE=str(secret)).settings
+
+    assert settings.broker_url == "redis://:hush@127.0.0.1:6379/0"
+    assert settings.results_url == "redis://:hush@127.0.0.1:6379/1"
+
+
+def test_password_wins_over_its_file(tmp_path: Path) -> None:
+    """Where both are set, the file is not even read."""
+    missing = str(tmp_path / "missing")
+
+    settings = load(tmp_path, REDIS__PASSWORD="hush", REDIS__PASSWORD_FILE=missing).settings
+
+    assert settings.broker_url == "redis://:hush@127.0.0.1:6379/0"
+
+
+def test_passwords_are_not_shown(tmp_path: Path) -> None:
+    """Neither the effective values nor the settings' own text hold a secret."""
+    toml = '[redis]\nresults_url = "redis://me:hush2@r/1"\n'
+
+    loaded = load(tmp_path, toml, REDIS__PASSWORD="hush1")
+
+    assert "hush" not in str(effective_values(loaded))
+    assert "hush1" not in repr(loaded.settings)
+    assert values(loaded)["redis.results_url"][0] == "redis://me:***@r/1"
+    assert values(loaded)["redis.password"] == ("**********", "PENSTOCK_REDIS__PASSWORD")
+
+
+@pytest.mark.parametrize(
+    "toml",
+    [
+        '[redis]\nbroker_url = "http://me:hush@r/0"\n',
+        '[redis]\nbroker_url = "redis://:hush@"\n',
+        '[redis]\npassword = ["hush"]\n',
+        '[redis]\npassword = { value = "hush" }\n',
+    ],
+)
+def test_passwords_are_not_in_errors(tmp_path: Path, toml: str) -> None:
+    """A configuration that is refused may be logged."""
+    (line,) = problems(tmp_path, toml)
+
+    assert "redis." in line
+    assert "hush" not in line
+
+
+# What ships
+
+
+def test_sample_environment_is_the_defaults() -> None:
+    """Each line of `.env.example`, uncommented, is a variable that exists, with its default."""
+    assignments = [line[1:] for line in sample_environment().splitlines() if line.startswith("#PENSTOCK_")]
+    environ = dict(assignment.split("=", 1) for assignment in assignments)
+
+    loaded = load_settings(environ=environ)
+
+    assert loaded.settings == Settings()
+    keys = [key for key, _ in flatten(Settings().model_dump()) if key != "models"]
+    assert list(environ) == [variable_name(key) for key in keys]
+
+
+def test_sample_environment_explains_each_variable() -> None:
+    """The line above each variable says what it is."""
+    lines = sample_environment().splitlines()
+
+    for above, line in pairwise(lines):
+        if line.startswith("#PENSTOCK_"):
+            assert above.startswith("# ")
+            assert above.endswith(".")
+
+
+@pytest.mark.skipif(not CONFIGS.is_dir(), reason="an installed wheel has no configs")
+@pytest.mark.parametrize("name", ["demo.toml", "penstock.toml"])
+def test_shipped_configurations_load(name: str) -> None:
+    """What users start from is right, and serves an embedding and a chat model."""
+    settings = load_settings(CONFIGS / name, environ={}).settings
+
+    assert {model.task for model in settings.models.values()} == {"embed", "generate"}
+
+
+@pytest.mark.skipif(not CONFIGS.is_dir(), reason="an installed wheel has no configs")
+def test_demo_needs_no_model_hub_and_no_redis() -> None:
+    """`make demo` runs on a machine that reaches nothing."""
+    loaded = load_settings(CONFIGS / "demo.toml", environ={})
+
+    assert all(model.source.startswith("bundled:") for model in loaded.settings.models.values())
+    assert "redis.broker_url" not in loaded.origins

@@ -1,0 +1,198 @@
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.errors import ConfigError
+from penstock.settings import load_settings
+from penstock_workers.stack import Stack, plan_stack, worker_command, worker_queues
+
+MODELS: dict[str, Any] = {
+    "minilm": {"task": "embed", "source": "a", "pools": ["gpu", "cpu"]},
+    "chat": {"task": "generate", "source": "b", "pools": ["cpu"]},
+}
+BROKER = {"broker_url": "redis://me:pw@r:6379/0"}
+
+
+@pytest.fixture(autouse=True)
+def _a_redis_to_start(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a server on the PATH, for machines that have none; it is never run."""
+    folder = tmp_path_factory.mktemp("bin")
+    (folder / "valkey-server").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+def plan(
+    *, config: Path | None = None, redis_folder: Path | None = None, with_flower: bool = False, **values: Any
+) -> Stack:
+    """Plan the stack of a deployment given by its values."""
+    loaded = load_settings(arguments={"models": MODELS} | values, environ={})
+    return plan_stack(
+        loaded,
+        config=config,
+        environment={"PENSTOCK_SET": "by the command line"},
+        redis_folder=redis_folder,
+        with_flower=with_flower,
+    )
+
+
+def option(command: Any, name: str) -> str:
+    """Return the value behind an option of a command line."""
+    return str(command[list(command).index(name) + 1])
+
+
+def test_redis_is_started_where_no_broker_is_configured() -> None:
+    """Without a broker URL the stack brings its own Redis, before the workers, and tells them where."""
+    stack = plan()
+
+    redis, *workers = stack.children
+    port = option(redis.command, "--port")
+    assert (redis.name, redis.stage) == ("redis", 0)
+    assert redis.is_ready is not None
+    assert option(redis.command, "--bind") == "127.0.0.1"
+    assert stack.broker_url == f"redis://127.0.0.1:{port}/0"
+    assert all(worker.environment["PENSTOCK_REDIS__BROKER_URL"] == stack.broker_url for worker in workers)
+    assert all(
+        worker.environment["PENSTOCK_REDIS__RESULTS_URL"] == f"redis://127.0.0.1:{port}/1"
+        for worker in workers
+    )
+
+
+def test_own_redis_keeps_its_data_where_it_is_told(tmp_path: Path) -> None:
+    """`penstock up` keeps its queue over a restart; the demo keeps nothing."""
+    kept = plan(redis_folder=tmp_path / "redis").children[0].command
+    forgotten = plan().children[0].command
+
+    assert option(kept, "--dir") == str(tmp_path / "redis")
+    assert option(kept, "--appendonly") == "yes"
+    assert option(forgotten, "--appendonly") == "no"
+
+
+def test_configured_broker_is_used() -> None:
+    """With a broker URL no Redis is started, and the workers find it in the configuration."""
+    stack = plan(redis=BROKER)
+
+    assert stack.broker_url == "redis://me:pw@r:6379/0"
+    assert "redis" not in [child.name for child in stack.children]
+    assert all("PENSTOCK_REDIS__BROKER_URL" not in child.environment for child in stack.children)
+
+
+def test_pools_get_their_processes() -> None:
+    """Each pool has its number of workers, each with its queues and node name."""
+    pools = {"cpu": {"processes": 2}, "gpu": {"processes": 1}}
+
+    stack = plan(redis=BROKER, pools=pools)
+
+    assert [(child.name, child.stage) for child in stack.children] == [
+        ("gpu-1", 1),
+        ("cpu-1", 1),
+        ("cpu-2", 1),
+    ]
+    gpu, cpu, _ = stack.children
+    assert option(gpu.command, "-Q") == "gpu.minilm"
+    assert option(cpu.command, "-Q") == "cpu.minilm,cpu.chat"
+    assert option(cpu.command, "-n") == "cpu-1@%h"
+
+
+def test_workers_get_the_configuration_of_the_command_line(tmp_path: Path) -> None:
+    """Children read the same file, and what `--set` changed."""
+    config = tmp_path / "folder" / ".." / "penstock.toml"
+
+    stack = plan(redis=BROKER, config=config)
+
+    for child in stack.children:
+        assert child.environment["PENSTOCK_CONFIG"] == str(tmp_path / "penstock.toml")
+        assert child.environment["PENSTOCK_SET"] == "by the command line"
+
+
+def test_pool_without_models_gets_no_worker() -> None:
+    """Processes of a pool that serves nothing are not started."""
+    models = {"chat": MODELS["chat"]}
+
+    stack = plan(redis=BROKER, models=models, pools={"gpu": {"processes": 4}, "cpu": {"processes": 1}})
+
+    assert [child.name for child in stack.children] == ["cpu-1"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"models": {}},
+        {"pools": {"cpu": {"processes": 0}, "gpu": {"processes": 0}}},
+        {"models": {"minilm": {"task": "embed", "source": "a", "pools": ["gpu"]}}},
+    ],
+    ids=["no models", "no processes", "models of a pool without processes"],
+)
+def test_nothing_to_start_is_an_error(values: dict[str, Any]) -> None:
+    """A stack without workers would take jobs for ever."""
+    with pytest.raises(ConfigError, match="nothing to start: no pool with processes serves a model"):
+        plan(redis=BROKER, **values)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flower") is None, reason="Flower is an extra")
+def test_flower_starts_last() -> None:
+    """The monitoring page listens where it is told to."""
+    stack = plan(redis=BROKER, with_flower=True, flower={"port": 7777})
+
+    flower = stack.children[-1]
+    assert (flower.name, flower.stage) == ("flower", 2)
+    assert "--port=7777" in flower.command
+    assert stack.flower_url == "http://127.0.0.1:7777"
+
+
+@pytest.mark.parametrize(("with_flower", "port"), [(False, 5555), (True, 0)])
+def test_flower_can_be_left_out(with_flower: bool, port: int) -> None:
+    """Port 0 starts none, and the demo needs none."""
+    stack = plan(redis=BROKER, with_flower=with_flower, flower={"port": port})
+
+    assert stack.flower_url is None
+    assert "flower" not in [child.name for child in stack.children]
+
+
+def test_worker_takes_the_queues_of_its_pool() -> None:
+    """All models of the pool, or those that were asked for, in that order."""
+    settings = load_settings(arguments={"models": MODELS}, environ={}).settings
+
+    assert worker_queues(settings, "cpu") == ["cpu.minilm", "cpu.chat"]
+    assert worker_queues(settings, "gpu") == ["gpu.minilm"]
+    assert worker_queues(settings, "cpu", ("chat",)) == ["cpu.chat"]
+
+
+@pytest.mark.parametrize(
+    ("models", "asked", "problems"),
+    [
+        ({}, (), ["pool gpu serves no model; give one `pools = ['gpu']` in the configuration"]),
+        (MODELS, ("chat",), ["pool gpu does not serve 'chat'; its models: minilm"]),
+        (
+            MODELS,
+            ("chat", "minilm", "x"),
+            [
+                "pool gpu does not serve 'chat'; its models: minilm",
+                "pool gpu does not serve 'x'; its models: minilm",
+            ],
+        ),
+        ({}, ("x",), ["pool gpu does not serve 'x'; its models: none"]),
+    ],
+)
+def test_worker_without_a_model_is_an_error(models: Any, asked: tuple[str, ...], problems: list[str]) -> None:
+    """A worker that would take nothing does not start, and says what there is."""
+    settings = load_settings(arguments={"models": models}, environ={}).settings
+
+    with pytest.raises(ConfigError) as caught:
+        worker_queues(settings, "gpu", asked)
+
+    assert list(caught.value.problems) == problems
+
+
+def test_worker_command_is_celerys_own() -> None:
+    """Whoever knows Celery can read, and type, how a worker starts."""
+    settings = load_settings(arguments={"worker": {"log_level": "debug"}}, environ={}).settings
+
+    command = worker_command(settings, ["cpu.a", "cpu.b"], "cpu-1")
+
+    assert command[:6] == [sys.executable, "-m", "celery", "-A", "penstock_workers", "worker"]
+    assert option(command, "-Q") == "cpu.a,cpu.b"
+    assert option(command, "-P") == "threads"
+    assert option(command, "-l") == "debug"
