@@ -8,7 +8,7 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/penstock demo --config configs/demo.toml
 
-test: .venv/ready
+test: lint
 	$(BIN)/python -m pytest -m "not gpu"
 
 up: .venv/ready

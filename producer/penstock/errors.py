@@ -325,6 +325,6 @@ def rebuild_error(name: str, args: Sequence[object]) -> PenstockError:
             error = found(*args)
             str(error)
             return error
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, ArithmeticError):
             pass  # another version's fields
     return WorkerError(f"{name}: {', '.join(map(str, args))}")

@@ -10,6 +10,7 @@ A model stays known when its workers are gone: its jobs are accepted and wait.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, Self
@@ -174,8 +175,9 @@ def mask_url(url: str) -> str:
         parts = urlsplit(url)
     except ValueError:
         return "(not a URL)"  # whatever it holds, it may hold a password
+    parts = parts._replace(query=re.sub(r"(password=)[^&]*", r"\1***", parts.query))
     if not parts.password:
-        return url
+        return urlunsplit(parts)
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
 

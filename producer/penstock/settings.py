@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -21,6 +21,7 @@ from penstock.registry import mask_url
 from penstock.request import GenerationOptions, PoolName, Task
 
 PREFIX = "PENSTOCK_"
+ARGUMENT = "argument"
 CONFIG_VARIABLE = "PENSTOCK_CONFIG"
 _SEPARATOR = "__"
 _MODEL_NAME = re.compile(r"[a-z0-9]([a-z0-9-]|_(?!_)){0,63}")
@@ -114,8 +115,8 @@ class ModelSettings(_Section):
     """Run Python that comes with the model; a hub model then needs a full commit as its revision."""
     max_texts: int = Field(default=4096, ge=1, le=100_000)
     """Texts in one embedding job."""
-    max_batch_tokens: int = Field(default=8192, ge=16)
-    """Tokens in one forward pass of an embedding model, padding counted."""
+    max_batch_tokens: int | None = Field(default=None, ge=16)
+    """Tokens in one forward pass of an embedding model, padding counted; none: by device."""
     max_batch_size: int = Field(default=16, ge=1, le=1024)
     """Requests that a generation model answers at a time."""
     deadline_s: float | None = Field(default=None, gt=0)
@@ -241,7 +242,8 @@ def load_settings(
     """
     path = config or (Path(environ[CONFIG_VARIABLE]) if environ.get(CONFIG_VARIABLE) else None)
     from_arguments = {variable_name(key): text for key, text in (arguments or {}).items()}
-    problems = [*_misspelled(environ), *_misspelled(from_arguments)]
+    given = {name.upper() for name in environ if name.upper().startswith(PREFIX)} - {CONFIG_VARIABLE}
+    problems = [*_misspelled(given), *(f"{ARGUMENT}: {line}" for line in _misspelled(from_arguments))]
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, values in _sources(path, from_arguments, environ):
@@ -253,8 +255,10 @@ def load_settings(
         settings.redis.with_password(settings.redis.broker_url)
     except ValidationError as error:
         raise ConfigError([*problems, *_explain(error, origins)]) from None
-    except OSError as error:
-        problems.append(f"{origins['redis.password_file']}: redis.password_file: {error}")
+    except (OSError, ValueError) as error:  # the error's text may hold the password
+        origin = _origin("redis.password_file", origins)
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        problems.append(f"{origin}: redis.password_file: {reason}")
     if problems:
         raise ConfigError(problems)
     return Loaded(settings, origins)
@@ -265,7 +269,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> Iterator[str
     for detail in details:
         key = ".".join(map(str, detail["loc"]))
         origin = _origin(key, origins)
-        if detail["type"] == "extra_forbidden" and not origin.endswith(".toml") and origin != "default":
+        if detail["type"] == "extra_forbidden" and (origin == ARGUMENT or origin.startswith(PREFIX)):
             continue  # told as a misspelled variable, with the setting that may be meant
         if detail["type"] == "too_short" and any(len(d["loc"]) > len(detail["loc"]) for d in details):
             continue  # pydantic counts the items that were right
@@ -275,8 +279,10 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> Iterator[str
 def _origin(key: str, origins: Mapping[str, str]) -> str:
     """Return where a value came from: its own entry, one below it, or the nearest beside it."""
     while key:
+        if key in origins:
+            return origins[key]
         for known, origin in origins.items():
-            if known == key or known.startswith(f"{key}."):
+            if known.startswith(f"{key}."):
                 return origin
         key = key.rpartition(".")[0]
     return "default"
@@ -351,7 +357,7 @@ def _sources(
         except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
             raise ConfigError([f"{path}: {error}"]) from None
     yield PREFIX, _from_environment(environ)
-    yield "argument", _from_environment(arguments)
+    yield ARGUMENT, _from_environment(arguments)
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -362,23 +368,24 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
             try:
                 return super().decode_complex_value(field_name, field, value)
-            except ValueError:  # no JSON: refused below with its key, where text is not what is wanted
+            except (ValueError, RecursionError):  # no JSON: refused below, with its key
                 return value
 
     return Source(Settings)()
 
 
-def _misspelled(environ: Mapping[str, str]) -> Iterator[str]:
-    for variable in sorted(environ):
-        if variable.startswith(PREFIX) and variable != CONFIG_VARIABLE:
-            words = variable.removeprefix(PREFIX).lower().split(_SEPARATOR)
-            if known := _unknown_word(Settings, words):
-                if not known[0]:
-                    yield f"{variable}: a section; set one of {', '.join(known[1]).upper()} in it"
-                    continue
-                near = difflib.get_close_matches(known[0], known[1], n=1)
-                hint = f"; is {near[0].upper()} meant?" if near else f"; known: {', '.join(known[1]).upper()}"
-                yield f"{variable}: no setting {known[0].upper()}{hint}"
+def _misspelled(variables: Iterable[str]) -> Iterator[str]:
+    for variable in sorted(variables):
+        words = variable.removeprefix(PREFIX).lower().split(_SEPARATOR)
+        if (unknown := _unknown_word(Settings, words)) is None:
+            continue
+        word, names = unknown
+        if not word:
+            yield f"{variable}: a section; set one of {', '.join(names).upper()} in it"
+            continue
+        near = difflib.get_close_matches(word, names, n=1)
+        known = f"; known: {', '.join(names).upper()}" if names else ""
+        yield f"{variable}: no setting {word.upper()}{f'; is {near[0].upper()} meant?' if near else known}"
 
 
 def _unknown_word(model: type[BaseModel], words: list[str]) -> tuple[str, list[str]] | None:

@@ -331,17 +331,50 @@ def test_answers_given_before_a_failure_stand() -> None:
     assert runs == [["a", "b", "c", "d"], ["c"], ["d"]]
 
 
+def test_halving_stops_for_a_job_that_has_failed() -> None:
+    """One failed item answers for its job; no more of the job is computed, and the next one is."""
+    model = FakeModel(lambda items: None if items[0].text == "next" else ValueError())
+    batcher = start(model)
+
+    with pytest.raises(EngineError):
+        answers(batcher.submit("failing", texts("a b c d e f g h"), None))
+
+    assert answers(batcher.submit("next", texts("next"), None)) == ["NEXT"]
+    assert model.batches == [[*"abcdefgh"], [*"abcd"], [*"ab"], ["a"], ["next"]]
+
+
+def test_item_without_an_answer_fails_its_job_only() -> None:
+    """A model that forgets an item leaves nobody waiting; jobs that got their answers keep them."""
+    held = threading.Event()
+
+    def run(items: Sequence[Text]) -> Iterator[tuple[int, str | PenstockError] | None]:
+        held.wait(HELD_S)
+        for index, item in enumerate(items):
+            if item.text != "forgotten":
+                yield index, item.text.upper()
+
+    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_count(8))
+    works = [batcher.submit(words, texts(words), None) for words in ("a", "b forgotten", "c d")]
+
+    held.set()
+
+    assert answers(works[0]) == ["A"]
+    assert answers(works[2]) == ["C", "D"]
+    with pytest.raises(EngineError, match="fake failed: it gave no answer for an item"):
+        answers(works[1])
+
+
 @pytest.mark.parametrize("death", [SystemExit(1), KeyboardInterrupt(), GeneratorExit()], ids=repr)
-def test_dead_model_thread_fails_waiting_and_later_jobs(death: BaseException) -> None:
+def test_dead_model_thread_fails_all_its_jobs(death: BaseException) -> None:
     """Whatever ends the thread, nobody waits for an answer that cannot come."""
     model = FakeModel(lambda _: death)
-    batcher, _ = start_busy(model, max_items=1)
+    batcher, first = start_busy(model, max_items=1)
     waiting = [batcher.submit(f"{n}", texts("a b"), None) for n in range(3)]
     assert not batcher.is_stalled(60)
 
     model.go_on.set()
 
-    for work in waiting:
+    for work in (first, *waiting):
         with pytest.raises(EngineError, match="its model thread has ended"):
             answers(work)
     with pytest.raises(EngineError, match="its model thread has ended"):

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from penstock.settings import sample_environment
-from penstock_workers.cli import cli, main
+from penstock.settings import load_settings, sample_environment, variable_name
+from penstock_workers.cli import Deployment, cli, main
 from penstock_workers.local_redis import free_port
 
 CLOSED = "redis.broker_url=redis://:hush@127.0.0.1:{}/0"
@@ -26,6 +26,12 @@ def run(*arguments: str) -> Result:
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result
+
+
+def shown(*options: str) -> dict[str, dict[str, object]]:
+    """Return what `penstock config show` tells of each key."""
+    rows: dict[str, dict[str, object]] = json.loads(run("config", "show", "--json", *options).output)
+    return rows
 
 
 def fail(
@@ -68,20 +74,46 @@ def test_config_env_is_the_sample_file() -> None:
     assert run("config", "env").output == sample_environment()
 
 
+def test_config_env_is_accepted_as_it_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each printed line, uncommented, is read, as a variable and as an assignment, and changes nothing."""
+    before = shown()
+    lines = [line[1:] for line in run("config", "env").output.splitlines() if line.startswith("#PENSTOCK_")]
+    pairs = [line.split("=", 1) for line in lines]
+    keys = [name.removeprefix("PENSTOCK_").replace("__", ".").lower() for name, _ in pairs]
+    given = {key for key, (_, text) in zip(keys, pairs, strict=True) if text}
+    options = [
+        part for key, (_, text) in zip(keys, pairs, strict=True) for part in ("--set", f"{key}={text}")
+    ]
+
+    as_arguments = shown(*options)
+    for name, text in pairs:
+        monkeypatch.setenv(name, text)
+    as_variables = shown()
+
+    assert set(keys) == set(before) - {"models"}
+    assert {key: row["value"] for key, row in as_arguments.items()} == {
+        key: row["value"] for key, row in as_variables.items()
+    }
+    assert [row["value"] for row in as_variables.values()] == [row["value"] for row in before.values()]
+    assert {key for key, row in as_arguments.items() if row["origin"] == "argument"} == given
+    assert {key for key, row in as_variables.items() if row["origin"] == variable_name(key)} == given
+
+
 @pytest.mark.parametrize(
     ("assignment", "key", "value"),
     [
         ("worker.jobs_in_flight=4", "worker.jobs_in_flight", 4),
         ("worker.stall_s=1.5", "worker.stall_s", 1.5),
         ("worker.log_level=debug", "worker.log_level", "debug"),
-        ('worker.log_level="debug"', "worker.log_level", "debug"),
         ("redis.broker_url=redis://r/0?a=b", "redis.broker_url", "redis://r/0?a=b"),
         ("flower.address=0.0.0.0", "flower.address", "0.0.0.0"),
         ("worker.heartbeat_file=/run/ready", "worker.heartbeat_file", "/run/ready"),
+        ("worker.heartbeat_file=2024", "worker.heartbeat_file", "2024"),
+        ("Flower.Address=true", "flower.address", "true"),
     ],
 )
-def test_set_takes_toml_values_and_plain_words(assignment: str, key: str, value: object) -> None:
-    """Quotes are not needed where the shell would eat them."""
+def test_set_takes_what_a_variable_would_take(assignment: str, key: str, value: object) -> None:
+    """Text is plain text, even where it looks like a number, and numbers are read where they are wanted."""
     rows = json.loads(run("config", "show", "--json", "--set", assignment).output)
 
     assert rows[key] == {"value": value, "origin": "argument"}
@@ -104,6 +136,27 @@ def test_set_can_describe_a_whole_model() -> None:
     assert rows["models.chat.generation.temperature"]["value"] == 0.5
 
 
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        ("redis.broker_url=redis://:hush@r:6379/0", "redis.password=123456"),
+        ('models.m.pools=["gpu", "cpu"]', "models.m.revision=1234567"),
+        ("models.m.generation.stop=END", "models.m.generation.temperature=0.5"),
+        ('models={"n": {"task": "generate", "source": "s"}}', "pools.cpu.processes=3"),
+        ("redis.password=", "worker.heartbeat_file="),
+    ],
+    ids=" ".join,
+)
+def test_children_read_what_set_says(assignments: tuple[str, ...]) -> None:
+    """A child process that gets the assignments as variables has the same settings."""
+    deployment = Deployment(None, ("models.m.task=embed", "models.m.source=s", *assignments))
+
+    again = load_settings(environ=deployment.environment)
+
+    assert again.settings == deployment.loaded.settings
+    assert again.origins.keys() == deployment.loaded.origins.keys()
+
+
 @pytest.mark.parametrize("assignment", ["worker", "=4", ""])
 def test_set_without_key_or_value_is_told(
     assignment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -120,10 +173,11 @@ def test_set_without_key_or_value_is_told(
     [
         (["config", "show", "--config", "missing.toml"], "missing.toml: "),
         (["config", "show", "--set", "flower.port=x"], "argument: flower.port = 'x': "),
+        (["config", "show", "--set", 'worker.log_level="info"'], "argument: worker.log_level = '\"info\"': "),
         (["worker", "--pool", "gpu"], "pool gpu serves no model"),
         (["worker", "--pool", "cpu", "--model", "x"], "pool cpu does not serve 'x'"),
         (["up", "--set", "redis.broker_url=redis://r/0"], "nothing to start"),
-        (["status", "--set", "redis.colour=1"], "argument: redis.colour = '1': "),
+        (["status", "--set", "redis.colour=1"], "no setting COLOUR; known: BROKER_URL"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -135,7 +189,7 @@ def test_wrong_configuration_exits_with_78_and_one_line(
 
     assert code == os.EX_CONFIG == 78
     assert len(lines) == 1
-    assert lines[0].startswith(told)
+    assert told in lines[0]
 
 
 def test_every_problem_has_a_line(

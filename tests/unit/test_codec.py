@@ -24,6 +24,7 @@ from penstock.codec import (
     queue_name,
 )
 from penstock.errors import (
+    EngineError,
     InvalidMessageError,
     InvalidOptionError,
     InvalidTextError,
@@ -44,6 +45,8 @@ GENERATE = GenerateRequest(
     temperature=0.5,
     stop=("Golf",),
 )
+
+NO_ARRAY = {"__record__": "EmbedResult", "model": "m", "vectors": [[1.0]], "usage": None, "timings": None}
 
 
 def stored(vectors: NDArray[Any]) -> bytes:
@@ -193,6 +196,21 @@ def test_answer_comes_back() -> None:
     assert outcome.error is None
 
 
+def test_lone_surrogates_are_replaced() -> None:
+    """A character that UTF-8 cannot carry costs neither the answer nor the error that quotes it."""
+    answer = GenerateResult(
+        model="chat", text="a\ud800b", finish_reason="stop", usage=Usage(prompt_tokens=1), timings=TIMINGS
+    )
+
+    outcome = decode_outcome("job", encode_meta({"status": "SUCCESS", "result": answer}))
+    error = decode_outcome("job", encode_failure("job", EngineError("m", "quotes \udfff"))).error
+
+    assert isinstance(outcome.result, GenerateResult)
+    assert outcome.result.text == "a?b"
+    assert isinstance(error, EngineError)
+    assert error.problem == "quotes ?"
+
+
 def test_cancelled_job_comes_back_cancelled() -> None:
     """Whoever waits for a job that was taken back hears just that."""
     outcome = decode_outcome("job", encode_failure("job", JobCancelledError("job")))
@@ -210,6 +228,7 @@ def test_cancelled_job_comes_back_cancelled() -> None:
         ({"result": 1}, "no result record"),
         ({"status": "SUCCESS"}, "of another task"),
         ({"status": "SUCCESS", "result": [1.0, 2.0]}, "of another task"),
+        ({"status": "SUCCESS", "result": NO_ARRAY}, "its vectors are no array"),
         ({"status": "FAILURE"}, "without an error"),
         ({"status": "RETRY", "result": {"exc_message": []}}, "without an error"),
         ({"status": ["SUCCESS"], "result": None}, "without an error"),
@@ -223,11 +242,22 @@ def test_other_records_are_refused(meta: object, problem: str) -> None:
 
 def test_every_truncation_is_refused() -> None:
     """A payload that was cut anywhere is told as such, whatever it still holds."""
-    payload = stored(np.arange(16, dtype=np.float32).reshape(2, 8))  # its last buffer ends without padding
+    for n_columns in (8, 5):  # its buffer ends without padding, and with some
+        payload = stored(np.ones((2, n_columns), dtype=np.float32))
 
-    for n_bytes in range(len(payload)):
-        with pytest.raises(ResultDecodeError):
-            decode_outcome("job", payload[:n_bytes])
+        for n_bytes in range(len(payload)):
+            with pytest.raises(ResultDecodeError):
+                decode_outcome("job", payload[:n_bytes])
+
+
+@pytest.mark.parametrize("n_texts", [0, 1])
+def test_bytes_behind_the_last_buffer_are_refused(n_texts: int) -> None:
+    """A payload is what its header describes, no more."""
+    payload = stored(np.ones((n_texts, 16), dtype=np.float32))
+
+    for more in (b"\0", b"more", bytes(ALIGNMENT)):
+        with pytest.raises(ResultDecodeError, match=f"{len(payload) + len(more)} bytes, its header"):
+            decode_meta(payload + more)
 
 
 def test_damaged_header_is_read_or_refused() -> None:
@@ -476,6 +506,12 @@ def test_summary_counts() -> None:
             {"model": "m", "texts": [], "version": None},
             InvalidMessageError,
             "version None; version 1",
+        ),
+        (
+            "embed",
+            {"model": "m", "texts": [], "version": True},
+            InvalidMessageError,
+            "version True; version 1",
         ),
         ("embed", {"model": 5, "texts": []}, InvalidOptionError, "model is 5"),
         ("embed", {"model": "m", "texts": [5]}, InvalidTextError, "text 0 is a int, not a string"),

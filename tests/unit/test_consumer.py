@@ -60,6 +60,7 @@ def test_summary_of_a_message_is_the_requests_own(request_: Request) -> None:
         ({"prompt": "p", "history": ["turn", {"content": 5}, {"content": "abc"}]}, "4 turns, 4 characters"),
         ({"prompt": "p", "history": {"a": "b"}, "system_prompt": "s"}, "2 turns, 2 characters"),
         ({"prompt": "p", "history": "text", "system_prompt": "s"}, "2 turns, 2 characters"),
+        ({"prompt": "p", "history": 5, "system_prompt": "s"}, "2 turns, 2 characters"),
     ],
 )
 def test_summary_of_other_shapes(kwargs: dict[str, Any], summary: str) -> None:

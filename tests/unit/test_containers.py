@@ -25,10 +25,10 @@ from flower.command import is_flower_envvar, is_flower_option
 
 from penstock.errors import BrokerRefusedError
 from penstock.registry import HEARTBEAT_S
-from penstock.settings import CONFIG_VARIABLE, Settings, load_settings, sample_environment
+from penstock.settings import CONFIG_VARIABLE, Settings, load_settings, sample_environment, variable_name
 from penstock_workers.cli import cli
 from penstock_workers.local_redis import free_port, is_ready, local_redis_command, wait_until_ready
-from penstock_workers.stack import plan_stack, worker_queues
+from penstock_workers.stack import worker_queues
 from tests.eventually import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +70,9 @@ def settings_of(service: Mapping[str, Any]) -> Settings:
     """Return what a service's process loads: its variables over the file that it mounts."""
     environ = {name: value for name, value in service["environment"].items() if name.startswith("PENSTOCK_")}
     config = ROOT / binds(service)[environ.pop(CONFIG_VARIABLE)]
+    del environ[
+        variable_name("redis.password_file")
+    ]  # it is read at once, and is nowhere but in the container
     return load_settings(config, environ=environ).settings
 
 
@@ -262,7 +265,10 @@ def test_a_worker_is_started_with_a_command_that_exists(service: dict[str, Any])
     assert "entrypoint" not in service
     name, *options = service["command"]
 
-    with cli.commands[name].make_context(name, options) as context:
+    with (
+        cli.make_context("penstock", [name, *options]) as parent,
+        cli.commands[name].make_context(name, options, parent) as context,
+    ):
         pool = context.params["pool"]
 
     assert context.params["celery_options"] == ()
@@ -278,7 +284,8 @@ def test_every_variable_is_a_setting_that_reaches_the_process(service: dict[str,
     assert settings.redis.broker_url == "redis://redis:6379/0"
     assert settings.redis.results_url == "redis://redis:6379/1"
     assert "port 6379" in (ROOT / "configs" / "redis.conf").read_text().splitlines()
-    assert str(settings.redis.password_file) in {f"/run/secrets/{name}" for name in service["secrets"]}
+    secrets = {f"/run/secrets/{name}" for name in service["secrets"]}
+    assert service["environment"][variable_name("redis.password_file")] in secrets
     assert service["depends_on"] == {"redis": {"condition": "service_healthy"}}
     assert {entry["path"]: entry["required"] for entry in service["env_file"]} == {"configs/.env": False}
 
@@ -381,15 +388,16 @@ def test_the_image_runs_as_the_user_of_its_services() -> None:
     assert all("--no-cache-dir" in line for line in re.findall(r"pip (?:install|wheel) .*", DOCKERFILE))
 
 
-def test_the_image_limits_threads_as_the_supervisor_does() -> None:
-    """A process in a container starts with the variables that `penstock up` would give it."""
-    loaded = load_settings(ROOT / "configs" / "penstock.toml", environ={})
-    stack = plan_stack(loaded, config=None, environment={}, redis_folder=None)
+def test_the_image_limits_threads_as_a_worker_does() -> None:
+    """What a worker tells OpenMP and the tokenizers holds from the start of its container."""
+    pools = load_settings(ROOT / "configs" / "penstock.toml", environ={}).settings.pools
 
-    expected = next(child.environment for child in stack.children if child.name.startswith("cpu-"))
-
-    assert expected
-    assert expected.items() <= image_environment().items()
+    assert pools.cpu.threads == 1
+    assert image_environment().items() >= {
+        ("OMP_NUM_THREADS", "1"),
+        ("RAYON_NUM_THREADS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    }
 
 
 def test_what_is_copied_is_enough_to_build_the_wheel(tmp_path: Path) -> None:

@@ -101,6 +101,24 @@ def test_other_number_of_arguments_becomes_a_worker_error(args: list[object]) ->
     assert str(error).startswith("InputTooLongError: ")
 
 
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("ResultTimeoutError", ["job", "soon"]),
+        ("DeadlineExceededError", ["job", None]),
+        ("UnknownModelError", ["minilm", [1, 2]]),
+        ("ConfigError", [[1, 2]]),
+        ("ConfigError", [5]),
+    ],
+)
+def test_arguments_of_other_types_become_a_worker_error(name: str, args: list[object]) -> None:
+    """An error whose text cannot be made of what came is still told, by name."""
+    error = rebuild_error(name, args)
+
+    assert type(error) is WorkerError
+    assert str(error).startswith(f"{name}: ")
+
+
 def test_foreign_exception_is_told_as_celery_stores_it() -> None:
     """A Python error that escaped a task reaches the caller with its name."""
     payload = encode_failure("job", PenstockError("x")).replace(b'"PenstockError"', b'"ZeroDivisionE"')

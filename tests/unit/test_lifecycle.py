@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ MODELS: dict[str, Any] = {
     "minilm": {"task": "embed", "source": "a", "pools": ["gpu", "cpu"]},
     "chat": {"task": "generate", "source": "b", "pools": ["cpu"]},
 }
-SETTINGS = load_settings(arguments={"models": MODELS}, environ={}).settings
+SETTINGS = load_settings(arguments={"models": json.dumps(MODELS)}, environ={}).settings
 EMPTY = load_settings(environ={}).settings
 
 

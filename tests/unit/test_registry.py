@@ -173,6 +173,7 @@ def test_what_is_announced_is_found() -> None:
         ("rediss://me:secret@r/0?a=b", "rediss://me:***@r/0?a=b"),
         ("redis://:s%40e@[::1]:6379/0", "redis://:***@[::1]:6379/0"),
         ("redis://:p@ss@r:6379/0", "redis://:***@r:6379/0"),
+        ("redis://:secret@[::1/0", "(not a URL)"),
     ],
 )
 def test_passwords_are_masked(url: str, masked: str) -> None:

@@ -42,11 +42,12 @@ ACCEPTED: list[tuple[str, object]] = [
     ("max_new_tokens", 1),
     ("max_new_tokens", 1 << 20),
     ("context_window", 16),
+    ("context_window", (1 << 31) - 1),
     ("temperature", 0),
     ("temperature", 0.0),
     ("temperature", 2.0),
     ("top_k", 0),
-    ("top_k", 50),
+    ("top_k", (1 << 31) - 1),
     ("top_p", 1e-9),
     ("top_p", 1),
     ("min_p", 0.0),
@@ -67,6 +68,7 @@ REFUSED: list[tuple[str, object, str]] = [
     ("max_new_tokens", True, "is True; input should be a valid integer"),
     ("max_new_tokens", 1.0, "is 1.0; input should be a valid integer"),
     ("context_window", 15, "is 15; input should be greater than or equal to 16"),
+    ("context_window", 1 << 31, "is 2147483648; input should be less than 2147483648"),
     ("temperature", -0.1, "is -0.1; input should be greater than or equal to 0"),
     ("temperature", 2.1, "is 2.1; input should be less than or equal to 2"),
     ("temperature", float("nan"), "is nan; input should be less than or equal to 2"),
@@ -74,6 +76,8 @@ REFUSED: list[tuple[str, object, str]] = [
     ("temperature", "0.5", "is '0.5'; input should be a valid number"),
     ("temperature", True, "is True; input should be a valid number"),
     ("top_k", -1, "is -1; input should be greater than or equal to 0"),
+    ("top_k", 1 << 31, "is 2147483648; input should be less than 2147483648"),
+    ("top_k", 10**30, "input should be less than 2147483648"),
     ("top_k", 1.5, "is 1.5; input should be a valid integer"),
     ("top_p", 0.0, "is 0.0; input should be greater than 0"),
     ("top_p", 1.01, "is 1.01; input should be less than or equal to 1"),
@@ -151,7 +155,7 @@ def test_unknown_option_is_refused() -> None:
         generate(max_tokens=64)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 2, -1, True, 1.0, "1", None, [1]])
 def test_other_versions_are_refused(version: object) -> None:
     """A message of another version is told from one with a wrong field."""
     with pytest.raises(InvalidMessageError, match="version 1 is read here"):
@@ -188,6 +192,9 @@ def test_lone_surrogates_are_refused(surrogate: str) -> None:
     """A text that UTF-8 cannot carry is refused before it is sent, with its place."""
     with pytest.raises(InvalidTextError, match="text 2 holds a lone surrogate, which UTF-8 cannot carry"):
         embed(texts=["a", "b", surrogate])
+    for option in ("prompt", "prompt_name"):
+        with pytest.raises(InvalidTextError, match="text 0 holds a lone surrogate"):
+            embed(**{option: surrogate})
     with pytest.raises(InvalidTextError, match="text 0"):
         generate(prompt=surrogate)
     with pytest.raises(InvalidTextError, match="text 0 holds a lone surrogate"):
@@ -205,6 +212,7 @@ def test_text_of_1_mib_is_accepted_and_one_byte_more_is_not(unit: str) -> None:
     assert generate(prompt=text).prompt == text
     for make, name in [
         (lambda: embed(texts=["a", text + "a"]), "text 1"),
+        (lambda: embed(prompt=text + "a"), "text 0"),
         (lambda: generate(prompt=text + "a"), "text 0"),
         (lambda: generate(system_prompt=text + "a"), "text 0"),
         (lambda: generate(history=[{"role": "user", "content": text + "a"}]), "text 0"),
@@ -221,6 +229,17 @@ def test_whole_request_has_a_limit() -> None:
     assert len(embed(texts=full).texts) == 16
     with pytest.raises(RequestTooLargeError, match="the request has 16777217 bytes, the limit is 16777216"):
         embed(texts=[*full, "a"])
+
+
+def test_whole_conversation_has_the_limit_of_a_request() -> None:
+    """System prompt, earlier turns and prompt count together."""
+    text = "a" * MAX_TEXT_BYTES
+    turns = [{"role": "user", "content": text}] * (MAX_REQUEST_BYTES // MAX_TEXT_BYTES - 1)
+
+    assert len(generate(history=turns, prompt=text).messages()) == 16
+    for fields in ({"prompt": text, "system_prompt": "a"}, {"prompt": "a", "system_prompt": text}):
+        with pytest.raises(RequestTooLargeError, match="the request has 16777217 bytes"):
+            generate(history=turns, **fields)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 import importlib.util
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ MODELS: dict[str, Any] = {
     "minilm": {"task": "embed", "source": "a", "pools": ["gpu", "cpu"]},
     "chat": {"task": "generate", "source": "b", "pools": ["cpu"]},
 }
-BROKER = {"broker_url": "redis://me:pw@r:6379/0"}
+BROKER = {"redis.broker_url": "redis://me:pw@r:6379/0"}
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +27,15 @@ def _a_redis_to_start(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
 
 
 def plan(
-    *, config: Path | None = None, redis_folder: Path | None = None, with_flower: bool = False, **values: Any
+    arguments: Mapping[str, str] | None = None,
+    *,
+    models: Any = MODELS,
+    config: Path | None = None,
+    redis_folder: Path | None = None,
+    with_flower: bool = False,
 ) -> Stack:
-    """Plan the stack of a deployment given by its values."""
-    loaded = load_settings(arguments={"models": MODELS} | values, environ={})
+    """Plan the stack of a deployment given by the arguments of a command line."""
+    loaded = load_settings(arguments={"models": json.dumps(models), **(arguments or {})}, environ={})
     return plan_stack(
         loaded,
         config=config,
@@ -72,7 +79,7 @@ def test_own_redis_keeps_its_data_where_it_is_told(tmp_path: Path) -> None:
 
 def test_configured_broker_is_used() -> None:
     """With a broker URL no Redis is started, and the workers find it in the configuration."""
-    stack = plan(redis=BROKER)
+    stack = plan(BROKER)
 
     assert stack.broker_url == "redis://me:pw@r:6379/0"
     assert "redis" not in [child.name for child in stack.children]
@@ -81,9 +88,9 @@ def test_configured_broker_is_used() -> None:
 
 def test_pools_get_their_processes() -> None:
     """Each pool has its number of workers, each with its queues and node name."""
-    pools = {"cpu": {"processes": 2}, "gpu": {"processes": 1}}
+    processes = {"pools.cpu.processes": "2", "pools.gpu.processes": "1"}
 
-    stack = plan(redis=BROKER, pools=pools)
+    stack = plan(BROKER | processes)
 
     assert [(child.name, child.stage) for child in stack.children] == [
         ("gpu-1", 1),
@@ -100,7 +107,7 @@ def test_workers_get_the_configuration_of_the_command_line(tmp_path: Path) -> No
     """Children read the same file, and what `--set` changed."""
     config = tmp_path / "folder" / ".." / "penstock.toml"
 
-    stack = plan(redis=BROKER, config=config)
+    stack = plan(BROKER, config=config)
 
     for child in stack.children:
         assert child.environment["PENSTOCK_CONFIG"] == str(tmp_path / "penstock.toml")
@@ -110,31 +117,32 @@ def test_workers_get_the_configuration_of_the_command_line(tmp_path: Path) -> No
 def test_pool_without_models_gets_no_worker() -> None:
     """Processes of a pool that serves nothing are not started."""
     models = {"chat": MODELS["chat"]}
+    processes = {"pools.cpu.processes": "1", "pools.gpu.processes": "4"}
 
-    stack = plan(redis=BROKER, models=models, pools={"gpu": {"processes": 4}, "cpu": {"processes": 1}})
+    stack = plan(BROKER | processes, models=models)
 
     assert [child.name for child in stack.children] == ["cpu-1"]
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("models", "arguments"),
     [
-        {"models": {}},
-        {"pools": {"cpu": {"processes": 0}, "gpu": {"processes": 0}}},
-        {"models": {"minilm": {"task": "embed", "source": "a", "pools": ["gpu"]}}},
+        ({}, {}),
+        (MODELS, {"pools.cpu.processes": "0", "pools.gpu.processes": "0"}),
+        ({"minilm": {"task": "embed", "source": "a", "pools": ["gpu"]}}, {}),
     ],
     ids=["no models", "no processes", "models of a pool without processes"],
 )
-def test_nothing_to_start_is_an_error(values: dict[str, Any]) -> None:
+def test_nothing_to_start_is_an_error(models: Any, arguments: dict[str, str]) -> None:
     """A stack without workers would take jobs for ever."""
     with pytest.raises(ConfigError, match="nothing to start: no pool with processes serves a model"):
-        plan(redis=BROKER, **values)
+        plan(BROKER | arguments, models=models)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flower") is None, reason="Flower is an extra")
 def test_flower_starts_last() -> None:
     """The monitoring page listens where it is told to."""
-    stack = plan(redis=BROKER, with_flower=True, flower={"port": 7777})
+    stack = plan(BROKER | {"flower.port": "7777"}, with_flower=True)
 
     flower = stack.children[-1]
     assert (flower.name, flower.stage) == ("flower", 2)
@@ -145,7 +153,7 @@ def test_flower_starts_last() -> None:
 @pytest.mark.parametrize(("with_flower", "port"), [(False, 5555), (True, 0)])
 def test_flower_can_be_left_out(with_flower: bool, port: int) -> None:
     """Port 0 starts none, and the demo needs none."""
-    stack = plan(redis=BROKER, with_flower=with_flower, flower={"port": port})
+    stack = plan(BROKER | {"flower.port": str(port)}, with_flower=with_flower)
 
     assert stack.flower_url is None
     assert "flower" not in [child.name for child in stack.children]
@@ -153,7 +161,7 @@ def test_flower_can_be_left_out(with_flower: bool, port: int) -> None:
 
 def test_worker_takes_the_queues_of_its_pool() -> None:
     """All models of the pool, or those that were asked for, in that order."""
-    settings = load_settings(arguments={"models": MODELS}, environ={}).settings
+    settings = load_settings(arguments={"models": json.dumps(MODELS)}, environ={}).settings
 
     assert worker_queues(settings, "cpu") == ["cpu.minilm", "cpu.chat"]
     assert worker_queues(settings, "gpu") == ["gpu.minilm"]
@@ -178,7 +186,7 @@ def test_worker_takes_the_queues_of_its_pool() -> None:
 )
 def test_worker_without_a_model_is_an_error(models: Any, asked: tuple[str, ...], problems: list[str]) -> None:
     """A worker that would take nothing does not start, and says what there is."""
-    settings = load_settings(arguments={"models": models}, environ={}).settings
+    settings = load_settings(arguments={"models": json.dumps(models)}, environ={}).settings
 
     with pytest.raises(ConfigError) as caught:
         worker_queues(settings, "gpu", asked)
@@ -188,7 +196,7 @@ def test_worker_without_a_model_is_an_error(models: Any, asked: tuple[str, ...],
 
 def test_worker_command_is_celerys_own() -> None:
     """Whoever knows Celery can read, and type, how a worker starts."""
-    settings = load_settings(arguments={"worker": {"log_level": "debug"}}, environ={}).settings
+    settings = load_settings(arguments={"worker.log_level": "debug"}, environ={}).settings
 
     command = worker_command(settings, ["cpu.a", "cpu.b"], "cpu-1")
 

@@ -149,6 +149,7 @@ class Batcher(Generic[I, A]):
         with self._changed:
             if self._death is not None:
                 work.fail(EngineError(self.name, "its model thread has ended"))
+                return work
             self._waiting.extend((work, index) for index in range(len(items)))
             self._changed.notify()
         return work

@@ -44,20 +44,22 @@ class Dialogue:
 
 DIALOGUES: Final = (
     Dialogue(
-        system_prompt=None,
-        history=(),
-        prompt="The pump is red. The gate is blue. What colour is the gate?",
-    ),
-    Dialogue(
         system_prompt="Answer in upper case.",
         history=(
-            Message(role="user", content="My name is Ada."),
-            Message(role="assistant", content="HELLO ADA."),
+            Message(role="user", content="My name is Zorblat."),
+            Message(role="assistant", content="NICE TO MEET YOU, ZORBLAT."),
+            Message(role="user", content="The pump is red. The gate is blue. What colour is the gate?"),
+            Message(role="assistant", content="THE GATE IS BLUE."),
         ),
         prompt="What is my name?",
     ),
     Dialogue(
-        system_prompt=None,
+        system_prompt="The pump is red. The gate is blue. The valve is green.",
+        history=(),
+        prompt="What colour is the gate?",
+    ),
+    Dialogue(
+        system_prompt="End every answer with OVER.",
         history=(),
         prompt="Give me a JSON object with name Ada and age 36.",
     ),

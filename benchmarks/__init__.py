@@ -1,0 +1,1 @@
+"""Programs that measure Penstock against named peers on the machine they run on."""

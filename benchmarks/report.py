@@ -1,0 +1,132 @@
+"""What every benchmark prints: the machine, every way that was measured, and figures with their goals."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One measured way.
+
+    Attributes:
+        way: what was measured.
+        unit: of the values.
+        values: one for each repetition.
+    """
+
+    way: str
+    unit: str
+    values: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        """The middle one; machines are noisy."""
+        return statistics.median(self.values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A number that a goal was set for; `at_most` tells which side of the goal is good."""
+
+    value: float
+    unit: str
+    goal: float | None = None
+    at_most: bool = False
+
+    def to_dict(self) -> dict[str, object]:
+        """Return it for JSON."""
+        met = None
+        if self.goal is not None:
+            met = self.value <= self.goal if self.at_most else self.value >= self.goal
+        return {"value": self.value, "unit": self.unit, "goal": self.goal, "met": met}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A run of a benchmark."""
+
+    name: str
+    rows: Sequence[Row]
+    figures: Mapping[str, Figure]
+    machine: Mapping[str, object] = field(default_factory=lambda: describe_machine())
+
+    def print(self) -> None:
+        """Print tables for people."""
+        print(f"# {self.name}: {', '.join(f'{key} {value}' for key, value in self.machine.items())}")
+        width = max(len(row.way) for row in self.rows)
+        for row in self.rows:
+            low, high = min(row.values), max(row.values)
+            print(f"{row.way:{width}}  {row.median:12.3f} {row.unit}  (from {low:.3f} to {high:.3f})")
+        for key, figure in self.figures.items():
+            found = figure.to_dict()
+            goal = "" if figure.goal is None else f"  goal {'<=' if figure.at_most else '>='} {figure.goal:g}"
+            verdict = {True: "  met", False: "  MISSED", None: ""}[found["met"]]  # type: ignore[index]
+            print(f"{key:{width}}  {figure.value:12.5f} {figure.unit}{goal}{verdict}")
+
+    def write_json(self, path: Path) -> None:
+        """Write all of it."""
+        figures = {key: figure.to_dict() for key, figure in self.figures.items()}
+        rows = [asdict(row) | {"median": row.median} for row in self.rows]
+        found = {"benchmark": self.name, "machine": dict(self.machine), "rows": rows, "figures": figures}
+        path.write_text(json.dumps(found, indent=2) + "\n")
+
+    def plot(self, path: Path) -> None:
+        """Draw the medians of the first row's unit, with their spread."""
+        import matplotlib.pyplot as plt
+
+        rows = [row for row in self.rows if row.unit == self.rows[0].unit]
+        spread = [
+            [row.median - min(row.values) for row in rows],
+            [max(row.values) - row.median for row in rows],
+        ]
+        figure, axes = plt.subplots(figsize=(8, 0.6 * len(rows) + 1.2), layout="constrained")
+        axes.barh([row.way for row in rows], [row.median for row in rows], xerr=spread, color="#4477aa")
+        axes.set(xlabel=rows[0].unit, title=self.name)
+        axes.invert_yaxis()
+        figure.savefig(path, dpi=120)
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """Read the options that all benchmarks take."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--quick", action="store_true", help="under a minute: the same code, fewer repetitions"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and figures")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, as .png or .svg")
+    return parser.parse_args()
+
+
+def finish(report: Report, options: argparse.Namespace) -> None:
+    """Print a report, and write what was asked for."""
+    report.print()
+    if options.json:
+        report.write_json(options.json)
+    if options.plot:
+        report.plot(options.plot)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what a reader needs to compare machines."""
+    cpu = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    flags = next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "").split()
+    names = ("celery", "redis", "sentence-transformers", "torch", "transformers")
+    return {
+        "cpu": cpu.partition(": ")[2] or platform.processor(),
+        "cores": os.cpu_count(),
+        "bf16": bool({"avx512_bf16", "amx_bf16"} & set(flags)),
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
