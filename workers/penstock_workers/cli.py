@@ -20,7 +20,7 @@ from penstock.settings import (
     sample_environment,
     variable_name,
 )
-from penstock_workers.stack import plan_stack, worker_command, worker_queues
+from penstock_workers.stack import plan_stack, require_engines, worker_command, worker_queues
 from penstock_workers.status import read_status
 from penstock_workers.supervisor import Supervisor
 
@@ -101,6 +101,7 @@ def worker(
 
     Further options are Celery's own.
     """
+    require_engines()
     deployment = Deployment(config, assignments)
     name = cast("PoolName", pool)
     queues = worker_queues(deployment.loaded.settings, name, models)

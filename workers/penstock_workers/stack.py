@@ -55,6 +55,7 @@ def plan_stack(
     Raises:
         ConfigError: no models, no processes, or no Redis to start.
     """
+    require_engines()
     settings = loaded.settings
     variables = dict(environment) | ({CONFIG_VARIABLE: str(config.resolve())} if config else {})
     children: list[Child] = []
@@ -106,6 +107,16 @@ def worker_queues(settings: Settings, pool: PoolName, models: tuple[str, ...] = 
             [f"pool {pool} serves no model; give one `pools = [{pool!r}]` in the configuration"]
         )
     return [queue_name(pool, name) for name in models or served]
+
+
+def require_engines() -> None:
+    """Refuse a machine that has the client alone.
+
+    Raises:
+        ConfigError: what to install.
+    """
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ConfigError(["this machine cannot run models yet: pip install 'penstock[workers]'"])
 
 
 def worker_command(settings: Settings, queues: list[str], node: str) -> list[str]:
