@@ -64,7 +64,9 @@ class Report:
         width = max(len(row.way) for row in self.rows)
         for row in self.rows:
             low, high = min(row.values), max(row.values)
-            print(f"{row.way:{width}}  {row.median:12.3f} {row.unit}  (from {low:.3f} to {high:.3f})")
+            digits = 3 if row.unit else 5  # ratios and cosines have none
+            spread = f"(from {low:.{digits}f} to {high:.{digits}f})"
+            print(f"{row.way:{width}}  {row.median:12.{digits}f} {row.unit}  {spread}")
         for key, figure in self.figures.items():
             found = figure.to_dict()
             goal = "" if figure.goal is None else f"  goal {'<=' if figure.at_most else '>='} {figure.goal:g}"

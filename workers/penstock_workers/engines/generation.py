@@ -141,14 +141,15 @@ class Generator:
             stop=(*(options.stop or ()), *self._chat.stop),
         )
 
-    def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | EngineError]]:
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | EngineError] | None]:
         """Answer all prompts together, one token each per step; for one thread only.
 
         Whoever is finished leaves the batch: nobody waits for the longest answer. Closing the
         iterator gives the others up.
 
         Yields:
-            Index into `prompts` with its answer or its error, the moment it is known.
+            Index into `prompts` with its answer or its error, the moment it is known; None after each
+            step, as a sign of life.
 
         Raises:
             OutOfMemoryError: the batch did not fit; what was not yielded can be tried in smaller ones.
@@ -158,6 +159,7 @@ class Generator:
         batch = Batch(self._model, [prompt.ids for prompt in prompts]) if rows else None
         while batch is not None:
             logits = self._step(batch, rows)
+            yield None
             kept, tokens = [], []
             for place, token in enumerate(_choose(logits, rows)):
                 outcome = self._settle(rows[place], token)

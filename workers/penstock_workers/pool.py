@@ -1,0 +1,194 @@
+"""The pool of job threads: how jobs start, how they are handed back, and how the process ends.
+
+Celery's own threads pool acknowledges nothing while it stops until its last job has ended, waits for that
+without a bound, cannot answer SIGQUIT, and forgets a job whose result could not be stored: its place is gone.
+"""
+
+import atexit
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
+from typing import Any, Final
+
+from celery.concurrency.base import apply_target
+from celery.concurrency.thread import ApplyResult
+from celery.concurrency.thread import TaskPool as CeleryTaskPool
+from celery.exceptions import Reject
+from celery.platforms import EX_FAILURE, EX_OK
+from celery.signals import worker_shutdown, worker_shutting_down
+from celery.worker import state
+from celery.worker.control import Panel
+from kombu.asynchronous import get_event_loop
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S: Final = 30.0
+"""How long running jobs may take to end, seconds, where the setting `worker_drain_s` does not say."""
+GRACE_S: Final = 10.0
+"""How long the process may take to end after that; longer, and it hangs."""
+_TICK_S: Final = 0.1
+
+
+class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
+    """Threads that run jobs, at most `limit` at a time.
+
+    SIGTERM, SIGINT: no new jobs; what runs may end within `worker_drain_s`, and each job is acknowledged as
+    it ends. The same signal again, or SIGQUIT: no waiting. Whatever has not ended is left to the transport,
+    which hands it back as its channel closes. The process ends with 0, whatever its threads do.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.executor = ThreadPoolExecutor(self.limit, thread_name_prefix="job")
+        self._drain_s = float(self.app.conf.get("worker_drain_s", DRAIN_S))
+        self._running: dict[Future[None], Any] = {}
+        # Only added to, and the earliest counts: a signal may come between any two instructions.
+        self._deadlines = [math.inf]
+        self._stops: SimpleQueue[str] = SimpleQueue()
+        # In another thread, where tests run it, the process and its signals are somebody else's.
+        self._is_guest = threading.current_thread() is not threading.main_thread()
+
+    def on_start(self) -> None:
+        """Take over signals and those remote commands that Celery would answer with a traceback."""
+        Panel.data.update(dict.fromkeys(("pool_grow", "pool_shrink", "autoscale"), self._refuse_resize))
+        if not self._is_guest:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+                signal.signal(number, self._on_signal)
+            threading.Thread(target=self._watch_the_end, name="watch-the-end", daemon=True).start()
+
+    def on_apply(
+        self,
+        target: Any,
+        args: Any = None,
+        kwargs: Any = None,
+        callback: Any = None,
+        accept_callback: Any = None,
+        **_: object,
+    ) -> ApplyResult | None:
+        """Run a job in a thread; a delayed one that falls due while the pool stops is handed back."""
+        request = callback.__self__
+        if not self.active:
+            _hand_back(request)
+            return None
+        future = self.executor.submit(apply_target, target, args, kwargs, callback, accept_callback)
+        self._running[future] = request
+        future.add_done_callback(self._on_done)
+        return ApplyResult(future)
+
+    def on_stop(self) -> None:
+        """Hand back the jobs that have not started, and let the others end within the limit."""
+        # A transport hands back what it holds only if the worker stops; an error or a remote command says
+        # so nowhere else.
+        state.should_stop = state.should_stop or EX_OK
+        self._deadlines.append(time.monotonic() + self._drain_s)
+        self._stops.put("")
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        if self._running:
+            seconds = max(0.0, self._deadline - time.monotonic())
+            logger.info("stopping: %d running jobs may end within %.1f s", len(self._running), seconds)
+        self._drain()
+        if self._running:
+            logger.warning("stopping: %d jobs have not ended and are handed back", len(self._running))
+        if not self._is_guest:
+            # Connected now, so that whoever else listens has been called before.
+            worker_shutdown.connect(_end_process, weak=False)
+
+    def on_terminate(self) -> None:
+        """Stop without waiting: Celery itself cannot go on."""
+        self._deadlines.append(time.monotonic())
+        self.on_stop()
+
+    def terminate_job(self, pid: int, signal: object = None) -> None:
+        """Let the thread of a revoked job run; Celery tells the job's caller that it is revoked."""
+        del pid, signal
+        logger.warning("a revoked job runs on, since a thread cannot be ended; its result is dropped")
+
+    def grow(self, n: int = 1) -> None:
+        """Do nothing; asked for by Celery's autoscaler only."""
+        logger.warning("%s; %d more were asked for", self._fixed_size, n)
+
+    def shrink(self, n: int = 1) -> None:
+        """Do nothing; asked for by Celery's autoscaler only."""
+        logger.warning("%s; %d fewer were asked for", self._fixed_size, n)
+
+    @property
+    def _fixed_size(self) -> str:
+        return f"the pool keeps its {self.limit} threads: start another worker process, or one with -c N"
+
+    @property
+    def _deadline(self) -> float:
+        return min(self._deadlines)
+
+    def _refuse_resize(self, worker: Any, **_: object) -> dict[str, str]:
+        """Answer `pool_grow`, `pool_shrink` and `autoscale`; Flower shows the sentence."""
+        del worker
+        return {"error": self._fixed_size}
+
+    def _get_info(self) -> dict[str, Any]:
+        return dict(super()._get_info(), running=len(self._running), drain_s=self._drain_s)
+
+    def _on_done(self, future: Future[None]) -> None:
+        request = self._running[future]
+        if future.cancelled():
+            _hand_back(request)
+        elif (error := future.exception()) is not None:
+            reason = error.reason if isinstance(error, Reject) else type(error).__name__
+            logger.error("job handed back: %s", reason, extra={"job_id": request.id})
+            _hand_back(request)
+        # Last, so that whoever waits for the jobs finds what to do with their messages already arranged.
+        del self._running[future]
+
+    def _drain(self) -> None:
+        hub = get_event_loop()
+        while self._running and (seconds := self._deadline - time.monotonic()) > 0:
+            if hub is None:
+                wait(list(self._running), timeout=min(seconds, _TICK_S))
+                continue
+            try:
+                hub.run_once()  # acknowledges what has ended
+            except Exception as error:  # noqa: BLE001  whatever the transport raises, the jobs may end
+                logger.warning("stopping: broker lost: %s", type(error).__name__)
+                hub = None
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        del frame
+        at_once = number == signal.SIGQUIT or self._deadline < math.inf
+        self._deadlines.append(time.monotonic() + (0 if at_once else self._drain_s))
+        state.should_stop = EX_OK
+        self._stops.put(signal.Signals(number).name)  # the one kind of queue that a signal handler may use
+
+    def _watch_the_end(self) -> None:
+        """Do what a signal handler cannot, and end the process if nothing else does."""
+        if name := self._stops.get():
+            hostname = self.options["initargs"][1]
+            worker_shutting_down.send(sender=hostname, sig=name, how="Warm", exitcode=EX_OK)
+        while time.monotonic() < self._deadline + GRACE_S:
+            if (hub := get_event_loop()) is not None:
+                hub.call_soon(_nothing)  # wakes it, so that it looks at the signal, the jobs and the time
+            time.sleep(_TICK_S)
+        logger.critical("stopping: still not ended after %.0f s more; ended by force", GRACE_S)
+        os._exit(EX_FAILURE)
+
+
+def _hand_back(request: Any) -> None:
+    """Return a job to its queue and free its place."""
+    state.task_ready(request)
+    request.reject(requeue=True)
+
+
+def _end_process(sender: Any, **_: object) -> None:
+    # An ordinary exit would wait for the threads of jobs that were handed back, maybe for ever.
+    atexit._run_exitfuncs()  # flushes logs; Celery saves its state here, and restarts on SIGHUP
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(sender.exitcode or EX_OK)
+
+
+def _nothing() -> None:
+    pass
