@@ -17,13 +17,14 @@ from redis.exceptions import (
 )
 
 from penstock.errors import BrokerRefusedError, BrokerUnavailableError
+from penstock.leases import push_arguments, scripts
 from penstock.registry import MODELS_KEY, RESULTS_KEY, WORKERS_KEY, Registry, mask_url
 from penstock.store import RECORD_TTL_S, SENT, record_key
 
 CONNECT_TIMEOUT_S: Final = 5.0
 ANSWER_TIMEOUT_S: Final = 10.0
 MAX_CONNECTIONS: Final = 8
-UNACKED_KEY: Final = "unacked"  # kombu's hash of messages that workers hold, by delivery tag
+UNACKED_KEY: Final = "unacked"  # hash of messages that workers hold, by delivery tag: see delivery.lua
 
 _REFUSALS = (AuthenticationError, AuthorizationError, NoPermissionError, OutOfMemoryError, ResponseError)
 
@@ -67,6 +68,7 @@ class Broker:
     def __init__(self, url: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
         self.url = url
         self._redis = connect(url, connect_timeout_s=connect_timeout_s)
+        self._push = self._redis.register_script(scripts()["push"])
 
     async def registry(self) -> Registry:
         """Read what is served, in one round trip."""
@@ -79,9 +81,10 @@ class Broker:
         return Registry.read(models, workers, results, second + microsecond / 1e6)
 
     async def push(self, key: str, message: bytes) -> None:
-        """Put a message at the end of a queue's list."""
+        """Put a message at the end of a queue's list, and wake an idle worker, in one step."""
+        keys, arguments = push_arguments(key, message)
         with redis_errors(self.url):
-            await self._redis.lpush(key, message)
+            await self._push(keys=keys, args=arguments)
 
     async def is_taken(self, job_id: str) -> bool:
         """Say whether a worker holds the job; its id is its delivery tag."""

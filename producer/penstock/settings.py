@@ -149,6 +149,10 @@ class WorkerSettings(_Section):
     """Touched while every stage makes progress: the readiness file of health checks."""
     stall_s: float = Field(default=120.0, gt=0)
     """A forward pass longer than this, in seconds, counts as hung."""
+    lease_s: float = Field(default=20.0, ge=1, le=300)
+    """A process that is silent for longer than this, in seconds, loses its jobs to others."""
+    max_deliveries: int = Field(default=4, ge=1, le=100)
+    """How often a job is given to a worker before it is dead-lettered."""
     drain_s: float = Field(default=30.0, ge=0)
     """How long running jobs may take to end after SIGTERM, seconds."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -1,10 +1,12 @@
-"""The command line: `penstock up`, `worker`, `status`, `config`, `demo`."""
+"""The command line: `penstock up`, `worker`, `status`, `queues`, `dead`, `config`, `demo`."""
 
 import asyncio
 import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -20,6 +22,7 @@ from penstock.settings import (
     sample_environment,
     variable_name,
 )
+from penstock_workers.queues import DeadJob, Queues, table
 from penstock_workers.stack import plan_stack, require_engines, worker_command, worker_queues
 from penstock_workers.status import read_status
 from penstock_workers.supervisor import Supervisor
@@ -120,6 +123,78 @@ def status(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> 
     found = read_status(Deployment(config, assignments).loaded.settings)
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
     sys.exit(0 if found.is_ready else 1)
+
+
+@cli.command()
+@_deployment
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def queues(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
+    """Count what waits, runs, is delayed or was given up, per queue."""
+    states = Queues(Deployment(config, assignments).loaded.settings).states()
+    if as_json:
+        click.echo(json.dumps([asdict(state) for state in states], indent=2))
+    else:
+        click.echo("\n".join(table(states)))
+
+
+@cli.group()
+def dead() -> None:
+    """Look after jobs that were given up."""
+
+
+@dead.command("list")
+@_deployment
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def dead_list(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
+    """List them, oldest first, without what they hold."""
+    jobs = Queues(Deployment(config, assignments).loaded.settings).dead()
+    if as_json:
+        click.echo(json.dumps([job.to_dict() for job in jobs], indent=2))
+        return
+    for job in jobs:
+        when = datetime.fromtimestamp(job.at, tz=UTC).isoformat(timespec="seconds")
+        click.echo(f"{when}  {job.id or '-':36}  {job.queue}  {job.n_deliveries} deliveries  {job.reason}")
+
+
+@dead.command("show")
+@_deployment
+@click.argument("job_id")
+@click.option("--with-text", is_flag=True, help="Print the message too: it holds what its caller wrote.")
+def dead_show(config: Path | None, assignments: tuple[str, ...], job_id: str, with_text: bool) -> None:
+    """Show one of them as JSON."""
+    job = Queues(Deployment(config, assignments).loaded.settings).find_dead(job_id)
+    click.echo(json.dumps(job.to_dict(with_text=with_text), indent=2))
+
+
+@dead.command()
+@_deployment
+@click.argument("job_ids", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+def requeue(
+    config: Path | None, assignments: tuple[str, ...], job_ids: tuple[str, ...], everything: bool
+) -> None:
+    """Put jobs back into their queues, with all their deliveries before them."""
+    found = Queues(Deployment(config, assignments).loaded.settings)
+    jobs = [job for job in _chosen(found, job_ids, everything) if job.id]
+    click.echo(f"{sum(found.requeue(job) for job in jobs)} put back")
+
+
+@dead.command()
+@_deployment
+@click.argument("job_ids", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+def drop(
+    config: Path | None, assignments: tuple[str, ...], job_ids: tuple[str, ...], everything: bool
+) -> None:
+    """Forget jobs for good."""
+    found = Queues(Deployment(config, assignments).loaded.settings)
+    click.echo(f"{sum(found.drop(job) for job in _chosen(found, job_ids, everything))} dropped")
+
+
+def _chosen(found: Queues, job_ids: tuple[str, ...], everything: bool) -> list[DeadJob]:
+    if not everything and not job_ids:
+        raise ConfigError(["name the jobs, or say --all"])
+    return found.dead() if everything else [found.find_dead(job_id) for job_id in job_ids]
 
 
 @cli.group()

@@ -1,7 +1,7 @@
 """Taking messages off the queues: whatever lies there, the worker lives and the sender gets an answer.
 
-Stock Celery 5.7 ends the worker on a list entry that is not a message and on a body of another shape, logs
-the body of what it refuses, and leaves its sender waiting.
+Stock Celery 5.7 ends the worker on a body of another shape, logs the body of what it refuses, and leaves its
+sender waiting. What is no message at all never comes here: the transport puts it into the dead-letter list.
 """
 
 import logging
@@ -13,30 +13,12 @@ from celery.exceptions import InvalidTaskError
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.request import Request as CeleryRequest
 from kombu.exceptions import ContentDisallowed
-from kombu.transport import redis as kombu_redis
 
 from penstock.errors import InvalidMessageError
 
 logger = logging.getLogger(__name__)
 
 _MALFORMED = (ValueError, TypeError, KeyError, AttributeError)
-
-
-class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
-    """Drops list entries that are not messages; nobody can be told, since they name no sender."""
-
-    def _brpop_read(self, **options: Any) -> bool:
-        try:
-            return bool(super()._brpop_read(**options))
-        except _MALFORMED as error:
-            logger.error("queue entry is not a message and was dropped: %s", type(error).__name__)
-            return True
-
-
-class Transport(kombu_redis.Transport):  # type: ignore[misc]  # kombu has no types
-    """kombu's Redis transport with our channel."""
-
-    Channel = Channel
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]  # Celery has no types

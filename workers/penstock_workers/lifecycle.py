@@ -172,6 +172,8 @@ class Heartbeat(threading.Thread):
         """Beat until the process ends."""
         while not self._stopping.is_set():
             state = self._state()
+            if state == "stalled":
+                self._give_up()
             if state == "ready" and self._settings.worker.heartbeat_file is not None:
                 self._settings.worker.heartbeat_file.touch()
             try:
@@ -192,6 +194,16 @@ class Heartbeat(threading.Thread):
             self._redis.hdel(WORKERS_KEY, str(self._fields["id"]))
         except (redis.RedisError, OSError):
             logger.warning("registry out of reach; the entry of this process expires by itself")
+
+    def _give_up(self) -> None:
+        """End a process whose model hangs: its leases, which it no longer renews, go to others."""
+        try:
+            self._announce("stalled")
+        except (redis.RedisError, OSError):
+            logger.warning("registry out of reach")
+        logger.critical("a model thread hangs or has died; this process ends, others take its jobs over")
+        logging.shutdown()
+        os._exit(os.EX_SOFTWARE)
 
     def _state(self) -> WorkerState:
         if self._serving.is_stalled(self._settings.worker.stall_s):

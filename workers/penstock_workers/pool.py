@@ -70,14 +70,10 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
         callback: Any = None,
         accept_callback: Any = None,
         **_: object,
-    ) -> ApplyResult | None:
-        """Run a job in a thread; a delayed one that falls due while the pool stops is handed back."""
-        request = callback.__self__
-        if not self.active:
-            _hand_back(request)
-            return None
+    ) -> ApplyResult:
+        """Run a job in a thread."""
         future = self.executor.submit(apply_target, target, args, kwargs, callback, accept_callback)
-        self._running[future] = request
+        self._running[future] = callback.__self__  # the request, a message with its acknowledgement
         future.add_done_callback(self._on_done)
         return ApplyResult(future)
 
@@ -158,7 +154,8 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
 
     def _on_signal(self, number: int, frame: object) -> None:
         del frame
-        at_once = number == signal.SIGQUIT or self._deadline < math.inf
+        # Models may still be loading where nothing runs: then there is nothing to wait for either.
+        at_once = number == signal.SIGQUIT or self._deadline < math.inf or not self._running
         self._deadlines.append(time.monotonic() + (0 if at_once else self._drain_s))
         state.should_stop = EX_OK
         self._stops.put(signal.Signals(number).name)  # the one kind of queue that a signal handler may use

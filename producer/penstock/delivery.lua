@@ -1,0 +1,286 @@
+-- How jobs are delivered: every script that touches a message between its sender and its acknowledgement.
+--
+-- | key | type | holds | touched by |
+-- | --- | --- | --- | --- |
+-- | `<queue>`, `<queue>\x06\x16<3, 6 or 9>` | list | waiting messages, the next one last; kombu's own layout | every sender; workers by `pop` |
+-- | `penstock:wake:<list>` | list | tokens that wake idle workers; at most 4, for 2 s | `push`, whatever refills a list; idle workers by BRPOP |
+-- | `unacked` | hash | tag -> message that a worker holds | these scripts; senders look (HEXISTS) |
+-- | `unacked_index` | sorted set | tag -> end of its lease, on this server's clock | these scripts |
+-- | `penstock:leases` | hash | tag -> token of who holds it, newline, the list it came from | these scripts |
+-- | `penstock:lost` | hash | tag -> leases that ran out; 0 after a hand-back; gone with the acknowledgement | these scripts |
+-- | `penstock:due` | sorted set | tag -> when a delayed message is due, Unix seconds | these scripts |
+-- | `penstock:delayed` | hash | tag -> length of the list's name, colon, that name, message | these scripts |
+-- | `penstock:dead` | list | JSON of messages that were given up, oldest first; nothing removes them | `bury`; people |
+-- | `penstock:untold` | sorted set | entry of `penstock:dead` whose sender must hear -> when another worker may tell | `bury`, `claim_untold`; workers |
+-- | `penstock:sweep` | hash | when leases were last looked through, and from when on they may be taken over | `take_over` |
+-- | `penstock:serial` | string | counter that tells two messages of one tag apart | these scripts |
+--
+-- A tag is the message's own `delivery_tag`. A token names one pop of one process, so what a process took twice
+-- has two tokens: only the last holder acknowledges, renews or hands back.
+--
+-- Each script begins with a marker line, gets the shared part before it, and runs as a whole. Those marked
+-- allow-oom run on a full server too: they are how it becomes less full. Needs Redis 7 or Valkey.
+
+-- script: shared
+local UNACKED, INDEX, LEASES = 'unacked', 'unacked_index', 'penstock:leases'
+local LOST, DUE, DELAYED = 'penstock:lost', 'penstock:due', 'penstock:delayed'
+local DEAD, UNTOLD, SWEEP, SERIAL = 'penstock:dead', 'penstock:untold', 'penstock:sweep', 'penstock:serial'
+
+local function now()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) + tonumber(time[2]) / 1e6
+end
+
+-- Idle workers look for themselves every second, so older tokens serve nobody.
+local function wake(list)
+  local key = 'penstock:wake:' .. list
+  redis.call('LPUSH', key, '1')
+  redis.call('LTRIM', key, 0, 3)
+  redis.call('PEXPIRE', key, 2000)
+end
+
+-- kombu writes the properties last. Inside a JSON string its quotes would be escaped, so text cannot pose as it.
+local function tag_of(message)
+  local pattern = '"delivery_tag"%s*:%s*"([^"\\%c]+)"'
+  return string.match(string.sub(message, -512), pattern) or string.match(message, pattern) or redis.sha1hex(message)
+end
+
+-- Two messages of one tag are two messages: the second goes under the tag, newline, a number.
+local function free_name(hash, tag)
+  local name = tag
+  while redis.call('HEXISTS', hash, name) == 1 do
+    name = tag .. '\n' .. redis.call('INCR', SERIAL)
+  end
+  return name
+end
+
+local function tag_in(name) return string.match(name, '^[^\n]*') end
+
+-- The list that the message came from if `token` holds it, else nil.
+local function list_held(name, token)
+  local lease = redis.call('HGET', LEASES, name)
+  if lease and string.sub(lease, 1, #token + 1) == token .. '\n' then return string.sub(lease, #token + 2) end
+end
+
+local function drop(name)
+  redis.call('ZREM', INDEX, name)
+  redis.call('HDEL', UNACKED, name)
+  redis.call('HDEL', LEASES, name)
+end
+
+local function delay(list, message, due)
+  local name = free_name(DELAYED, tag_of(message))
+  redis.call('HSET', DELAYED, name, #list .. ':' .. list .. message)
+  redis.call('ZADD', DUE, due, name)
+end
+
+-- Back to where it came from, as the next one or as the last.
+local function put_back(name, list, as_next)
+  local message = redis.call('HGET', UNACKED, name)
+  if message then
+    redis.call(as_next and 'RPUSH' or 'LPUSH', list, message)
+    redis.call('HSETNX', LOST, tag_in(name), 0)
+    wake(list)
+  end
+  drop(name)
+end
+
+-- script: push
+-- KEYS: the list. ARGV: message, when it is due in Unix seconds or ''.
+-- Returns how many wait in the list; 0 for a delayed message.
+local due = tonumber(ARGV[2])
+if due and due > now() then
+  delay(KEYS[1], ARGV[1], due)
+  return 0
+end
+local n_waiting = redis.call('LPUSH', KEYS[1], ARGV[1])
+wake(KEYS[1])
+return n_waiting
+
+-- script: pop allow-oom
+-- KEYS: lists, the most urgent level first, in each level one of every queue.
+-- ARGV: token, lease in seconds, most messages, how many that outlived two holders, then the credits of each queue.
+-- Returns list, tag, leases that ran out or -1, message; of each that was taken.
+local token, lease_end = ARGV[1], now() + tonumber(ARGV[2])
+local room, suspects = tonumber(ARGV[3]), tonumber(ARGV[4])
+local credits, n_queues = {}, #ARGV - 4
+for queue = 1, n_queues do credits[queue] = tonumber(ARGV[4 + queue]) end
+local taken = {}
+
+-- Read first and removed last: an error in between leaves the message where it was.
+local function take(list)
+  local message = redis.pcall('LINDEX', list, -1)
+  if type(message) ~= 'string' then return false end
+  local tag = tag_of(message)
+  local lost = tonumber(redis.call('HGET', LOST, tag) or -1)
+  if lost >= 2 then
+    if suspects == 0 then return false end
+    suspects = suspects - 1
+  end
+  local name = free_name(UNACKED, tag)
+  redis.call('HSET', UNACKED, name, message)
+  redis.call('ZADD', INDEX, lease_end, name)
+  redis.call('HSET', LEASES, name, token .. '\n' .. list)
+  redis.call('RPOP', list)
+  for _, field in ipairs({list, name, lost, message}) do taken[#taken + 1] = field end
+  return true
+end
+
+for level = 0, #KEYS / n_queues - 1 do
+  local is_open, took, any = {}, {}, true
+  while any and room > 0 do
+    any = false
+    for queue = 1, n_queues do
+      local list = KEYS[level * n_queues + queue]
+      if room > 0 and credits[queue] > 0 and is_open[queue] ~= false then
+        is_open[queue] = take(list)
+        if is_open[queue] then
+          any, took[list] = true, true
+          room, credits[queue] = room - 1, credits[queue] - 1
+        end
+      end
+    end
+  end
+  -- What is left is for others: one that is idle is woken for it.
+  for list in pairs(took) do
+    if redis.call('EXISTS', list) == 1 then wake(list) end
+  end
+end
+return taken
+
+-- script: ack allow-oom
+-- ARGV: tag, token; of each.
+-- Returns the tags that the token does not hold: others have taken them over.
+local theirs = {}
+for i = 1, #ARGV, 2 do
+  if list_held(ARGV[i], ARGV[i + 1]) then
+    drop(ARGV[i])
+    redis.call('HDEL', LOST, tag_in(ARGV[i]))
+  else
+    theirs[#theirs + 1] = ARGV[i]
+  end
+end
+return theirs
+
+-- script: renew allow-oom
+-- ARGV: lease in seconds, then tag, token; of each.
+-- Returns the tags that the token does not hold.
+local lease_end, theirs = now() + tonumber(ARGV[1]), {}
+for i = 2, #ARGV, 2 do
+  if list_held(ARGV[i], ARGV[i + 1]) then
+    redis.call('ZADD', INDEX, lease_end, ARGV[i])
+  else
+    theirs[#theirs + 1] = ARGV[i]
+  end
+end
+return theirs
+
+-- script: hand_back allow-oom
+-- ARGV: 1 to be the next ones in their lists, 0 the last, then tag, token; of each. Counts no lost lease.
+for i = 2, #ARGV, 2 do
+  local list = list_held(ARGV[i], ARGV[i + 1])
+  if list then put_back(ARGV[i], list, ARGV[1] == '1') end
+end
+
+-- script: reclaim allow-oom
+-- ARGV: token of a pop whose reply never arrived. Hands back what it took.
+local leases = redis.call('HGETALL', LEASES)
+for i = 1, #leases, 2 do
+  local list = list_held(leases[i], ARGV[1])
+  if list then put_back(leases[i], list, true) end
+end
+
+-- script: postpone allow-oom
+-- ARGV: tag, token, when it is due. For a message that a foreign sender put in its list before it was due.
+local list = list_held(ARGV[1], ARGV[2])
+if list then
+  delay(list, redis.call('HGET', UNACKED, ARGV[1]), tonumber(ARGV[3]))
+  drop(ARGV[1])
+end
+
+-- script: move_due allow-oom
+-- ARGV: most messages. The earliest becomes the next one in its list.
+-- Returns how many were moved, and milliseconds until the next is due or -1.
+local names = redis.call('ZRANGEBYSCORE', DUE, '-inf', now(), 'LIMIT', 0, tonumber(ARGV[1]))
+for i = #names, 1, -1 do
+  local entry = redis.call('HGET', DELAYED, names[i])
+  if entry then
+    local digits = string.match(entry, '^%d+')
+    local list_end = #digits + 1 + tonumber(digits)
+    local list = string.sub(entry, #digits + 2, list_end)
+    redis.call('RPUSH', list, string.sub(entry, list_end + 1))
+    wake(list)
+  end
+  redis.call('HDEL', DELAYED, names[i])
+  redis.call('ZREM', DUE, names[i])
+end
+local first = redis.call('ZRANGE', DUE, 0, 0, 'WITHSCORES')
+local wait_ms = -1
+if first[2] then wait_ms = math.max(0, math.ceil((tonumber(first[2]) - now()) * 1000)) end
+return {#names, wait_ms}
+
+-- script: take_over allow-oom
+-- ARGV: lease in seconds, most deliveries, most messages, token of the caller.
+-- Leases that ran out: the message becomes the next one in its list. After the last delivery, or if it cannot go
+-- back, the caller holds it and must bury it.
+-- Returns how many leases ran out; then list, tag, deliveries, message of each that is to be buried.
+local time, lease, most = now(), tonumber(ARGV[1]), tonumber(ARGV[2])
+local reply = {0}
+
+-- Nobody looked for long: this server was away, and holders had no chance to renew. They get one.
+local sweep = redis.call('HMGET', SWEEP, 'last', 'from')
+local last, from = tonumber(sweep[1] or 0), tonumber(sweep[2] or 0)
+if time - last > 0.6 * lease and time > from + 2 * lease then from = time + lease / 2 end
+redis.call('HSET', SWEEP, 'last', time, 'from', from)
+if time < from then return reply end
+
+local function claim(name, list, n_deliveries, message)
+  redis.call('HSET', LEASES, name, ARGV[4] .. '\n' .. list)
+  redis.call('ZADD', INDEX, time + lease, name)
+  for _, field in ipairs({list, name, n_deliveries, message}) do reply[#reply + 1] = field end
+end
+
+for _, name in ipairs(redis.call('ZRANGEBYSCORE', INDEX, '-inf', time, 'LIMIT', 0, tonumber(ARGV[3]))) do
+  local message, holder = redis.call('HGET', UNACKED, name), redis.call('HGET', LEASES, name)
+  if not message then
+    drop(name)
+  elseif not holder then
+    -- Stock kombu's, whose score is when it was taken: nobody returns it once its hour is over.
+    if tonumber(redis.call('ZSCORE', INDEX, name)) < time - 3600 then claim(name, '', 0, message) end
+  else
+    reply[1] = reply[1] + 1
+    local list, tag = string.match(holder, '\n(.*)$'), tag_in(name)
+    local lost = tonumber(redis.call('HGET', LOST, tag) or 0)
+    if lost < most then lost = redis.call('HINCRBY', LOST, tag, 1) end
+    local length = lost < most and redis.pcall('RPUSH', list, message)
+    if type(length) == 'number' then
+      wake(list)
+      drop(name)
+    else
+      claim(name, list, lost, message)
+    end
+  end
+end
+return reply
+
+-- script: bury allow-oom
+-- ARGV: tag, token, JSON object without `at`, 1 if its sender must hear of it, seconds until another may tell.
+-- Returns the entry of the dead-letter list, or nil if the token does not hold the message.
+if not list_held(ARGV[1], ARGV[2]) then return false end
+local entry = string.sub(ARGV[3], 1, -2) .. string.format(',"at":%.6f}', now())
+redis.call('RPUSH', DEAD, entry)
+if ARGV[4] == '1' then redis.call('ZADD', UNTOLD, now() + tonumber(ARGV[5]), entry) end
+drop(ARGV[1])
+redis.call('HDEL', LOST, tag_in(ARGV[1]))
+return entry
+
+-- script: claim_untold allow-oom
+-- ARGV: seconds until another may tell, most entries.
+-- Returns entries whose teller did not finish; the caller tells.
+local entries = redis.call('ZRANGEBYSCORE', UNTOLD, '-inf', now(), 'LIMIT', 0, tonumber(ARGV[2]))
+for _, entry in ipairs(entries) do redis.call('ZADD', UNTOLD, now() + tonumber(ARGV[1]), entry) end
+return entries
+
+-- script: nudge allow-oom
+-- ARGV: process. Wakes its wait: a place has become free that it did not wait for.
+wake(ARGV[1])

@@ -1,0 +1,221 @@
+"""What waits, runs, is delayed or was given up: `penstock queues` and `penstock dead`."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import redis
+
+from penstock.codec import queue_key, queue_name
+from penstock.errors import BrokerUnavailableError, UnknownJobError
+from penstock.registry import MODELS_KEY, ModelInfo, mask_url
+from penstock.request import Priority
+from penstock.settings import Settings
+from penstock.store import RECORD_TTL_S, SENT, record_key, result_key
+
+DEAD_KEY: Final = "penstock:dead"
+LEASES_KEY: Final = "penstock:leases"
+DELAYED_KEY: Final = "penstock:delayed"
+
+# An entry leaves the dead-letter list and its message joins its queue, or neither.
+# KEYS: dead-letter list, the queue's list.  ARGV: entry, message.
+REVIVE: Final = """
+if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 0 then return 0 end
+redis.call('LPUSH', KEYS[2], ARGV[2])
+return 1
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueState:
+    """One queue at one moment.
+
+    Attributes:
+        queue: `<pool>.<model>`.
+        waiting: jobs of all priorities that no worker has taken.
+        in_flight: jobs that workers hold.
+        delayed: jobs that are not due yet.
+        dead: jobs that were given up.
+        oldest_s: age of the job that waits longest, seconds, by its sender's clock; None if it does not say.
+    """
+
+    queue: str
+    waiting: int
+    in_flight: int
+    delayed: int
+    dead: int
+    oldest_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadJob:
+    """A job that was given up.
+
+    Attributes:
+        id: the job; empty where the message names none.
+        task: the Celery task, if the message names one.
+        queue: where it came from.
+        reason: why it was given up.
+        n_deliveries: how often workers took it.
+        at: when it was given up, Unix seconds on Redis' clock.
+        message: the message as it was.
+        entry: the element of the dead-letter list.
+    """
+
+    id: str
+    task: str
+    queue: str
+    reason: str
+    n_deliveries: int
+    at: float
+    message: str
+    entry: bytes
+
+    def to_dict(self, *, with_text: bool = False) -> dict[str, object]:
+        """Return it for JSON; the message holds what its caller wrote, so it is left out unless asked for."""
+        fields = asdict(self)
+        del fields["entry"]
+        if not with_text:
+            del fields["message"]
+        return fields
+
+
+class Queues:
+    """The broker's queues, for people who look after them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._broker = redis.Redis.from_url(settings.broker_url, socket_timeout=10, socket_connect_timeout=5)
+        self._results = redis.Redis.from_url(
+            settings.results_url, socket_timeout=10, socket_connect_timeout=5
+        )
+
+    def states(self) -> list[QueueState]:
+        """Look at every queue of a model that was announced or is configured.
+
+        Raises:
+            BrokerUnavailableError: Redis is out of reach.
+        """
+        with _translated(self._settings.redis.broker_url):
+            announced = [ModelInfo.from_json(text) for text in self._hash(MODELS_KEY).values()]
+            names = {queue_name(pool, model.name) for model in announced for pool in model.pools}
+            for name, model in self._settings.models.items():
+                names |= {queue_name(pool, name) for pool in model.pools}
+            held = Counter(_queue_of(lease.partition(b"\n")[2]) for lease in self._hash(LEASES_KEY).values())
+            delayed = Counter(_queue_of(_list_of(entry)) for entry in self._hash(DELAYED_KEY).values())
+            dead = Counter(job.queue for job in self.dead())
+            return [self._state(name, held, delayed, dead) for name in sorted(names)]
+
+    def dead(self) -> list[DeadJob]:
+        """Return the jobs that were given up, oldest first."""
+        with _translated(self._settings.redis.broker_url):
+            entries: Sequence[bytes] = self._broker.lrange(DEAD_KEY, 0, -1)  # type: ignore[assignment]
+        return [_dead_job(entry) for entry in entries]
+
+    def find_dead(self, job_id: str) -> DeadJob:
+        """Return one of them.
+
+        Raises:
+            UnknownJobError: none has this id.
+        """
+        found = next((job for job in self.dead() if job.id == job_id), None)
+        if found is None:
+            raise UnknownJobError(job_id)
+        return found
+
+    def requeue(self, job: DeadJob) -> bool:
+        """Put a job back into its queue, with all its deliveries before it; False if it was gone."""
+        fields = json.loads(job.message)
+        number = fields.get("properties", {}).get("priority") or 0
+        key = f"{job.queue}\x06\x16{number}" if number in (3, 6, 9) else job.queue
+        with _translated(self._settings.redis.results_url):
+            # Its caller was told that it is lost; from here on it may end once more.
+            self._results.delete(result_key(job.id))
+            self._results.set(record_key(job.id), SENT, ex=RECORD_TTL_S)
+        with _translated(self._settings.redis.broker_url):
+            return bool(self._broker.eval(REVIVE, 2, DEAD_KEY, key, job.entry, job.message))
+
+    def drop(self, job: DeadJob) -> bool:
+        """Forget a job for good; False if it was gone."""
+        with _translated(self._settings.redis.broker_url):
+            return bool(self._broker.lrem(DEAD_KEY, 1, job.entry))  # type: ignore[arg-type]  # bytes are fine
+
+    def _state(
+        self, queue: str, held: Mapping[str, int], delayed: Mapping[str, int], dead: Mapping[str, int]
+    ) -> QueueState:
+        keys = [queue_key(queue, priority) for priority in Priority]
+        with self._broker.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.llen(key)
+                pipe.lindex(key, -1)
+            found = pipe.execute()
+        ages = [age for message in found[1::2] if message and (age := _age_s(message)) is not None]
+        return QueueState(
+            queue=queue,
+            waiting=sum(found[::2]),
+            in_flight=held.get(queue, 0),
+            delayed=delayed.get(queue, 0),
+            dead=dead.get(queue, 0),
+            oldest_s=max(ages, default=None),
+        )
+
+    def _hash(self, key: str) -> dict[bytes, bytes]:
+        return self._broker.hgetall(key)  # type: ignore[return-value]  # bytes: no decode_responses
+
+
+class _translated:  # noqa: N801  reads as part of its `with` statement
+    """Turn what redis-py raises into one line."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, redis.RedisError | OSError):
+            raise BrokerUnavailableError(mask_url(self._url), str(error)) from error
+
+
+def _dead_job(entry: bytes) -> DeadJob:
+    fields: dict[str, Any] = json.loads(entry)
+    return DeadJob(
+        id=str(fields.get("id") or ""),
+        task=str(fields.get("task") or ""),
+        queue=str(fields.get("queue") or ""),
+        reason=str(fields.get("reason") or ""),
+        n_deliveries=int(fields.get("n_deliveries") or 0),
+        at=float(fields.get("at") or 0.0),
+        message=str(fields.get("message") or ""),
+        entry=entry,
+    )
+
+
+def _queue_of(key: bytes) -> str:
+    return key.partition(b"\x06\x16")[0].decode(errors="replace")
+
+
+def _list_of(entry: bytes) -> bytes:
+    digits, _, rest = entry.partition(b":")
+    return rest[: int(digits)]
+
+
+def _age_s(message: bytes) -> float | None:
+    try:
+        body = json.loads(json.loads(message)["body"])
+        return max(0.0, time.time() - float(body[1]["sent_at"]))
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None  # another sender's: it need not say
+
+
+def table(states: Sequence[QueueState]) -> Iterator[str]:
+    """Yield lines for people."""
+    width = max((len(state.queue) for state in states), default=5)
+    yield f"{'queue':{width}}  {'waiting':>8} {'in flight':>9} {'delayed':>8} {'dead':>6}  oldest"
+    for state in states:
+        oldest = "" if state.oldest_s is None else f"{state.oldest_s:,.1f} s"
+        counts = f"{state.waiting:>8,} {state.in_flight:>9,} {state.delayed:>8,} {state.dead:>6,}"
+        yield f"{state.queue:{width}}  {counts}  {oldest}"
