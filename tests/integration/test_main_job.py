@@ -166,7 +166,7 @@ def test_models_are_discovered(client: Client) -> None:
 
 def test_no_text_is_logged(client: Client, worker: WorkerProcess) -> None:
     """Texts, prompts and answers stay out of the worker's log."""
-    client.embed(["secret-text-4711"], model="minilm")
-    client.generate("secret-prompt-4711", model="chat", max_new_tokens=4)
+    client.embed(["my-xylophone-text"], model="minilm")
+    client.generate("my-xylophone-prompt", model="chat", max_new_tokens=4)
 
-    assert "4711" not in worker.log
+    assert "xylophone" not in worker.log
