@@ -1,6 +1,7 @@
 """Send embedding and generation jobs to Penstock's workers; numpy arrays and text come back."""
 
-from penstock.client import AsyncClient, Client, Job
+from penstock.blocking import Client, Job
+from penstock.client import AsyncClient
 from penstock.errors import (
     BrokerRefusedError,
     BrokerUnavailableError,

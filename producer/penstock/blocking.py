@@ -1,0 +1,205 @@
+"""`Client`: an `AsyncClient` for code that does not await."""
+
+import asyncio
+import os
+import threading
+from collections import deque
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, Unpack
+
+from penstock.broker import CONNECT_TIMEOUT_S
+from penstock.client import (
+    DEFAULT_URL,
+    JOBS_IN_FLIGHT,
+    AsyncClient,
+    EmbedOptions,
+    GenerateOptions,
+    cut,
+    progress_bar,
+)
+from penstock.job import RESULT_TIMEOUT_S, AsyncJob, JobState, T
+from penstock.registry import ModelInfo, Registry
+from penstock.result import GenerateResult, Timings, Usage, Vectors
+
+S = TypeVar("S")
+
+
+class Job(Generic[T]):
+    """A job that was sent, for code that does not await; see `AsyncJob`."""
+
+    def __init__(self, job: AsyncJob[T], client: "Client") -> None:
+        self._job, self._client = job, client
+
+    @property
+    def id(self) -> str:
+        """Whoever knows it can read the result."""
+        return self._job.id
+
+    def result(self, timeout_s: float | None = RESULT_TIMEOUT_S) -> T:
+        """See `AsyncJob.result`."""
+        return self._client._run(self._job.result(timeout_s))
+
+    def state(self) -> JobState:
+        """See `AsyncJob.state`."""
+        return self._client._run(self._job.state())
+
+    def cancel(self) -> bool:
+        """See `AsyncJob.cancel`."""
+        return self._client._run(self._job.cancel())
+
+    def forget(self) -> None:
+        """See `AsyncJob.forget`."""
+        self._client._run(self._job.forget())
+
+    @property
+    def usage(self) -> Usage | None:
+        """See `AsyncJob.usage`."""
+        return self._job.usage
+
+    @property
+    def timings(self) -> Timings | None:
+        """See `AsyncJob.timings`."""
+        return self._job.timings
+
+
+class Client:
+    """Sends jobs to Penstock's workers and waits for their results; may be shared by threads.
+
+    An `AsyncClient` on an event loop in a thread of its own: all threads' jobs share its connections.
+    After a fork the child starts anew. Use it as `with Client(url) as client`, or call `close`.
+
+    Args:
+        url: Redis that holds the queues.
+        results_url: Redis that holds the results; None takes what the workers announced.
+        connect_timeout_s: after this, seconds, an unreachable Redis is `BrokerUnavailableError`.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        results_url: str | None = None,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        self._url, self._results_url, self._connect_timeout_s = url, results_url, connect_timeout_s
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections; jobs that were sent go on."""
+        with self._lock:
+            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
+        if loop is not None and thread is not None and self._pid == os.getpid():
+            asyncio.run_coroutine_threadsafe(self._async.close(), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+    def models(self) -> Mapping[str, ModelInfo]:
+        """See `AsyncClient.models`."""
+        return self._run(self._started().models())
+
+    def registry(self) -> Registry:
+        """See `AsyncClient.registry`."""
+        return self._run(self._started().registry())
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str,
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[EmbedOptions],
+    ) -> Vectors:
+        """See `AsyncClient.embed`; returns shape (n_texts, dim)."""
+        return self._run(self._started().embed(texts, model=model, timeout_s=timeout_s, **options))
+
+    def submit_embed(
+        self, texts: Sequence[str], *, model: str, **options: Unpack[EmbedOptions]
+    ) -> Job[Vectors]:
+        """See `AsyncClient.submit_embed`."""
+        return Job(self._run(self._started().submit_embed(texts, model=model, **options)), self)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        model: str,
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerateResult:
+        """See `AsyncClient.generate`."""
+        return self._run(self._started().generate(prompt, model=model, timeout_s=timeout_s, **options))
+
+    def submit_generate(
+        self, prompt: str, *, model: str, **options: Unpack[GenerateOptions]
+    ) -> Job[GenerateResult]:
+        """See `AsyncClient.submit_generate`."""
+        return Job(self._run(self._started().submit_generate(prompt, model=model, **options)), self)
+
+    def job(self, job_id: str) -> Job[Vectors | GenerateResult]:
+        """See `AsyncClient.job`."""
+        return Job(self._run(self._started().job(job_id)), self)
+
+    def embed_many(
+        self,
+        texts: Iterable[str],
+        *,
+        model: str,
+        progress: bool = False,
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[EmbedOptions],
+    ) -> Iterator[Vectors]:
+        """See `AsyncClient.embed_many`; `texts` is read in the calling thread, shape (n, dim) at a time."""
+        jobs: deque[Job[Vectors]] = deque()
+        with progress_bar(texts, progress) as bar:
+            try:
+                for part in cut(texts):
+                    if len(jobs) == JOBS_IN_FLIGHT:
+                        yield (vectors := jobs.popleft().result(timeout_s))
+                        bar.update(len(vectors))
+                    jobs.append(self.submit_embed(part, model=model, **options))
+                while jobs:
+                    yield (vectors := jobs.popleft().result(timeout_s))
+                    bar.update(len(vectors))
+            finally:
+                for job in jobs:
+                    job.cancel()
+
+    def _started(self) -> AsyncClient:
+        with self._lock:
+            if self._loop is None or self._pid != os.getpid():  # a fork leaves the thread behind
+                self._pid = os.getpid()
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._loop.run_forever, name="penstock-client", daemon=True
+                )
+                self._thread.start()
+                self._async = asyncio.run_coroutine_threadsafe(self._make(), self._loop).result()
+            return self._async
+
+    async def _make(self) -> AsyncClient:
+        return AsyncClient(
+            self._url, results_url=self._results_url, connect_timeout_s=self._connect_timeout_s
+        )
+
+    def _run(self, work: Coroutine[Any, Any, S]) -> S:
+        assert self._loop is not None
+        future: Future[S] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
