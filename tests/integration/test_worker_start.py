@@ -85,6 +85,7 @@ def test_a_model_that_does_not_load_ends_the_worker(
         ("cpu.nope", (), {}, "queue 'cpu.nope' is of no model; queues: cpu.chat, cpu.minilm"),
         ("cpu.minilm", ("-P", "prefork"), {}, "pool prefork is refused: a forked child cannot use CUDA"),
         ("cpu.minilm", ("-P", "solo"), {}, "pool solo is refused"),
+        ("cpu.minilm", ("--autoscale", "4,1"), {}, "--autoscale changes nothing"),
         ("cpu.minilm", (), {"PENSTOCK_POOLS__CPU__PROCESES": "3"}, "is PROCESSES meant?"),
         ("cpu.minilm", (), {"PENSTOCK_CONFIG": "/nowhere.toml"}, "/nowhere.toml"),
         ("gpu.minilm,cpu.chat", (), {"PENSTOCK_MODELS__MINILM__POOLS": '["gpu"]'}, "queues of two pools"),

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 DRAIN_S: Final = 30.0
 """How long running jobs may take to end, seconds, where the setting `worker_drain_s` does not say."""
-GRACE_S: Final = 10.0
+GRACE_S: Final = 15.0
 """How long the process may take to end after that; longer, and it hangs."""
 _TICK_S: Final = 0.1
 
@@ -89,6 +89,7 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
             seconds = max(0.0, self._deadline - time.monotonic())
             logger.info("stopping: %d running jobs may end within %.1f s", len(self._running), seconds)
         self._drain()
+        self._deadlines.append(time.monotonic())  # what is left to do has `GRACE_S`
         if self._running:
             logger.warning("stopping: %d jobs have not ended and are handed back", len(self._running))
         if not self._is_guest:

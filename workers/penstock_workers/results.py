@@ -235,6 +235,8 @@ class Writer:
         """Tell the waiting thread; return the error that is worth another attempt."""
         if not isinstance(reply, ResponseError):
             order.answer.set_result(reply)
+        elif str(reply).startswith("Protocol error"):  # it hangs up next; often nothing but that is heard
+            order.answer.set_exception(self._too_large(order.n_bytes))
         elif not _refuses_all(reply):
             order.answer.set_exception(BackendStoreError(str(reply)))
         elif time.monotonic() - order.given_at > self._patience_s:
@@ -244,6 +246,7 @@ class Writer:
         return None
 
     def _too_large(self, n_bytes: int) -> ResultTooLargeError:
+        self._redis.connection_pool.disconnect()  # Redis has hung up, or is about to
         try:
             limit = int(self._redis.config_get(_LIMIT)[_LIMIT] or 0)
         except (RedisError, OSError, KeyError):  # administrators may forbid the question

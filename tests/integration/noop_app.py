@@ -1,0 +1,197 @@
+"""A Celery app with our pool and result backend but no model, its worker process, and a way to send to it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import redis
+from celery import Celery
+from celery.exceptions import Ignore
+from kombu.serialization import register
+
+from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
+from penstock.store import record_key, result_key
+from tests.deployment import ROOT, Server
+from tests.eventually import eventually
+
+QUEUE = "noop"
+TASKS = "tests.integration.noop_app"
+REPLIES = "penstock:reply:noop"
+
+
+def build_noop_app(broker_url: str, results_url: str, **settings: Any) -> Celery:
+    """Return the app; its tasks wait for what a test pushes onto lists of the broker."""
+    register(SERIALIZER, encode_meta, decode_meta, content_type=CONTENT_TYPE, content_encoding="binary")
+    app = Celery("noop", broker=broker_url)
+    app.conf.update(
+        result_backend=f"penstock_workers.results:ResultBackend+{results_url}",
+        result_expires=600,
+        result_serializer=SERIALIZER,
+        result_accept_content=[SERIALIZER],
+        result_backend_thread_safe=True,
+        result_backend_always_retry=True,
+        task_default_queue=QUEUE,
+        task_acks_late=True,
+        broker_connection_retry_on_startup=True,
+        worker_pool="penstock_workers.pool:TaskPool",
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+    )
+    app.conf.update(settings)
+    lists = redis.Redis.from_url(broker_url, socket_timeout=None)
+
+    task = partial(app.task, shared=False)  # a process may build several
+
+    @task
+    def add(left: Any, right: Any = 0) -> Any:
+        return left + right
+
+    @task
+    def total(values: list[int]) -> int:
+        return sum(values)
+
+    @task
+    def look(job_id: str) -> bool:
+        return bool(app.backend.is_ended(job_id))
+
+    @task
+    def hold(name: str, n_bytes: int = 0) -> str:
+        """Tell that it runs, and end when it is released; a string of `n_bytes` is its result."""
+        lists.rpush(f"started:{name}", "1")
+        lists.blpop([f"release:{name}"])
+        return name + "x" * n_bytes
+
+    @task
+    def hang() -> None:
+        """Never end, and look at nothing that could make it."""
+        lists.rpush("started:hang", "1")
+        threading.Event().wait()
+
+    @task
+    def nap(seconds: float) -> str:
+        """Need no broker while it runs."""
+        lists.rpush("started:nap", "1")
+        time.sleep(seconds)
+        return "rested"
+
+    @task(bind=True)
+    def fail_in_the_pool(self: Any) -> None:
+        """Celery stores a MemoryError as any other, and then raises it again outside of the job."""
+        if app.backend.is_ended(self.request.id):
+            raise Ignore
+        raise MemoryError
+
+    return app
+
+
+if "NOOP_APP" in os.environ:
+    app = build_noop_app(**json.loads(os.environ["NOOP_APP"]))
+
+
+class NoopWorker:
+    """A worker process of the app, with what a test asks its two servers."""
+
+    def __init__(
+        self,
+        folder: Path,
+        server: Server,
+        *,
+        results: Server | None = None,
+        threads: int = 4,
+        **settings: Any,
+    ) -> None:
+        self.urls = {"broker_url": server.broker_url, "results_url": (results or server).results_url}
+        self.broker = redis.Redis.from_url(self.urls["broker_url"], decode_responses=True)
+        self.results = redis.Redis.from_url(self.urls["results_url"])
+        self._folder, self._threads, self._settings = folder, threads, settings
+
+    def __enter__(self) -> "NoopWorker":
+        self.broker.flushall()
+        self._log = self._folder / f"{uuid.uuid4()}.log"
+        command = [sys.executable, "-m", "celery", "-A", TASKS, "worker"]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "-c", str(self._threads), "-l", "info", "--without-mingle"],
+                env={**os.environ, "NOOP_APP": json.dumps(self.urls | self._settings), "NO_COLOR": "1"},
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        eventually(lambda: "ready." in self.log, within_s=30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.broker.close()
+        self.results.close()
+
+    @property
+    def log(self) -> str:
+        """What it wrote so far."""
+        return self._log.read_text(errors="replace")
+
+    def send(self, task: str, *args: Any) -> str:
+        """Send a job, as any Celery producer does; return its id."""
+        job_id = str(uuid.uuid4())
+        envelope = {
+            "body": json.dumps(
+                [args, {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
+            ),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": {"lang": "py", "task": f"{TASKS}.{task}", "id": job_id},
+            "properties": {
+                "correlation_id": job_id,
+                "reply_to": REPLIES,
+                "delivery_info": {"exchange": "", "routing_key": QUEUE},
+                "body_encoding": "utf-8",
+                "delivery_tag": job_id,
+            },
+        }
+        self.broker.lpush(QUEUE, json.dumps(envelope))
+        return job_id
+
+    def hold(self, name: str, n_bytes: int = 0) -> str:
+        """Send a job that runs until it is released; return its id when it runs."""
+        job_id = self.send("hold", name, n_bytes)
+        self.wait_until_started(name)
+        return job_id
+
+    def wait_until_started(self, name: str) -> None:
+        """Return when the job runs; each start counts once."""
+        eventually(lambda: self.broker.lpop(f"started:{name}"), within_s=20)
+
+    def release(self, *names: str) -> None:
+        """Let held jobs end."""
+        for name in names:
+            self.broker.rpush(f"release:{name}", "1")
+
+    def n_held(self) -> int:
+        """Count the messages that the worker has taken and not acknowledged."""
+        return int(self.broker.hlen("unacked"))
+
+    def n_queued(self) -> int:
+        """Count the messages that wait for a worker."""
+        return int(self.broker.llen(QUEUE))
+
+    def result(self, job_id: str) -> Any:
+        """Return what is stored for a job; None if it has not ended."""
+        payload, record = self.results.mget(result_key(job_id), record_key(job_id))
+        return (decode_meta(payload)["result"], record.decode()) if payload and record else None
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        self.process.send_signal(number)
+
+    def wait(self, within_s: float = 20) -> int:
+        """Return the exit code."""
+        return self.process.wait(within_s)
