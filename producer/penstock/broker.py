@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
+import redis
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
@@ -15,10 +18,13 @@ from redis.exceptions import (
     RedisError,
     ResponseError,
 )
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.sentinel import Sentinel
 
 from penstock.errors import BrokerRefusedError, BrokerUnavailableError
 from penstock.leases import push_arguments, scripts
 from penstock.registry import MODELS_KEY, RESULTS_KEY, WORKERS_KEY, Registry, mask_url
+from penstock.sentinel import SentinelUrl, is_sentinel
 from penstock.store import RECORD_TTL_S, SENT, record_key
 
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -30,20 +36,51 @@ _REFUSALS = (AuthenticationError, AuthorizationError, NoPermissionError, OutOfMe
 
 
 def connect(url: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> aioredis.Redis:
-    """Return a client of one Redis; it connects when it is first used."""
-    pool = aioredis.BlockingConnectionPool.from_url(
-        url,
-        max_connections=MAX_CONNECTIONS,
-        timeout=connect_timeout_s + ANSWER_TIMEOUT_S,
-        socket_connect_timeout=connect_timeout_s,
-        socket_timeout=ANSWER_TIMEOUT_S,
-        socket_keepalive=True,
-        health_check_interval=25,
-        # Once, for a pooled connection that the server closed meanwhile. A message that is pushed twice
-        # in this way has one id, and a job ends once.
-        retry=Retry(NoBackoff(), 1),
-    )
+    """Return a client of one Redis; it connects when it is first used.
+
+    Behind Sentinel, each new connection goes to the server that is the master then.
+    """
+    options: dict[str, Any] = {
+        "max_connections": MAX_CONNECTIONS,
+        "timeout": connect_timeout_s + ANSWER_TIMEOUT_S,
+        "socket_connect_timeout": connect_timeout_s,
+        "socket_timeout": ANSWER_TIMEOUT_S,
+        "socket_keepalive": True,
+        "health_check_interval": 25,
+        # Once, for a pooled connection that the server closed meanwhile, and not after a silence: that would
+        # double the limits above. A message that is pushed twice in this way has one id, and a job ends once.
+        "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+    }
+    if not is_sentinel(url):
+        return aioredis.Redis.from_pool(aioredis.BlockingConnectionPool.from_url(url, **options))
+    found = SentinelUrl.parse(url)
+    sentinels = AsyncSentinel(found.sentinels, sentinel_kwargs=found.sentinel_options)  # type: ignore[no-untyped-call]  # redis-py's own gap
+    pool = _MasterPool(found.master_name, sentinels, **_login(found), **options)  # type: ignore[no-untyped-call]  # the same
     return aioredis.Redis.from_pool(pool)
+
+
+def connect_sync(url: str, *, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> redis.Redis:
+    """Return a client that does not await; see `connect`."""
+    timeouts = {"socket_connect_timeout": CONNECT_TIMEOUT_S, "socket_timeout": answer_timeout_s}
+    if not is_sentinel(url):
+        return redis.Redis.from_url(url, **timeouts)
+    found = SentinelUrl.parse(url)
+    sentinels = Sentinel(found.sentinels, sentinel_kwargs=found.sentinel_options)  # type: ignore[no-untyped-call]  # redis-py's own gap
+    client: redis.Redis = sentinels.master_for(found.master_name, **_login(found), **timeouts)  # type: ignore[no-untyped-call]  # the same
+    return client
+
+
+def _login(url: SentinelUrl) -> dict[str, Any]:
+    return {"db": url.db, "username": url.username, "password": url.password}
+
+
+class _MasterPool(SentinelConnectionPool, aioredis.BlockingConnectionPool):
+    """Connections to the master; whoever finds all of them taken waits."""
+
+    async def aclose(self) -> None:
+        """Close them, and those to the sentinels."""
+        await super().aclose()
+        await self.sentinel_manager.aclose()
 
 
 @contextmanager

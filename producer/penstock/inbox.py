@@ -8,9 +8,10 @@ for itself after a reconnect, and now and then.
 import asyncio
 import contextlib
 import weakref
-from typing import Final
+from typing import Any, Final
 
 import redis.asyncio as aioredis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
@@ -31,6 +32,7 @@ class Inbox:
         self._notes: weakref.WeakValueDictionary[str, asyncio.Event] = weakref.WeakValueDictionary()
         self._listener: asyncio.Task[None] | None = None
         self._opening = asyncio.Lock()
+        self._is_asked = False
 
     async def open(self) -> None:
         """Subscribe, and return when Redis has confirmed it: from then on no note is missed.
@@ -78,9 +80,22 @@ class Inbox:
                 with attempt:
                     if attempt.retry_state.attempt_number > 1:
                         await self._resubscribe()
-                    message = await self._pubsub.get_message(timeout=LOOK_AGAIN_S)
+                    message = await self._next_message()
             if message is not None and message["type"] == "message":
                 self._deliver(message["channel"].decode(), message["data"])
+
+    async def _next_message(self) -> Any:
+        """Return what came within `LOOK_AGAIN_S`, or None; a connection that went dead is an error."""
+        message = await self._pubsub.get_message(timeout=LOOK_AGAIN_S)
+        if message is None and self._is_asked:
+            # Nothing closed it, and nothing comes any more: TCP itself would notice after many minutes.
+            self._is_asked = False
+            await self._pubsub.connection.disconnect()
+            raise RedisConnectionError("no sign of life")
+        self._is_asked = message is None
+        if self._is_asked:
+            await self._pubsub.ping()  # type: ignore[no-untyped-call]  # redis-py's own gap
+        return message
 
     async def _resubscribe(self) -> None:
         await self._pubsub.connect()  # type: ignore[no-untyped-call]  # subscribes again to all that it had

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
 from penstock.request import PoolName, Task
+from penstock.sentinel import SentinelUrl, is_sentinel
 
 MODELS_KEY: Final = "penstock:models"
 WORKERS_KEY: Final = "penstock:workers"
@@ -153,10 +154,11 @@ def announce_results(broker_url: str, results_url: str) -> str:
 
     Relative, because a client may reach the same server under another name than the workers do.
     """
-    broker, results = urlsplit(broker_url), urlsplit(results_url)
-    if (broker.hostname, broker.port or 6379) == (results.hostname, results.port or 6379):
+    results = urlsplit(results_url)
+    if _server(broker_url) == _server(results_url):
         return results.path or "/0"
-    return urlunsplit(results._replace(netloc=results.netloc.rpartition("@")[2]))
+    query = _secrets(results.query, keep=False)
+    return urlunsplit(results._replace(netloc=results.netloc.rpartition("@")[2], query=query))
 
 
 def locate_results(broker_url: str, announced: str) -> str:
@@ -166,11 +168,18 @@ def locate_results(broker_url: str, announced: str) -> str:
         return urlunsplit(broker._replace(path=announced))
     results = urlsplit(announced)
     credentials, at, _ = broker.netloc.rpartition("@")
-    return urlunsplit(results._replace(netloc=f"{credentials}{at}{results.netloc}"))
+    both_sentinel = is_sentinel(broker_url) and is_sentinel(announced)
+    secrets = _secrets(broker.query, keep=True) if both_sentinel else ""
+    query = "&".join(filter(None, (results.query, secrets)))
+    return urlunsplit(results._replace(netloc=f"{credentials}{at}{results.netloc}", query=query))
 
 
 def mask_url(url: str) -> str:
-    """Return `url` without its password."""
+    """Return `url` without its password; of a list with semicolons, as Celery knows it, without any."""
+    return ";".join(_mask(part) for part in re.split(r";(?=\w+://)", url))
+
+
+def _mask(url: str) -> str:
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -180,6 +189,19 @@ def mask_url(url: str) -> str:
         return urlunsplit(parts)
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+
+
+def _server(url: str) -> tuple[object, ...]:
+    """Return what tells the server of `url` from others."""
+    if is_sentinel(url):
+        return SentinelUrl.parse(url).server
+    parts = urlsplit(url)
+    return (parts.hostname, parts.port or 6379)
+
+
+def _secrets(query: str, *, keep: bool) -> str:
+    """Return only the passwords of a URL's query, or all but them."""
+    return "&".join(item for item in query.split("&") if ("password=" in item) is keep)
 
 
 def _known(cls: type[Any], fields: Mapping[str, Any], **convert: type) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from penstock.errors import ConfigError
 from penstock.registry import mask_url
 from penstock.request import GenerationOptions, PoolName, Task
+from penstock.sentinel import SentinelUrl, is_sentinel
 
 PREFIX = "PENSTOCK_"
 ARGUMENT = "argument"
@@ -50,6 +51,9 @@ class RedisSettings(_Section):
     @field_validator("broker_url", "results_url")
     @classmethod
     def _is_redis(cls, url: str) -> str:
+        if is_sentinel(url):
+            SentinelUrl.parse(url)
+            return url
         wanted = ValueError("a URL like redis://HOST:6379/0 or rediss://HOST:6379/0")
         try:
             parts = urlsplit(url)

@@ -64,14 +64,27 @@ POP_MOST: Final = 32
 
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
-_OPTIONS = ("lease_s", "max_deliveries", "is_alive", "on_dead")
+_OPTIONS = ("lease_s", "max_deliveries")
 
+
+@dataclass(slots=True)
+class _Hooks:
+    is_alive: IsAlive | None = None
+    on_dead: OnDead | None = None
+
+
+_hooks = _Hooks()
 _leases_of_process: dict[tuple[object, ...], Leases] = {}
 _lock = threading.Lock()
 
 
-def install() -> None:
+def install(*, is_alive: IsAlive | None = None, on_dead: OnDead | None = None) -> None:
     """Take the place of kombu's Redis transports, under their own names.
+
+    Args:
+        is_alive: leases are renewed, and jobs taken, while it says yes; it must not wait.
+        on_dead: called with each message that was given up and how often it was delivered. A second call for
+            one message is possible, after the process of the first died in it.
 
     Raises:
         ConfigError: kombu or Celery is of a version that this was not tested with.
@@ -85,6 +98,8 @@ def install() -> None:
     for scheme, name in (("redis", "Transport"), ("rediss", "Transport"), ("sentinel", "SentinelTransport")):
         kombu.transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:{name}"
         kombu.transport._transport_cache.pop(scheme, None)  # whoever asked before us got kombu's own
+    # No transport options: those are sent to whoever runs `celery inspect stats`.
+    _hooks.is_alive, _hooks.on_dead = is_alive, on_dead
 
 
 def is_stopping() -> bool:
@@ -209,8 +224,6 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
     # Set from broker_transport_options.
     lease_s: float = LEASE_S
     max_deliveries: int = MAX_DELIVERIES
-    is_alive: IsAlive | None = None
-    on_dead: OnDead | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.flight: _Pop | _Wait | None = None
@@ -525,8 +538,8 @@ def _leases_for(channel: Any) -> Leases:
                 _client_like(channel),
                 lease_s=channel.lease_s,
                 max_deliveries=channel.max_deliveries,
-                is_alive=channel.is_alive,
-                on_dead=channel.on_dead,
+                is_alive=_hooks.is_alive,
+                on_dead=_hooks.on_dead,
                 queue_of=channel._queue_of,
             )
             leases.start()

@@ -117,6 +117,7 @@ def test_flower_shows_workers_queues_and_tasks_without_texts(stack: Stack) -> No
         lengths = stack.flower("/api/queues/length")
 
     assert len(workers) == 2
+    assert all("TaskPool" in worker["stats"]["pool"]["implementation"] for worker in workers.values())
     assert all(
         {"cpu.minilm", "cpu.chat"} == {q["name"] for q in w["active_queues"]} for w in workers.values()
     )

@@ -17,6 +17,7 @@ from celery import bootsteps
 from celery.concurrency.thread import TaskPool as ThreadPool
 from celery.signals import worker_ready, worker_shutting_down
 
+from penstock.broker import connect_sync
 from penstock.codec import queue_name
 from penstock.errors import ConfigError, ModelLoadError
 from penstock.registry import (
@@ -103,6 +104,8 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
         """Refuse what cannot work before anything is started."""
         with _or_exit():
             refuse_forks(worker.pool_cls, sys.argv[1:])
+            if worker.autoscale:
+                raise ConfigError(["--autoscale changes nothing here: start more worker processes instead"])
             self._pool, self._names = choose_models(worker.app.amqp.queues.consume_from, self._settings)
         return self
 
@@ -146,7 +149,7 @@ class Heartbeat(threading.Thread):
     ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._settings, self._serving = settings, serving
-        self._redis = redis.Redis.from_url(settings.broker_url, socket_timeout=5, socket_connect_timeout=5)
+        self._redis = connect_sync(settings.broker_url, answer_timeout_s=5)
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._is_ready = False

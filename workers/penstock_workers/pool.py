@@ -36,7 +36,7 @@ _TICK_S: Final = 0.1
 
 
 class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
-    """Threads that run jobs, at most `limit` at a time.
+    """Threads that run jobs, at most `limit` of each queue at a time.
 
     SIGTERM, SIGINT: no new jobs; what runs may end within `worker_drain_s`, and each job is acknowledged as
     it ends. The same signal again, or SIGQUIT: no waiting. Whatever has not ended is left to the transport,
@@ -45,7 +45,9 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.executor = ThreadPoolExecutor(self.limit, thread_name_prefix="job")
+        # The transport gives each queue `limit` places, so that one cannot take another's: threads too.
+        n_queues = max(1, len(self.app.amqp.queues.consume_from))
+        self.executor = ThreadPoolExecutor(self.limit * n_queues, thread_name_prefix="job")
         self._drain_s = float(self.app.conf.get("worker_drain_s", DRAIN_S))
         self._running: dict[Future[None], Any] = {}
         # Only added to, and the earliest counts: a signal may come between any two instructions.

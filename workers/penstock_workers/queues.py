@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import redis
 
+from penstock.broker import connect_sync
 from penstock.codec import queue_key, queue_name
 from penstock.errors import BrokerUnavailableError, UnknownJobError
 from penstock.registry import MODELS_KEY, ModelInfo, mask_url
@@ -88,10 +89,8 @@ class Queues:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._broker = redis.Redis.from_url(settings.broker_url, socket_timeout=10, socket_connect_timeout=5)
-        self._results = redis.Redis.from_url(
-            settings.results_url, socket_timeout=10, socket_connect_timeout=5
-        )
+        self._broker = connect_sync(settings.broker_url)
+        self._results = connect_sync(settings.results_url)
 
     def states(self) -> list[QueueState]:
         """Look at every queue of a model that was announced or is configured.

@@ -1,0 +1,43 @@
+"""What the fault tests ask for by name."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import kombu.transport
+import pytest
+from celery import Celery
+
+from penstock.errors import ConfigError
+from penstock.transport import install
+from penstock_workers.local_redis import free_port
+from tests.faults.fleet import Broker, Fleet
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    """A broker of its own, and no worker yet."""
+    try:
+        broker = Broker(tmp_path / "broker", free_port())
+    except ConfigError as error:  # no server on this machine
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    broker.start()
+    running = Fleet(tmp_path, broker)
+    try:
+        yield running
+    finally:
+        running.stop()
+        broker.kill()
+
+
+@pytest.fixture
+def sender(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
+    """A Celery producer with our transport."""
+    monkeypatch.setattr(kombu.transport, "TRANSPORT_ALIASES", dict(kombu.transport.TRANSPORT_ALIASES))
+    monkeypatch.setattr(kombu.transport, "_transport_cache", {})
+    install()
+    url = fleet.broker.url
+    with Celery("sender", broker=f"{url}/0", backend=f"{url}/1", set_as_current=False) as app:
+        yield app
