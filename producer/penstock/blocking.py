@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, Unpack
+from typing import Any, Final, Generic, Self, TypeVar, Unpack
 
 from penstock.broker import CONNECT_TIMEOUT_S
 from penstock.client import (
@@ -24,6 +24,10 @@ from penstock.registry import ModelInfo, Registry
 from penstock.result import GenerateResult, Timings, Usage, Vectors
 
 S = TypeVar("S")
+
+# A forked child keeps what it inherits here: collecting the parent's loop or its connections would change
+# the epoll set that both processes share.
+_RUNNING: Final[list[object]] = []
 
 
 class Job(Generic[T]):
@@ -106,6 +110,7 @@ class Client:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
+            _RUNNING.remove(self._running)
 
     def models(self) -> Mapping[str, ModelInfo]:
         """See `AsyncClient.models`."""
@@ -188,6 +193,8 @@ class Client:
                 )
                 self._thread.start()
                 self._async = asyncio.run_coroutine_threadsafe(self._make(), self._loop).result()
+                self._running = (self._loop, self._async)
+                _RUNNING.append(self._running)
             return self._async
 
     async def _make(self) -> AsyncClient:

@@ -90,11 +90,12 @@ class Inbox:
         if message is None and self._is_asked:
             # Nothing closed it, and nothing comes any more: TCP itself would notice after many minutes.
             self._is_asked = False
-            await self._pubsub.connection.disconnect()
+            if self._pubsub.connection is not None:
+                await self._pubsub.connection.disconnect()
             raise RedisConnectionError("no sign of life")
         self._is_asked = message is None
         if self._is_asked:
-            await self._pubsub.ping()  # type: ignore[no-untyped-call]  # redis-py's own gap
+            await self._pubsub.ping()
         return message
 
     async def _resubscribe(self) -> None:

@@ -71,9 +71,11 @@ def _configuration(settings: Settings) -> dict[str, Any]:
             **transport_options(settings.broker_url),
             "lease_s": settings.worker.lease_s,
             "max_deliveries": settings.worker.max_deliveries,
+            # Without these, a link that falls silent holds the worker's main thread for ever.
+            "socket_timeout": 30,
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
-            "health_check_interval": 25,
+            "health_check_interval": 5,
         },
         "worker_pool": POOL,
         "worker_drain_s": settings.worker.drain_s,

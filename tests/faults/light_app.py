@@ -1,0 +1,98 @@
+"""Penstock's own worker with an engine that needs no torch: `nap 0.5` takes half a second.
+
+Everything around the engine is the real one: app, transport, pool, tasks, batcher, results, registry.
+"""
+
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import redis
+from celery.signals import celeryd_after_setup
+from numpy.typing import NDArray
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
+
+from penstock.registry import ModelInfo
+from penstock.request import EmbedRequest
+from penstock.settings import load_settings
+from penstock_workers.app import build_app
+from penstock_workers.batching import Batcher, cut_by_count
+from penstock_workers.lifecycle import Heartbeat, Lifecycle
+from penstock_workers.serving import ServedEmbedder
+
+MODEL = "light"
+QUEUE = f"cpu.{MODEL}"
+DIM = 3
+
+settings = load_settings().settings
+# Reached without the proxies that a test may put in between.
+BOOK = redis.Redis.from_url(os.environ["LIGHT_BOOK"], retry=Retry(ConstantBackoff(0.1), 600))
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text as the engine takes it."""
+
+    text: str
+    n_tokens: int = 1
+
+
+class Engine:
+    """Naps for as long as a text says, and writes down that it did."""
+
+    dim = DIM
+
+    def prepare(self, request: EmbedRequest) -> list[Text]:
+        """See `Embedder.prepare`."""
+        return [Text(text) for text in request.texts]
+
+    def run(self, batch: Sequence[Text]) -> Iterator[tuple[int, NDArray[np.float32]] | None]:
+        """See `Embedder.run`; shape (DIM,) each."""
+        for index, item in enumerate(batch):
+            name, seconds = item.text.split()
+            BOOK.sadd("runs", f"{name} {uuid.uuid4()}")  # twice is once, if the connection was cut
+            end = time.monotonic() + float(seconds)
+            while (rest_s := end - time.monotonic()) > 0:
+                time.sleep(min(rest_s, 0.1))
+                yield None  # a sign of life
+            yield index, np.full(DIM, float(seconds), np.float32)
+
+    def finish(self, request: EmbedRequest, vectors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """See `Embedder.finish`; shape (n_texts, DIM)."""
+        del request
+        return np.stack(vectors)
+
+
+INFO = ModelInfo(
+    name=MODEL,
+    task="embed",
+    pools=("cpu",),
+    dim=DIM,
+    max_tokens=None,
+    max_texts=16,
+    deadline_s=None,
+    dtype="float32",
+)
+
+app = build_app(settings)
+app.steps["worker"].discard(Lifecycle)  # it loads torch
+# How long until a connection that fell silent is given up, where the app has a limit: short, as the leases of
+# these tests are.
+options = app.conf.broker_transport_options
+options.update(dict.fromkeys({"socket_timeout", "health_check_interval"} & options.keys(), 4))
+app.conf.redis_socket_timeout = 4
+
+
+@celeryd_after_setup.connect(weak=False)
+def serve(**_: object) -> None:
+    """Do what `Lifecycle` does, with the engine above."""
+    engine = cast("Any", Engine())
+    serving = app.penstock_serving
+    batcher: Batcher[Any, Any] = Batcher(MODEL, engine.run, cut_by_count(1))
+    serving.models[MODEL] = ServedEmbedder(info=INFO, engine=engine, batcher=batcher)
+    Heartbeat(settings, serving, "cpu", "cpu", [MODEL]).start()

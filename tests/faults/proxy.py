@@ -1,0 +1,93 @@
+"""A proxy in front of a server: it can fall silent as a broken network does, and it can speak TLS."""
+
+import asyncio
+import contextlib
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_CHUNK_BYTES = 1 << 16
+
+
+class Proxy:
+    """Forwards connections to a port of 127.0.0.1.
+
+    Attributes:
+        port: where it listens; set when it runs.
+    """
+
+    def __init__(self, target_port: int, tls: ssl.SSLContext | None = None) -> None:
+        self.port = 0
+        self._target_port, self._tls = target_port, tls
+        self._is_silent = False
+        self._links: list[_Link] = []
+        self._carrying: list[asyncio.Future[list[None]]] = []
+
+    @contextmanager
+    def running(self) -> Iterator["Proxy"]:
+        """Forward while the block runs."""
+        ready = threading.Event()
+        thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)), name="proxy", daemon=True)
+        thread.start()
+        assert ready.wait(10)
+        try:
+            yield self
+        finally:
+            self._loop.call_soon_threadsafe(self._stop.set)
+            thread.join(10)
+
+    def swallow(self) -> None:
+        """Let no byte through any more, and close nothing: both sides see silence.
+
+        What is connected now stays silent for good, as after a router that forgot its connections.
+        """
+        self._is_silent = True
+        for link in self._links:
+            link.is_silent = True
+
+    def forward(self) -> None:
+        """Let the connections that are made from now on through again."""
+        self._is_silent = False
+
+    async def _serve(self, ready: threading.Event) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
+        self.port = server.sockets[0].getsockname()[1]
+        ready.set()
+        await self._stop.wait()
+        server.close()
+        for link in self._links:
+            link.close()
+        await asyncio.gather(*self._carrying)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection("127.0.0.1", self._target_port)
+        link = _Link((writer, there[1]), is_silent=self._is_silent)
+        self._links.append(link)
+        carrying = asyncio.gather(link.carry(reader, there[1]), link.carry(there[0], writer))
+        self._carrying.append(carrying)
+        await carrying
+
+
+class _Link:
+    """One connection that is forwarded."""
+
+    def __init__(self, writers: tuple[asyncio.StreamWriter, ...], *, is_silent: bool) -> None:
+        self.is_silent = is_silent
+        self._writers = writers
+
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Carry one direction until either side closes."""
+        with contextlib.suppress(OSError):
+            while data := await reader.read(_CHUNK_BYTES):
+                if not self.is_silent:
+                    writer.write(data)
+                    await writer.drain()
+        if not self.is_silent:  # else the other side never hears of it
+            self.close()
+
+    def close(self) -> None:
+        """Close both sides."""
+        for writer in self._writers:
+            writer.close()

@@ -1,0 +1,238 @@
+"""The users of configs/users.acl can do what the code does, and nothing else."""
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import redis
+from redis.exceptions import NoPermissionError
+
+from penstock import Client, JobCancelledError, JobState, PenstockError
+from penstock.errors import ConfigError
+from penstock.leases import DEAD_KEY, scripts
+from penstock.registry import BEAT
+from penstock.settings import load_settings
+from penstock.store import END_JOB
+from penstock_workers.app import build_app
+from penstock_workers.local_redis import free_port, local_redis_command, wait_until_ready
+from tests.deployment import BUNDLED, ROOT, Server, WorkerProcess
+from tests.eventually import eventually
+from tests.faults.fleet import message
+
+USERS = ROOT / "configs" / "users.acl"
+TOML = BUNDLED.split("[models.chat]")[0]
+
+
+class GuardedServer(Server):
+    """A Valkey with those users; its own URLs are the workers'."""
+
+    def __init__(self) -> None:
+        super().__init__(free_port())
+        self.broker_url, self.results_url = self.url("worker", 0), self.url("worker", 1)
+
+    def url(self, user: str, database: int) -> str:
+        """Return the URL of one user; the passwords are the placeholders."""
+        return f"redis://{user}:change-me-{user}@127.0.0.1:{self.port}/{database}"
+
+    @contextmanager
+    def running(self) -> Iterator["GuardedServer"]:
+        """Run it while the block runs; keeps nothing."""
+        command = [*local_redis_command(port=self.port, folder=None), "--include", str(USERS)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            wait_until_ready(self.url("operator", 0), within_s=10)
+            yield self
+        finally:
+            process.kill()
+            process.wait()
+
+    @contextmanager
+    def user(self, name: str) -> Iterator[redis.Redis]:
+        """Connect as one of the users."""
+        with redis.Redis.from_url(self.url(name, 0), decode_responses=True) as connected:
+            yield connected
+
+    def denied(self) -> list[str]:
+        """Return what the server refused."""
+        with self.user("operator") as operator:
+            return [f"{entry['username']}: {entry['object']}" for entry in operator.acl_log()]
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[GuardedServer]:
+    """A server without workers, for what is refused."""
+    try:
+        with GuardedServer().running() as running:
+            yield running
+    except ConfigError as error:  # no server on this machine
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def fresh() -> Iterator[GuardedServer]:
+    """A server whose log of refusals is this test's."""
+    try:
+        with GuardedServer().running() as running:
+            yield running
+    except ConfigError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
+def test_the_users_can_do_their_work(fresh: GuardedServer, tmp_path: Path) -> None:
+    """Jobs, states, cancelling, many texts, delays, dead letters, inspection: nothing of it is refused."""
+    worker = WorkerProcess(tmp_path, fresh, toml=TOML, queues="cpu.minilm")
+    try:
+        worker.wait_until_ready()
+        with Client(fresh.url("producer", 0)) as client, fresh.user("operator") as operator:
+            job = client.submit_embed(["a text"], model="minilm")
+            assert job.result(timeout_s=20).shape == (1, 384)
+            assert client.job(job.id).result(timeout_s=20).shape == (1, 384)
+            job.forget()
+            assert job.state() is JobState.EXPIRED
+            long = client.submit_embed(["slow " * 250] * 100, model="minilm")
+            assert long.state() in (JobState.WAITING, JobState.RUNNING)
+            assert long.cancel()
+            with pytest.raises(JobCancelledError):
+                long.result(timeout_s=5)
+            parts = list(client.embed_many((f"text {i}" for i in range(200)), model="minilm", timeout_s=30))
+            assert sum(map(len, parts)) == 200
+
+            later = datetime.now(UTC) + timedelta(seconds=1)
+            _, delayed = message("penstock.embed", [], queue="cpu.minilm", eta=later.isoformat())
+            operator.lpush("cpu.minilm", "not a message", delayed)
+            eventually(lambda: operator.llen(DEAD_KEY) == 1)
+            eventually(lambda: operator.zcard("penstock:due") == 1)
+            eventually(lambda: operator.zcard("penstock:due") == operator.hlen("unacked") == 0)
+        config = tmp_path / "flower.toml"
+        config.write_text(f'[redis]\nbroker_url = "{fresh.url("flower", 0)}"\n{TOML}')
+        with build_app(load_settings(config, environ={}).settings) as flower:
+            with flower.connection_for_read() as connection:
+                receiver = flower.events.Receiver(connection)
+                receiver.handlers = {"worker-heartbeat": lambda _: setattr(receiver, "should_stop", True)}
+                receiver.capture(timeout=10)  # raises if none comes
+            assert len(flower.control.ping(timeout=2)) == 1
+    finally:
+        worker.stop()
+
+    assert fresh.denied() == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        # other people's jobs and results
+        "LRANGE cpu.minilm 0 -1",
+        "RPOP cpu.minilm",
+        "LTRIM cpu.minilm 0 -1",
+        "DEL cpu.minilm",
+        "BRPOP penstock:wake:cpu.minilm 1",
+        "HGETALL unacked",
+        "HGET unacked tag",
+        "HDEL unacked tag",
+        "HGETALL penstock:leases",
+        "HGETALL penstock:delayed",
+        "LRANGE penstock:dead 0 -1",
+        "LPUSH penstock:dead x",
+        "KEYS *",
+        "SCAN 0",
+        "RANDOMKEY",
+        "PSUBSCRIBE penstock:reply:*",
+        "PSUBSCRIBE *",
+        # the registry, and other keys
+        "HSET penstock:models minilm {}",
+        "HDEL penstock:workers x",
+        "SET penstock:results redis://elsewhere",
+        "GET other",
+        "SET other x",
+        "LPUSH other x",
+        # workers
+        "PUBLISH /0.celery.pidbox {}",
+        "SUBSCRIBE /0.celery.pidbox",
+        "PUBLISH /0.celeryev/worker.heartbeat {}",
+        "LPUSH x.reply.celery.pidbox x",
+        "SADD _kombu.binding.celery.pidbox x",
+        # the server
+        "FLUSHALL",
+        "FLUSHDB",
+        "CONFIG GET *",
+        "CONFIG SET maxmemory 1",
+        "ACL LIST",
+        "ACL SETUSER producer +@all",
+        "CLIENT LIST",
+        "CLIENT KILL TYPE normal",
+        "SCRIPT FLUSH",
+        "SCRIPT KILL",
+        "FUNCTION LIST",
+        "MONITOR",
+        "SAVE",
+        "REPLICAOF 127.0.0.1 1",
+        "SHUTDOWN NOSAVE",
+    ],
+)
+def test_a_producer_is_refused(guarded: GuardedServer, command: str) -> None:
+    """A sender reads nothing of others, controls no worker and no server, and not from a script either."""
+    words = command.split()
+    call = ", ".join(f"'{word}'" for word in words)
+    with guarded.user("producer") as producer, guarded.user("operator") as operator:
+        with pytest.raises(NoPermissionError):
+            producer.execute_command(*words)
+        with pytest.raises(redis.ResponseError, match=r"ACL failure|not allowed from script|Unknown Redis"):
+            producer.eval(f"return redis.call({call})", 0)
+
+        assert operator.ping()
+
+
+@pytest.mark.parametrize(
+    ("user", "command"),
+    [
+        ("worker", "LRANGE penstock:dead 0 -1"),
+        ("worker", "GET other"),
+        ("worker", "KEYS *"),
+        ("worker", "FLUSHALL"),
+        ("worker", "CONFIG SET maxmemory 1"),
+        ("worker", "CLIENT KILL TYPE normal"),
+        ("worker", "SUBSCRIBE other"),
+        ("worker", "ACL LIST"),
+        ("flower", "LRANGE cpu.minilm 0 -1"),
+        ("flower", "LPUSH cpu.minilm x"),
+        ("flower", "GET celery-task-meta-x"),
+        ("flower", "LRANGE penstock:dead 0 -1"),
+        ("flower", "HGETALL unacked"),
+        ("flower", "FLUSHALL"),
+    ],
+)
+def test_workers_and_flower_are_refused(guarded: GuardedServer, user: str, command: str) -> None:
+    """Neither reads dead letters or keys of others, nor administers the server; Flower sees no job."""
+    with guarded.user(user) as connected, pytest.raises(NoPermissionError):
+        connected.execute_command(*command.split())
+
+
+def test_nobody_comes_in_without_a_name(guarded: GuardedServer) -> None:
+    """The default user is switched off."""
+    with (
+        Client(f"redis://127.0.0.1:{guarded.port}/0") as client,
+        pytest.raises(PenstockError, match="refused"),
+    ):
+        client.models()
+
+
+def test_workers_may_run_every_command_of_every_script(guarded: GuardedServer) -> None:
+    """Also those of rare paths: a takeover that is refused a command would lose jobs."""
+    texts = [*scripts().values(), END_JOB, BEAT]
+    called = {name for text in texts for name in re.findall(r"redis\.p?call\('(\w+)'", text)}
+    called |= {"RPUSH", "LPUSH"}  # chosen at run time
+
+    with guarded.user("operator") as operator:
+        allowed = operator.acl_getuser("worker")["commands"]
+
+    assert len(called) > 20
+    assert {f"+{name.lower()}" for name in called} <= set(allowed)
