@@ -15,6 +15,13 @@ from tests.eventually import eventually
 from tests.integration.noop_app import NoopWorker, build_noop_app
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A server of this module's own: its tests send commands to all workers and empty databases."""
+    with Server(free_port()).running() as running:
+        yield running
+
+
 @pytest.fixture
 def app(server: Server) -> Iterator[Celery]:
     """An app that gives commands to a worker."""

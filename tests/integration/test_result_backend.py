@@ -23,6 +23,13 @@ from tests.eventually import eventually
 from tests.integration.noop_app import QUEUE, REPLIES, TASKS, NoopWorker, build_noop_app
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A server of this module's own: its tests send commands to all workers and empty databases."""
+    with Server(free_port()).running() as running:
+        yield running
+
+
 @pytest.fixture
 def results(server: Server) -> Iterator[redis.Redis]:
     """A connection to the server's results."""

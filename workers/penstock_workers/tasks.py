@@ -24,6 +24,7 @@ def register_tasks(app: Celery, serving: Serving) -> None:
         @app.task(  # type: ignore[untyped-decorator]  # Celery has no types
             name=TASK_NAMES[kind],
             bind=True,
+            shared=False,  # else Celery adds it to every other app of the process
             typing=False,
             throws=(PenstockError,),
             Request="penstock_workers.consumer:Request",
