@@ -44,7 +44,7 @@ def queue_name(pool: str, model: str) -> str:
     return f"{pool}.{model}"
 
 
-def queue_key(queue: str, priority: Priority) -> str:
+def queue_key(queue: str, priority: int) -> str:
     r"""Return the Redis list that holds a queue's jobs of one priority.
 
     Source: kombu 5.7, `kombu.transport.redis.Channel._q_for_pri`: priority 0 has the queue's own name,

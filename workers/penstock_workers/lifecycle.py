@@ -36,8 +36,8 @@ from penstock_workers.serving import Serving, load_model
 
 logger = logging.getLogger(__name__)
 
-EXIT_CONFIG: Final = 78
-"""sysexits.h's EX_CONFIG: starting again changes nothing, and `penstock up` does not."""
+EXIT_CONFIG: Final = os.EX_CONFIG
+"""78: starting again changes nothing, and `penstock up` does not."""
 
 
 def choose_models(queues: Iterable[str], settings: Settings) -> tuple[PoolName, list[str]]:

@@ -7,17 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-import redis
-
-from penstock.broker import connect_sync
+from penstock.broker import connect_sync, redis_errors
 from penstock.codec import queue_key, queue_name
-from penstock.errors import BrokerUnavailableError, UnknownJobError
-from penstock.registry import MODELS_KEY, ModelInfo, mask_url
+from penstock.errors import UnknownJobError
+from penstock.leases import DEAD_KEY
+from penstock.registry import MODELS_KEY, ModelInfo
 from penstock.request import Priority
 from penstock.settings import Settings
 from penstock.store import RECORD_TTL_S, SENT, record_key, result_key
 
-DEAD_KEY: Final = "penstock:dead"
 LEASES_KEY: Final = "penstock:leases"
 DELAYED_KEY: Final = "penstock:delayed"
 
@@ -96,9 +94,9 @@ class Queues:
         """Look at every queue of a model that was announced or is configured.
 
         Raises:
-            BrokerUnavailableError: Redis is out of reach.
+            TransportError: Redis is out of reach, or refuses.
         """
-        with _translated(self._settings.redis.broker_url):
+        with redis_errors(self._settings.redis.broker_url):
             announced = [ModelInfo.from_json(text) for text in self._hash(MODELS_KEY).values()]
             names = {queue_name(pool, model.name) for model in announced for pool in model.pools}
             for name, model in self._settings.models.items():
@@ -110,7 +108,7 @@ class Queues:
 
     def dead(self) -> list[DeadJob]:
         """Return the jobs that were given up, oldest first."""
-        with _translated(self._settings.redis.broker_url):
+        with redis_errors(self._settings.redis.broker_url):
             entries: Sequence[bytes] = self._broker.lrange(DEAD_KEY, 0, -1)  # type: ignore[assignment]
         return [_dead_job(entry) for entry in entries]
 
@@ -129,17 +127,17 @@ class Queues:
         """Put a job back into its queue, with all its deliveries before it; False if it was gone."""
         fields = json.loads(job.message)
         number = fields.get("properties", {}).get("priority") or 0
-        key = f"{job.queue}\x06\x16{number}" if number in (3, 6, 9) else job.queue
-        with _translated(self._settings.redis.results_url):
+        key = queue_key(job.queue, number if number in (3, 6, 9) else 0)
+        with redis_errors(self._settings.redis.results_url):
             # Its caller was told that it is lost; from here on it may end once more.
             self._results.delete(result_key(job.id))
             self._results.set(record_key(job.id), SENT, ex=RECORD_TTL_S)
-        with _translated(self._settings.redis.broker_url):
+        with redis_errors(self._settings.redis.broker_url):
             return bool(self._broker.eval(REVIVE, 2, DEAD_KEY, key, job.entry, job.message))
 
     def drop(self, job: DeadJob) -> bool:
         """Forget a job for good; False if it was gone."""
-        with _translated(self._settings.redis.broker_url):
+        with redis_errors(self._settings.redis.broker_url):
             return bool(self._broker.lrem(DEAD_KEY, 1, job.entry))  # type: ignore[arg-type]  # bytes are fine
 
     def _state(
@@ -163,20 +161,6 @@ class Queues:
 
     def _hash(self, key: str) -> dict[bytes, bytes]:
         return self._broker.hgetall(key)  # type: ignore[return-value]  # bytes: no decode_responses
-
-
-class _translated:  # noqa: N801  reads as part of its `with` statement
-    """Turn what redis-py raises into one line."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, redis.RedisError | OSError):
-            raise BrokerUnavailableError(mask_url(self._url), str(error)) from error
 
 
 def _dead_job(entry: bytes) -> DeadJob:
