@@ -122,9 +122,10 @@ def _our_parts(setup: Setup) -> dict[str, Any]:
 
 def _add_tasks(app: Celery, setup: Setup) -> None:
     recorder = redis.Redis.from_url(setup.url(2))
+    parts = {"Request": "penstock_workers.consumer:Request"} if setup.parts == "penstock" else {}
 
     def add(name: str, answer: Callable[..., Any]) -> None:
-        @app.task(name=name, bind=True, typing=False, shared=False)  # type: ignore[untyped-decorator]  # Celery has no types
+        @app.task(name=name, bind=True, typing=False, shared=False, **parts)  # type: ignore[untyped-decorator]  # Celery has no types
         def task(self: Any, *args: Any, **kwargs: Any) -> Any:
             # Our tasks look first; Celery's own looks only at what was delivered before.
             if setup.parts == "penstock" and self.backend.is_ended(self.request.id):

@@ -3,7 +3,7 @@
 -- | key | type | holds | touched by |
 -- | --- | --- | --- | --- |
 -- | `<queue>`, `<queue>\x06\x16<3, 6 or 9>` | list | waiting messages, the next one last; kombu's own layout | every sender; workers by `pop` |
--- | `penstock:wake:<list>` | list | tokens that wake idle workers; at most 4, for 2 s | `push`, whatever refills a list; idle workers by BRPOP |
+-- | `penstock:wake:<list>` | list | a token that wakes an idle worker; for 2 s at most | `push`, whatever refills a list; idle workers by BRPOP |
 -- | `unacked` | hash | tag -> message that a worker holds | these scripts; senders look (HEXISTS) |
 -- | `unacked_index` | sorted set | tag -> end of its lease, on this server's clock | these scripts |
 -- | `penstock:leases` | hash | tag -> token of who holds it, newline, the list it came from | these scripts |
@@ -31,12 +31,13 @@ local function now()
   return tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
 
--- Idle workers look for themselves every second, so older tokens serve nobody.
+-- One token is enough: a token that lies there means that nobody waits, and whoever takes it and leaves messages
+-- wakes the next. Idle workers look for themselves every second, so older tokens serve nobody.
 local function wake(list)
   local key = 'penstock:wake:' .. list
-  redis.call('LPUSH', key, '1')
-  redis.call('LTRIM', key, 0, 3)
-  redis.call('PEXPIRE', key, 2000)
+  local left_ms = redis.call('PTTL', key)
+  if left_ms == -2 then redis.call('LPUSH', key, '1') end
+  if left_ms < 1000 then redis.call('PEXPIRE', key, 2000) end
 end
 
 -- kombu writes the properties last. Inside a JSON string its quotes would be escaped, so text cannot pose as it.
