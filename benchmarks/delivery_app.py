@@ -6,6 +6,7 @@ A worker process reads its setup from the variable `DELIVERY_SETUP`; nothing hap
 import json
 import os
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from kombu.serialization import register
 
 from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.result import EmbedResult, Timings, Usage
+from penstock_workers.cancelled import Cancelled
 
 QUEUE: Final = "cpu.noop"
 MODEL: Final = "noop"
@@ -27,6 +29,8 @@ READY_KEY: Final = "delivery:ready"
 RUNS_KEY: Final = "delivery:runs"
 RUNNING_KEY: Final = "delivery:running"
 VARIABLE: Final = "DELIVERY_SETUP"
+DEVICE_PLACES: Final = 8
+"""Jobs that a simulated device works on at a time."""
 
 _RESULT_TTL_S: Final = 3600
 
@@ -122,23 +126,31 @@ def _our_parts(setup: Setup) -> dict[str, Any]:
 
 def _add_tasks(app: Celery, setup: Setup) -> None:
     recorder = redis.Redis.from_url(setup.url(2))
-    parts = {"Request": "penstock_workers.consumer:Request"} if setup.parts == "penstock" else {}
+    cancelled = Cancelled(setup.url(1))
+    if setup.parts == "penstock":
+        cancelled.start()
 
     def add(name: str, answer: Callable[..., Any]) -> None:
-        @app.task(name=name, bind=True, typing=False, shared=False, **parts)  # type: ignore[untyped-decorator]  # Celery has no types
+        @app.task(name=name, bind=True, typing=False, shared=False)  # type: ignore[untyped-decorator]  # Celery has no types
         def task(self: Any, *args: Any, **kwargs: Any) -> Any:
-            # Our tasks look first; Celery's own looks only at what was delivered before.
-            if setup.parts == "penstock" and self.backend.is_ended(self.request.id):
+            # As our tasks do; Celery's own looks by itself at what was delivered before.
+            if setup.parts == "penstock" and (
+                self.request.id in cancelled
+                or (self.request.delivery_info["redelivered"] and self.backend.is_ended(self.request.id))
+            ):
                 raise Ignore
             return answer(self.request.id, *args, **kwargs)
 
     def noop(job_id: str) -> None:
         del job_id
 
+    places = threading.Semaphore(DEVICE_PLACES)
+
     def device(job_id: str, seconds: float) -> None:
-        """Take about as long as a device that leaves the processor alone; a fifth more or less."""
+        """Wait for a place of the process' device, and take its time: a fifth more or less, no processor."""
         del job_id
-        time.sleep(seconds * random.uniform(0.8, 1.2))
+        with places:
+            time.sleep(seconds * random.uniform(0.8, 1.2))
 
     def record(job_id: str, seconds: float) -> None:
         """Note when it began and ended, and that it runs meanwhile."""

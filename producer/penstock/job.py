@@ -63,7 +63,7 @@ class ResultStore:
             payload=encode_failure(job_id, error),
             status="REVOKED",
             is_final=True,
-            must_be_sent=True,
+            is_cancel=True,
             result_ttl_s=RECORD_TTL_S,
             reply_to=self.inbox.reply_to,
         )

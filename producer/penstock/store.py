@@ -5,6 +5,7 @@
 | `celery-task-meta-<id>` | string | the result record of `codec.encode_meta` | worker, `Job.cancel` |
 | `penstock:job:<id>` | string | `sent`, or the status the job ended with | sender, worker, `Job.cancel` |
 | `penstock:reply:<client>` | channel | ids of jobs that ended | worker, `Job.cancel` |
+| `penstock:cancelled` | sorted set, channel | ids of cancelled jobs, by when | `Job.cancel` |
 """
 
 from typing import Final
@@ -13,18 +14,29 @@ SENT: Final = "sent"
 RECORD_TTL_S: Final = 86_400
 """How long a job's record outlives its result: lets a late caller hear "expired" and not "unknown"."""
 
+CANCELLED_KEY: Final = "penstock:cancelled"
+MAX_CANCELLED: Final = 100_000
+"""How many cancelled jobs are remembered; a worker that misses one computes in vain."""
+
 # A job ends once: whoever comes second (a cancelled job's worker, a second delivery) changes nothing.
 # The payload travels to Redis once; whoever follows Celery's own channel gets all of it, our clients a note.
 #
-# KEYS: result, record.  ARGV: payload, result TTL, record TTL, status, is final (1/0), must be sent (1/0),
-# reply channel or "", job id.
+# KEYS: result, record; to cancel a job, which must have been sent, also the set and channel of those.
+# ARGV: payload, result TTL, record TTL, status, is final (1/0), reply channel or "", job id, how many
+# cancelled jobs are remembered.
 END_JOB: Final = """
-local record = redis.call('GET', KEYS[2])
-if (record and record ~= 'sent') or (not record and ARGV[6] == '1') then return 0 end
+local record, cancelled = redis.call('GET', KEYS[2]), KEYS[3]
+if (record and record ~= 'sent') or (not record and cancelled) then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
 if ARGV[5] == '1' then redis.call('SET', KEYS[2], ARGV[4], 'EX', ARGV[3]) end
 redis.call('PUBLISH', KEYS[1], ARGV[1])
-if ARGV[5] == '1' and ARGV[7] ~= '' then redis.call('PUBLISH', ARGV[7], ARGV[8]) end
+if ARGV[5] == '1' and ARGV[6] ~= '' then redis.call('PUBLISH', ARGV[6], ARGV[7]) end
+if cancelled then
+  redis.call('ZADD', cancelled, redis.call('TIME')[1], ARGV[7])
+  redis.call('ZREMRANGEBYRANK', cancelled, 0, -1 - ARGV[8])
+  redis.call('EXPIRE', cancelled, ARGV[3])
+  redis.call('PUBLISH', cancelled, ARGV[7])
+end
 return 1
 """
 
@@ -55,12 +67,12 @@ def end_job_arguments(
     payload: bytes,
     status: str,
     is_final: bool,
-    must_be_sent: bool,
+    is_cancel: bool = False,
     result_ttl_s: int,
     reply_to: str | None,
 ) -> tuple[list[str], list[str | bytes | int]]:
     """Return the keys and arguments of `END_JOB`."""
     channel = str(reply_to) if is_reply_channel(reply_to) else ""
-    flags = (int(is_final), int(must_be_sent))
+    keys = [result_key(job_id), record_key(job_id), *([CANCELLED_KEY] if is_cancel else [])]
     ttls = (result_ttl_s, result_ttl_s + RECORD_TTL_S)
-    return [result_key(job_id), record_key(job_id)], [payload, *ttls, status, *flags, channel, job_id]
+    return keys, [payload, *ttls, status, int(is_final), channel, job_id, MAX_CANCELLED]

@@ -15,7 +15,7 @@ from kombu.serialization import register
 
 from penstock.codec import decode_meta, encode_failure, encode_meta
 from penstock.errors import JobCancelledError
-from penstock.store import END_JOB, end_job_arguments, record_key, result_key
+from penstock.store import END_JOB, SENT, end_job_arguments, record_key, result_key
 from penstock_workers.local_redis import free_port
 from penstock_workers.results import MAX_PENDING_BYTES, ResultBackend
 from tests.deployment import Server
@@ -67,13 +67,14 @@ def n_reads(results: redis.Redis) -> int:
 
 
 def cancel(results: redis.Redis, job_id: str) -> None:
-    """Do what `Job.cancel` does."""
+    """Do what `Job.cancel` does to a job that our client sent."""
+    results.set(record_key(job_id), SENT)
     keys, arguments = end_job_arguments(
         job_id=job_id,
         payload=encode_failure(job_id, JobCancelledError(job_id)),
         status="REVOKED",
         is_final=True,
-        must_be_sent=False,
+        is_cancel=True,
         result_ttl_s=60,
         reply_to=REPLIES,
     )

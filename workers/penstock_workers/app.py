@@ -13,6 +13,7 @@ from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.errors import WorkerLostError
 from penstock.settings import Settings
 from penstock.transport import install
+from penstock_workers.cancelled import Cancelled
 from penstock_workers.lifecycle import Lifecycle
 from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
 from penstock_workers.serving import Serving
@@ -29,9 +30,10 @@ def build_app(settings: Settings) -> Celery:
     failover_strategies["first"] = first_url
     app = Celery("penstock", broker=celery_url(_checked(settings.broker_url)))
     app.penstock_settings, app.penstock_serving = settings, Serving()
+    app.penstock_cancelled = Cancelled(_checked(settings.results_url))
     app.conf.update(_configuration(settings))
     app.steps["worker"].add(Lifecycle)
-    register_tasks(app, app.penstock_serving)
+    register_tasks(app, app.penstock_serving, app.penstock_cancelled)
 
     def is_alive() -> bool:
         return not app.penstock_serving.is_stalled(settings.worker.stall_s)

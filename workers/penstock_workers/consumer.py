@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from celery.app.task import Context
-from celery.exceptions import InvalidTaskError, TaskRevokedError
+from celery.exceptions import InvalidTaskError
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.request import Request as CeleryRequest
 from kombu.exceptions import ContentDisallowed
@@ -88,15 +88,6 @@ class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types
         self._argsrepr = "()"
         self._kwargsrepr = summarize(self._kwargs)
         self._request_dict.update(argsrepr=self._argsrepr, kwargsrepr=self._kwargsrepr)
-
-    def execute_using_pool(self, pool: Any, **options: Any) -> Any:
-        """Start the job in a thread; whether it has ended before is asked meanwhile, for many in one go."""
-        self._app.backend.look_up(self.id)
-        try:
-            return super().execute_using_pool(pool, **options)
-        except TaskRevokedError:
-            self._app.backend.forget_lookup(self.id)
-            raise
 
     def info(self, safe: bool = False) -> dict[str, Any]:
         """Describe it for `celery inspect` and Flower, always without its texts."""

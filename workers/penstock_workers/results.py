@@ -61,20 +61,10 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no types
         self._writer = Writer(lambda: self._create_client(**self.connparams), patience_s)
         self._room = threading.Condition()
         self._pending_bytes = 0
-        self._records: dict[str, Future[bytes | None]] = {}
-
-    def look_up(self, job_id: str) -> None:
-        """Ask for a job's record now, so that `is_ended` need not wait for it in the job's own thread."""
-        self._records[job_id] = self._writer.put("GET", record_key(job_id))
-
-    def forget_lookup(self, job_id: str) -> None:
-        """Drop what `look_up` asked for; `is_ended` will not be called."""
-        self._records.pop(job_id, None)
 
     def is_ended(self, job_id: str) -> bool:
         """Whether the job was cancelled, or answered by an earlier delivery."""
-        asked = self._records.pop(job_id, None) or self._writer.put("GET", record_key(job_id))
-        record = asked.result()
+        record: bytes | None = self._writer.put("GET", record_key(job_id)).result()
         return record is not None and record.decode() in states.READY_STATES
 
     def on_chord_part_return(self, *args: Any, **options: Any) -> None:
@@ -111,7 +101,6 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no types
             payload=payload,
             status=state,
             is_final=state in states.READY_STATES,
-            must_be_sent=False,
             result_ttl_s=int(self.expires),
             reply_to=getattr(request, "reply_to", None),
         )

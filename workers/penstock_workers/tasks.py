@@ -1,7 +1,7 @@
 """The two Celery tasks: message to request, request to result."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Final
 
 from celery import Celery
@@ -17,8 +17,8 @@ from penstock_workers.serving import ServedEmbedder, ServedGenerator, Serving
 HEADER_BYTES: Final = 1 << 16  # room for all of a result that is not its array
 
 
-def register_tasks(app: Celery, serving: Serving) -> None:
-    """Give the app its tasks; they find their models in `serving`."""
+def register_tasks(app: Celery, serving: Serving, cancelled: Container[str]) -> None:
+    """Give the app its tasks; they find their models in `serving`, and pass by jobs that were cancelled."""
 
     def add(kind: type[Request], answer: Callable[[str, Any, Serving], Result]) -> None:
         @app.task(  # type: ignore[untyped-decorator]  # Celery has no types
@@ -30,8 +30,8 @@ def register_tasks(app: Celery, serving: Serving) -> None:
             Request="penstock_workers.consumer:Request",
         )
         def task(self: Any, *args: object, **kwargs: object) -> Result:
-            # Also absorbs a second delivery: a job that has ended is acknowledged, not computed.
-            if self.backend.is_ended(self.request.id):
+            # Celery acknowledges it, and stores nothing.
+            if self.request.id in cancelled or _is_answered(self):
                 raise Ignore
             request = decode_request(self.name, args, kwargs)
             late_s = time.time() - request.deadline if request.deadline else 0.0
@@ -41,6 +41,12 @@ def register_tasks(app: Celery, serving: Serving) -> None:
 
     add(EmbedRequest, embed)
     add(GenerateRequest, generate)
+
+
+def _is_answered(task: Any) -> bool:
+    """Whether an earlier delivery has ended the job; a first one asks nobody."""
+    is_redelivered = (task.request.delivery_info or {}).get("redelivered")
+    return bool(is_redelivered) and task.backend.is_ended(task.request.id)
 
 
 def embed(job_id: str, request: EmbedRequest, serving: Serving) -> EmbedResult:
