@@ -100,12 +100,12 @@ return n_waiting
 
 -- script: pop allow-oom
 -- KEYS: lists, the most urgent level first, in each level one of every queue.
--- ARGV: token, lease in seconds, most messages, how many that outlived two holders, then the credits of each queue.
+-- ARGV: token, lease in seconds, most messages, how many suspects, lost leases that make one, the credits of each queue.
 -- Returns list, tag, leases that ran out or -1, message; of each that was taken.
 local token, lease_end = ARGV[1], now() + tonumber(ARGV[2])
-local room, suspects = tonumber(ARGV[3]), tonumber(ARGV[4])
-local credits, n_queues = {}, #ARGV - 4
-for queue = 1, n_queues do credits[queue] = tonumber(ARGV[4 + queue]) end
+local room, suspects, suspect_at = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local credits, n_queues = {}, #ARGV - 5
+for queue = 1, n_queues do credits[queue] = tonumber(ARGV[5 + queue]) end
 local taken = {}
 
 -- Read first and removed last: an error in between leaves the message where it was.
@@ -114,7 +114,7 @@ local function take(list)
   if type(message) ~= 'string' then return false end
   local tag = tag_of(message)
   local lost = tonumber(redis.call('HGET', LOST, tag) or -1)
-  if lost >= 2 then
+  if lost >= suspect_at then
     if suspects == 0 then return false end
     suspects = suspects - 1
   end

@@ -93,11 +93,6 @@ class Lease:
         """What tells this delivery from all others, also of the same message to the same process."""
         return f"{self.tag}@{self.token}"
 
-    @property
-    def is_suspect(self) -> bool:
-        """Whether two holders have died with it; a process takes one such message at a time."""
-        return (self.n_lost or 0) >= 2
-
 
 class Leases:
     """All leases of this process on one broker, and the thread that looks after them.
@@ -110,6 +105,7 @@ class Leases:
         process: token of this process.
         lease_s: how long a lease lasts without being renewed, seconds.
         is_healthy: whether `is_alive` said yes when it was last asked.
+        suspect_at: a message with so many lost leases is a suspect: two more, and it is given up.
     """
 
     def __init__(
@@ -135,6 +131,7 @@ class Leases:
         self._n_tokens = 0
         self._held: dict[str, Lease] = {}
         self._n_held: Counter[str] = Counter()
+        self.suspect_at = max(1, max_deliveries - 2)
         self._n_suspects = 0
         self._is_away = False
         self._acks: dict[str, Lease] = {}
@@ -178,8 +175,12 @@ class Leases:
         return self._n_held[queue]
 
     def n_suspects(self) -> int:
-        """Count the held messages that two processes have died with."""
+        """Count the suspects that are held; a process takes one at a time."""
         return self._n_suspects
+
+    def is_suspect(self, lease: Lease) -> bool:
+        """Whether so many holders of a message have died that it may be why."""
+        return (lease.n_lost or 0) >= self.suspect_at
 
     def holds(self, lease_id: str) -> bool:
         """Say whether the lease is held, as far as this process knows."""
@@ -190,7 +191,7 @@ class Leases:
         with self._lock:
             self._held[lease.id] = lease
             self._n_held[lease.queue] += 1
-            self._n_suspects += lease.is_suspect
+            self._n_suspects += self.is_suspect(lease)
 
     def ack(self, lease_id: str) -> Lease | None:
         """Acknowledge; the lease is renewed until Redis knows. Returns None if it is not held."""
@@ -282,7 +283,7 @@ class Leases:
         lease = self._held.pop(lease_id, None)
         if lease is not None:
             self._n_held[lease.queue] -= 1
-            self._n_suspects -= lease.is_suspect
+            self._n_suspects -= self.is_suspect(lease)
         return lease
 
     def _forget(self, leases: Iterable[Lease]) -> None:

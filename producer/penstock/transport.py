@@ -247,7 +247,9 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
     def freed(self, lease: Lease | None) -> None:
         """Look again if a place has become free that the wait under way is not for."""
         flight = self.flight
-        if lease and isinstance(flight, _Wait) and (lease.queue not in flight.queues or lease.is_suspect):
+        if not lease or not isinstance(flight, _Wait):
+            return
+        if lease.queue not in flight.queues or self.leases.is_suspect(lease):
             self.leases.nudge()
 
     # Sending
@@ -468,9 +470,9 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
     def _pop_arguments(
         self, token: str, queues: list[str], credits_: Mapping[str, int], *, most: int
     ) -> tuple[list[str], list[Any]]:
-        n_suspects = max(0, 1 - self.leases.n_suspects())
-        places = [credits_[queue] for queue in queues]
-        return self._lists(queues), [token, self.leases.lease_s, most, n_suspects, *places]
+        leases, places = self.leases, [credits_[queue] for queue in queues]
+        n_suspects = max(0, 1 - leases.n_suspects())
+        return self._lists(queues), [token, leases.lease_s, most, n_suspects, leases.suspect_at, *places]
 
     def _leases_in(self, reply: list[Any], token: str) -> list[tuple[Lease, bytes]]:
         rows = zip(*[iter(reply)] * 4, strict=True)

@@ -119,7 +119,7 @@ def run(client: redis.Redis, script: str, *arguments: str | bytes | float, keys:
 
 def pop(client: redis.Redis, token: str, queue: str = "q", most: int = 10, lease_s: float = 1) -> list[Lease]:
     """Pop as a process does."""
-    reply = run(client, "pop", token, lease_s, most, 1, most, keys=(queue,))
+    reply = run(client, "pop", token, lease_s, most, 1, 2, most, keys=(queue,))
     return [
         Lease(tag=tag.decode(), token=token, queue=queue, n_lost=n_lost if n_lost >= 0 else None)
         for _, tag, n_lost, _ in zip(*[iter(reply)] * 4, strict=True)
@@ -390,8 +390,8 @@ def test_one_suspect_at_a_time(broker: redis.Redis) -> None:
         run(broker, "take_over", 1, 4, 10, f"two/{i}")
     put(broker, "fresh", queue="other")
 
-    reply = run(broker, "pop", "three/1", 1, 10, 1, 10, 10, keys=("q", "other"))
-    none = run(broker, "pop", "three/2", 1, 10, 0, 10, keys=("q",))
+    reply = run(broker, "pop", "three/1", 1, 10, 1, 2, 10, 10, keys=("q", "other"))
+    none = run(broker, "pop", "three/2", 1, 10, 0, 2, 10, keys=("q",))
 
     assert [bytes(source) for source in reply[::4]] == [b"q", b"other"]
     assert none == []
@@ -438,7 +438,7 @@ def test_a_foreign_queue_key_of_another_type_harms_nobody(broker: redis.Redis) -
     broker.set("q", "not a list")
     put(broker, "job", queue="other")
 
-    reply = run(broker, "pop", "one/1", 1, 10, 1, 10, 10, keys=("q", "other"))
+    reply = run(broker, "pop", "one/1", 1, 10, 1, 2, 10, 10, keys=("q", "other"))
 
     assert reply[0] == b"other"
 
