@@ -34,7 +34,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # Celery has no types
     """
 
     def ensure_connected(self, conn: Any) -> Any:
-        """Connect, however long the broker is away; says so once.
+        """Connect, however long the broker is away; each new reason is logged.
 
         Celery's own waits 2 s, then 4, up to 30: for so long no job would be taken after a failover.
         """
