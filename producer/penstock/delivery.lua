@@ -63,6 +63,12 @@ local function list_held(name, token)
   if lease and string.sub(lease, 1, #token + 1) == token .. '\n' then return string.sub(lease, #token + 2) end
 end
 
+local function hold(name, message, token, list, lease_end)
+  redis.call('HSET', UNACKED, name, message)
+  redis.call('ZADD', INDEX, lease_end, name)
+  redis.call('HSET', LEASES, name, token .. '\n' .. list)
+end
+
 local function drop(name)
   redis.call('ZREM', INDEX, name)
   redis.call('HDEL', UNACKED, name)
@@ -119,9 +125,7 @@ local function take(list)
     suspects = suspects - 1
   end
   local name = free_name(UNACKED, tag)
-  redis.call('HSET', UNACKED, name, message)
-  redis.call('ZADD', INDEX, lease_end, name)
-  redis.call('HSET', LEASES, name, token .. '\n' .. list)
+  hold(name, message, token, list, lease_end)
   redis.call('RPOP', list)
   for _, field in ipairs({list, name, lost, message}) do taken[#taken + 1] = field end
   return true
@@ -205,15 +209,20 @@ end
 local names = redis.call('ZRANGEBYSCORE', DUE, '-inf', now(), 'LIMIT', 0, tonumber(ARGV[1]))
 for i = #names, 1, -1 do
   local entry = redis.call('HGET', DELAYED, names[i])
-  if entry then
-    local digits = string.match(entry, '^%d+')
+  local digits = string.match(entry or '0:', '^(%d+):')
+  local is_moved = not entry
+  if entry and digits then
     local list_end = #digits + 1 + tonumber(digits)
     local list = string.sub(entry, #digits + 2, list_end)
-    redis.call('RPUSH', list, string.sub(entry, list_end + 1))
-    wake(list)
+    is_moved = type(redis.pcall('RPUSH', list, string.sub(entry, list_end + 1))) == 'number'
+    if is_moved then wake(list) end
   end
-  redis.call('HDEL', DELAYED, names[i])
-  redis.call('ZREM', DUE, names[i])
+  if is_moved then
+    redis.call('HDEL', DELAYED, names[i])
+    redis.call('ZREM', DUE, names[i])
+  else
+    redis.call('ZADD', DUE, now() + 60, names[i]) -- its list is none: the others must not wait for it
+  end
 end
 local first = redis.call('ZRANGE', DUE, 0, 0, 'WITHSCORES')
 local wait_ms = -1
@@ -274,6 +283,15 @@ if ARGV[4] == '1' then redis.call('ZADD', UNTOLD, now() + tonumber(ARGV[5]), ent
 drop(ARGV[1])
 redis.call('HDEL', LOST, tag_in(ARGV[1]))
 return entry
+
+-- script: revive
+-- ARGV: entry of the dead-letter list, its message, the list it goes to, token, lease in seconds.
+-- The caller holds the message then, and hands it back. Returns its tag, or nil if the entry is gone.
+if redis.call('LREM', DEAD, 1, ARGV[1]) == 0 then return false end
+redis.call('ZREM', UNTOLD, ARGV[1])
+local name = free_name(UNACKED, tag_of(ARGV[2]))
+hold(name, ARGV[2], ARGV[4], ARGV[3], now() + tonumber(ARGV[5]))
+return name
 
 -- script: claim_untold allow-oom
 -- ARGV: seconds until another may tell, most entries.

@@ -133,7 +133,7 @@ class Leases:
         self._n_held: Counter[str] = Counter()
         self.suspect_at = max(1, max_deliveries - 2)
         self._n_suspects = 0
-        self._is_away = False
+        self._is_away, self._patience_s = False, SETTLE_S
         self._acks: dict[str, Lease] = {}
         self._chores: deque[tuple[str, Sequence[Value]]] = deque()
         self._to_tell: SimpleQueue[bytes | None] = SimpleQueue()
@@ -217,9 +217,10 @@ class Leases:
         return leases
 
     def hand_back_all(self) -> None:
-        """Put back all that is held, for a process that stops; waits for Redis, `SETTLE_S` at most."""
+        """Put back all that is held, for a process that stops; waits once for Redis, `SETTLE_S` at most."""
         self.hand_back(list(self._held), as_next=True)
-        if not self.settle():
+        if not self.settle(self._patience_s) and self._patience_s:
+            self._patience_s = 0.0
             logger.warning(
                 "broker out of reach: what is held is delivered again when its leases have run out"
             )

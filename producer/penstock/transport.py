@@ -67,6 +67,10 @@ _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, Type
 _OPTIONS = ("lease_s", "max_deliveries")
 
 
+class RefusedError(Exception):
+    """Raised by a consumer's callback: the message becomes a dead letter, and its sender has been told."""
+
+
 @dataclass(slots=True)
 class _Hooks:
     is_alive: IsAlive | None = None
@@ -169,6 +173,10 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu has no types
         """Keep a message that was leased already."""
         self._delivered[delivery_tag] = message
 
+    def forget(self, delivery_tag: str) -> None:
+        """Keep it no longer; what becomes of its lease is the caller's matter."""
+        self._delivered.pop(delivery_tag, None)
+
     def ack(self, delivery_tag: str) -> None:
         """Acknowledge, if the lease is still held; from any thread."""
         if self._delivered.pop(delivery_tag, None) is not None:
@@ -237,6 +245,12 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
     def is_leasing(self) -> bool:
         """Whether a queue is consumed with acknowledgements; replies to `celery inspect` are not."""
         return any(not no_ack for _, no_ack in self._takers.values())
+
+    @property
+    def broker(self) -> tuple[object, ...]:
+        """What tells the broker from others."""
+        client = self.connection.client
+        return client.hostname, client.port, *client.alt
 
     @cached_property
     def leases(self) -> Leases:
@@ -430,10 +444,16 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         except (redis.RedisError, OSError):
             self.qos.reject(lease.id, requeue=True)
             raise
+        except RefusedError as error:
+            self._bury(lease, raw, f"refused: {error}", must_tell=False)
         except _MALFORMED as error:
             # Celery's own would end the worker, and the next one that gets it.
             logger.exception("message refused", extra={"tag": lease.tag})
-            self.leases.bury(lease.id, raw, f"refused: {type(error).__name__}", must_tell=True)
+            self._bury(lease, raw, f"refused: {type(error).__name__}", must_tell=True)
+
+    def _bury(self, lease: Lease, raw: bytes, reason: str, *, must_tell: bool) -> None:
+        self.qos.forget(lease.id)
+        self.leases.bury(lease.id, raw, reason, must_tell=must_tell)
 
     def _open(self, lease: Lease, raw: bytes) -> Any:
         """Return kombu's message; None if it is none, or not due yet."""
@@ -514,6 +534,12 @@ class SentinelChannel(Channel, kombu_redis.SentinelChannel):  # type: ignore[mis
 
     from_transport_options = (*kombu_redis.SentinelChannel.from_transport_options, *_OPTIONS)
 
+    @property
+    def broker(self) -> tuple[object, ...]:
+        """The master, whichever of its sentinels this connection names."""
+        client = self.connection.client
+        return self.master_name, *(sorted(client.alt) or (client.hostname, client.port))
+
 
 class Transport(kombu_redis.Transport):  # type: ignore[misc]  # kombu has no types
     """What `redis://` and `rediss://` mean once installed."""
@@ -531,9 +557,8 @@ class SentinelTransport(kombu_redis.SentinelTransport):  # type: ignore[misc]  #
 
 def _leases_for(channel: Any) -> Leases:
     """Return this process' leases on the channel's broker; they stay when the channel closes."""
-    broker = channel.connection.client
     # The process id: a fork takes over neither leases nor their thread.
-    key = (os.getpid(), broker.hostname, broker.port, broker.virtual_host, *broker.alt)
+    key = (os.getpid(), channel.connection.client.virtual_host, *channel.broker)
     with _lock:
         if key not in _leases_of_process:
             leases = Leases(

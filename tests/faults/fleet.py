@@ -1,4 +1,4 @@
-"""A broker that can die, workers of `tests.faults.app` that can too, and the book of what they ran."""
+"""A broker that can die, workers of `noop_app` that can too, and the book of what they ran."""
 
 import base64
 import json
@@ -18,8 +18,9 @@ from penstock.leases import DEAD_KEY, push_arguments, scripts
 from penstock_workers.local_redis import local_redis_command, wait_until_ready
 from tests.deployment import ROOT
 from tests.eventually import eventually
+from tests.integration.noop_app import TASKS as APP
 
-APP = "tests.faults.app"
+LEASE_S = 2.0
 
 
 class Broker:
@@ -27,6 +28,7 @@ class Broker:
 
     def __init__(self, folder: Path, port: int) -> None:
         self.url = f"redis://127.0.0.1:{port}"
+        self.broker_url, self.results_url = f"{self.url}/0", f"{self.url}/1"
         self._command = local_redis_command(port=port, folder=folder)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -79,11 +81,19 @@ class Worker:
 
 
 class Fleet:
-    """Workers on one broker."""
+    """Workers on one broker; `settings` of their app may name another, then this one has their book alone."""
 
-    def __init__(self, folder: Path, broker: Broker) -> None:
+    def __init__(self, folder: Path, broker: Broker, **settings: Any) -> None:
         self.broker, self.folder = broker, folder
-        self.redis = redis.Redis.from_url(f"{broker.url}/0")
+        self.settings = {
+            "broker_url": broker.broker_url,
+            "results_url": broker.results_url,
+            "book_url": f"{broker.url}/2",
+            "task_default_queue": "celery",
+            "options": {"lease_s": LEASE_S},
+            **settings,
+        }
+        self.redis = redis.Redis.from_url(broker.broker_url)
         self.book = redis.Redis.from_url(f"{broker.url}/2")
         self.workers: list[Worker] = []
         self._push = self.redis.register_script(scripts()["push"])
@@ -92,9 +102,8 @@ class Fleet:
         """Start workers; they have 4 places unless `options` say otherwise."""
         environ = {
             **os.environ,
-            "FAULTS_SERVER": self.broker.url,
-            "FAULTS_FOLDER": str(self.folder),
-            "PYTHONPATH": str(ROOT),
+            "NOOP_APP": json.dumps(self.settings),
+            "NOOP_FOLDER": str(self.folder),
             **environment,
         }
         started = []

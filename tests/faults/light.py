@@ -9,9 +9,9 @@ from pathlib import Path
 
 import redis
 
-from tests.deployment import ROOT, Server
+from tests.deployment import Server
 from tests.eventually import eventually
-from tests.faults.fleet import Worker
+from tests.faults.fleet import Broker, Worker
 
 MODEL = "light"
 LEASE_S = 2.0
@@ -24,7 +24,9 @@ class LightWorker:
         book: the server's first database, for the test's own questions.
     """
 
-    def __init__(self, folder: Path, server: Server, *, broker_url: str = "", results_url: str = "") -> None:
+    def __init__(
+        self, folder: Path, server: Server | Broker, *, broker_url: str = "", results_url: str = ""
+    ) -> None:
         self._folder, self._server = folder, server
         self._urls = broker_url or server.broker_url, results_url or server.results_url
         self.book = redis.Redis.from_url(server.broker_url)
@@ -39,7 +41,6 @@ class LightWorker:
             "PENSTOCK_REDIS__RESULTS_URL": results_url,
             "PENSTOCK_WORKER__LEASE_S": str(LEASE_S),
             "LIGHT_BOOK": self._server.broker_url,
-            "PYTHONPATH": str(ROOT),
             "NO_COLOR": "1",
         }
         command = [sys.executable, "-m", "celery", "-A", "tests.faults.light_app", "worker", "-l", "info"]

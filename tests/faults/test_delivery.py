@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import random
 import signal
 import time
@@ -10,13 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import redis
 from celery import Celery, chord, group
 
-from penstock.leases import UNTOLD_KEY
+from penstock.leases import UNTOLD_KEY, scripts
+from tests.deployment import Server
 from tests.eventually import eventually
-from tests.faults.fleet import APP, Fleet, Worker, message
+from tests.faults.fleet import APP, LEASE_S, Fleet, Worker, message
 
-LEASE_S = 2.0  # of tests.faults.app
 N_KILLS = 12
 
 
@@ -140,9 +142,31 @@ def test_a_restarted_broker_loses_nothing(fleet: Fleet) -> None:
     assert again <= 3 * 8  # no more than what both held
 
 
+def test_a_full_broker_is_worked_off(fleet: Fleet, own: Server) -> None:
+    """At its memory limit the broker refuses new jobs; the waiting ones run, and then it takes some again."""
+    fleet.settings["broker_url"] = own.broker_url
+    (worker,) = fleet.start()
+    names = [f"j{i}" for i in range(20)]
+    with redis.Redis.from_url(own.broker_url) as broker:
+        push = broker.register_script(scripts()["push"])
+        for name in names:
+            push(keys=["celery"], args=[message(f"{APP}.work", [name, 0.3])[1], ""])
+        broker.config_set("maxmemory", 1)
+
+        with pytest.raises(redis.OutOfMemoryError):
+            push(keys=["celery"], args=["refused", ""])
+        eventually(lambda: fleet.n_done() == len(names) and not broker.hlen("unacked"), within_s=15)
+        broker.config_set("maxmemory", 0)
+        push(keys=["celery"], args=[message(f"{APP}.work", ["next"])[1], ""])
+        eventually(lambda: fleet.runs()["next"])
+
+    assert set(fleet.runs().values()) == {1}
+    assert worker.process.poll() is None
+
+
 def test_sigterm_hands_back_at_once(fleet: Fleet) -> None:
     """What a worker has not begun is at the front of the queue again while what it runs goes on."""
-    (worker,) = fleet.start(1, "-c", "3", FAULTS_THREADS="1")
+    (worker,) = fleet.start(1, "-c", "1", "--prefetch-multiplier", "3")
     ids = [fleet.push(name, 4) for name in ("running", "second", "third", "waiting")]
     eventually(lambda: fleet.n_held() == 3)
 
@@ -262,7 +286,10 @@ def test_the_workers_clock_does_not_matter(fleet: Fleet, tmp_path: Path, offset_
     shift = f"import time\nreal = time.time\ntime.time = lambda: real() + {offset_s}\n"
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(shift)
-    _, wrong = fleet.start(2, wait=False)[0], fleet.start(1, PYTHONPATH=f"{tmp_path / 'site'}:.")[0]
+    _, wrong = (
+        fleet.start(2, wait=False)[0],
+        fleet.start(1, PYTHONPATH=f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '')}")[0],
+    )
     eventually(lambda: all(worker.is_ready for worker in fleet.workers), within_s=40)
     due = datetime.now(UTC) + timedelta(seconds=2)
     _, delayed = message(f"{APP}.work", ["delayed"], eta=due.isoformat())

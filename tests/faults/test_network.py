@@ -14,25 +14,13 @@ import redis
 
 from penstock import AsyncClient, BrokerUnavailableError, Client, JobState
 from penstock.broker import ANSWER_TIMEOUT_S
-from penstock.errors import ConfigError
 from penstock.inbox import LOOK_AGAIN_S
 from penstock_workers.local_redis import free_port
 from tests.deployment import Server
 from tests.eventually import eventually
+from tests.faults.fleet import Fleet
 from tests.faults.light import LEASE_S, MODEL, LightWorker
 from tests.faults.proxy import Proxy
-
-
-@pytest.fixture
-def own() -> Iterator[Server]:
-    """A server for one test."""
-    try:
-        with Server(free_port()).running() as running:
-            yield running
-    except ConfigError as error:  # no server on this machine
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -119,6 +107,23 @@ def test_a_redis_that_stands_still_loses_nothing(own: Server, tmp_path: Path) ->
         eventually(lambda: worker.runs()["j3"])
         os.kill(pid, signal.SIGSTOP)
         threading.Timer(5 * LEASE_S, os.kill, (pid, signal.SIGCONT)).start()
+
+        for job in jobs:
+            assert job.result(timeout_s=60).shape == (1, 3)
+        eventually(lambda: not worker.n_held())
+        assert process.process.poll() is None
+        assert max(worker.runs().values()) <= 2
+        assert client.job(jobs[0].id).state() is JobState.SUCCEEDED
+
+
+def test_a_redis_that_was_restarted_owes_no_result(fleet: Fleet, tmp_path: Path) -> None:
+    """Killed while jobs run and results are awaited, and back with its file: every caller is answered."""
+    worker = LightWorker(tmp_path, fleet.broker)
+    with worker.running() as process, Client(fleet.broker.broker_url) as client:
+        jobs = [client.submit_embed([f"j{i} 0.1"], model=MODEL) for i in range(30)]
+        eventually(lambda: worker.runs()["j5"])
+        fleet.broker.kill()
+        threading.Timer(LEASE_S, fleet.broker.start).start()
 
         for job in jobs:
             assert job.result(timeout_s=60).shape == (1, 3)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import redis
 
 from penstock import Client, JobState, WorkerLostError
 from penstock.store import result_key
-from penstock_workers.local_redis import free_port
 from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.eventually import eventually
 
@@ -21,13 +19,6 @@ LEASE_S = 2.0
 TOML = BUNDLED.split("[models.chat]")[0]
 LEASES = {"PENSTOCK_WORKER__LEASE_S": str(LEASE_S), "PENSTOCK_WORKER__MAX_DELIVERIES": "2"}
 LONG_TEXTS = ["slow " * 250] * 400
-
-
-@pytest.fixture
-def own() -> Iterator[Server]:
-    """A server for one test, whose workers the test kills."""
-    with Server(free_port()).running() as running:
-        yield running
 
 
 def start(folder: Path, server: Server, **environment: str) -> WorkerProcess:

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -25,6 +26,16 @@ from tests.eventually import eventually
 from tests.faults.fleet import message
 
 USERS = ROOT / "configs" / "users.acl"
+PLAIN_CELERY = """
+import sys
+from celery import Celery
+if sys.argv[2] == "ours":
+    from penstock.transport import install
+    install()
+app = Celery(broker=sys.argv[1])
+for options in ({}, {"priority": 9}, {"countdown": 60}):
+    app.send_task("penstock.embed", kwargs={}, queue="cpu.minilm", **options)
+"""
 TOML = BUNDLED.split("[models.chat]")[0]
 
 
@@ -126,6 +137,20 @@ def test_the_users_can_do_their_work(fresh: GuardedServer, tmp_path: Path) -> No
     assert fresh.denied() == []
 
 
+@pytest.mark.parametrize(("transport", "lengths"), [("stock", [2, 1, 0]), ("ours", [1, 1, 1])])
+def test_plain_celery_can_send(fresh: GuardedServer, transport: str, lengths: list[int]) -> None:
+    """Celery's own producer, with either transport: at once, with a priority, with a countdown."""
+    command = [sys.executable, "-c", PLAIN_CELERY, fresh.url("celery-producer", 0), transport]
+
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+    with fresh.user("operator") as operator:
+        found = [operator.llen("cpu.minilm"), operator.llen("cpu.minilm\x06\x169")]
+        assert [*found, operator.zcard("penstock:due")] == lengths
+    assert fresh.denied() == []
+
+
+@pytest.mark.parametrize("user", ["producer", "celery-producer"])
 @pytest.mark.parametrize(
     "command",
     [
@@ -140,6 +165,8 @@ def test_the_users_can_do_their_work(fresh: GuardedServer, tmp_path: Path) -> No
         "HDEL unacked tag",
         "HGETALL penstock:leases",
         "HGETALL penstock:delayed",
+        "HDEL penstock:delayed tag",
+        "ZREM penstock:due tag",
         "LRANGE penstock:dead 0 -1",
         "LPUSH penstock:dead x",
         "KEYS *",
@@ -178,11 +205,11 @@ def test_the_users_can_do_their_work(fresh: GuardedServer, tmp_path: Path) -> No
         "SHUTDOWN NOSAVE",
     ],
 )
-def test_a_producer_is_refused(guarded: GuardedServer, command: str) -> None:
+def test_a_producer_is_refused(guarded: GuardedServer, user: str, command: str) -> None:
     """A sender reads nothing of others, controls no worker and no server, and not from a script either."""
     words = command.split()
     call = ", ".join(f"'{word}'" for word in words)
-    with guarded.user("producer") as producer, guarded.user("operator") as operator:
+    with guarded.user(user) as producer, guarded.user("operator") as operator:
         with pytest.raises(NoPermissionError):
             producer.execute_command(*words)
         with pytest.raises(redis.ResponseError, match=r"ACL failure|not allowed from script|Unknown Redis"):
@@ -227,7 +254,7 @@ def test_nobody_comes_in_without_a_name(guarded: GuardedServer) -> None:
 
 def test_workers_may_run_every_command_of_every_script(guarded: GuardedServer) -> None:
     """Also those of rare paths: a takeover that is refused a command would lose jobs."""
-    texts = [*scripts().values(), END_JOB, BEAT]
+    texts = [*(text for name, text in scripts().items() if name != "revive"), END_JOB, BEAT]
     called = {name for text in texts for name in re.findall(r"redis\.p?call\('(\w+)'", text)}
     called |= {"RPUSH", "LPUSH"}  # chosen at run time
     called -= {"ZREMRANGEBYRANK", "EXPIRE"}  # of cancelling, which is the callers' business

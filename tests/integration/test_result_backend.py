@@ -204,13 +204,13 @@ def test_the_event_loop_does_not_wait_for_results(server: Server, tmp_path: Path
             worker.hold("first")
             until_killed.close()
             unknown = worker.send("no_such_task")
-            eventually(lambda: "Received unregistered task" in worker.log)
+            eventually(lambda: "there is no task" in worker.log)
 
             worker.hold("second")
 
             with own.running():
                 eventually(lambda: worker.result(unknown), within_s=10)
-                assert worker.result(unknown)[0]["exc_type"] == "NotRegistered"
+                assert worker.result(unknown)[0]["exc_type"] == "InvalidMessageError"
 
 
 def test_a_full_server_is_waited_for(server: Server, tmp_path: Path) -> None:

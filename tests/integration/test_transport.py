@@ -433,6 +433,23 @@ def test_a_delayed_message_moves_when_it_is_due(broker: redis.Redis) -> None:
     assert 50_000 < wait_ms <= 60_000
 
 
+def test_what_cannot_be_moved_stops_no_other(broker: redis.Redis) -> None:
+    """A delayed message whose list is none, or that is none, waits on; the others go to their lists."""
+    now = _now(broker)
+    broker.set("no list", "a string")
+    for key, text in (("no list", "a"), ("q", "b")):
+        run(broker, "push", text, now + 0.05, keys=(key,))
+    broker.hset("penstock:delayed", "garbage", "no length")
+    broker.zadd("penstock:due", {"garbage": 1})
+    eventually(lambda: broker.zcount("penstock:due", 0, _now(broker)) == 3)
+
+    _, wait_ms = run(broker, "move_due", 100)
+
+    assert broker.lrange("q", 0, -1) == [b"b"]
+    assert broker.hlen("penstock:delayed") == 2
+    assert 50_000 < wait_ms <= 60_000
+
+
 def test_a_foreign_queue_key_of_another_type_harms_nobody(broker: redis.Redis) -> None:
     """A string where a list should be is passed over; other queues are served."""
     broker.set("q", "not a list")
@@ -714,7 +731,8 @@ def test_sentinel_names_the_master(broker: redis.Redis, tmp_path: Path) -> None:
     try:
         wait_until_ready(f"redis://127.0.0.1:{port}", within_s=10)
         options = {"master_name": "ours", "lease_s": 1}
-        with Connection(f"sentinel://127.0.0.1:{port}/0", transport_options=options) as connection:
+        urls = f"sentinel://127.0.0.1:{port}/0;sentinel://localhost:{port}/0"
+        with Connection(urls, transport_options=options) as connection:
             with connection.Producer() as producer:
                 producer.publish([["job"], {}, {}], routing_key="q", exchange="")
             (got,) = drain(connection, ["q"], 1, ack=False)
@@ -722,6 +740,8 @@ def test_sentinel_names_the_master(broker: redis.Redis, tmp_path: Path) -> None:
             index: Any = broker.zrange("unacked_index", 0, -1, withscores=True)
             ((tag, held_until),) = index
             eventually(lambda: (broker.zscore("unacked_index", tag) or 0) > held_until)
+            connection.maybe_switch_next()  # to the other sentinel of the same master
+            assert connection.default_channel.leases is leases
             got.ack()
             assert leases.settle()
             leases.close()

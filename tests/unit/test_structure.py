@@ -35,6 +35,17 @@ def test_folders_are_at_most_two_deep() -> None:
     assert [str(path) for path in modules() if len(path.parent.parts) > 3] == []
 
 
+def test_keys_of_delivery_are_told_once() -> None:
+    """The scripts' head and docs/delivery.md have the same table, and no script touches another key."""
+    script = (ROOT / "producer" / "penstock" / "delivery.lua").read_text()
+    rows = re.findall(r"^(?:-- )?(\|.*\|)$", script, flags=re.MULTILINE)
+    names = set(re.findall(r"'(penstock:[a-z:]+|unacked\w*)'", script))
+
+    assert len(rows) > 10
+    assert "\n".join(rows) in (ROOT / "docs" / "delivery.md").read_text()
+    assert [name for name in names if f"| `{name}" not in "\n".join(rows)] == []
+
+
 def test_public_names_are_sorted() -> None:
     """Each name has one place in `__all__`, and exists."""
     assert penstock.__all__ == sorted(set(penstock.__all__))

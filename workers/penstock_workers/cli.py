@@ -241,7 +241,10 @@ def demo(config: Path | None, assignments: tuple[str, ...], as_json: bool, corpu
 
 
 def _supervisor(children: Any, deployment: Deployment) -> Supervisor:
-    return Supervisor(children, drain_s=deployment.loaded.settings.worker.drain_s)
+    from penstock_workers.pool import GRACE_S
+
+    # A worker that hangs ends by itself after that, and says so.
+    return Supervisor(children, drain_s=deployment.loaded.settings.worker.drain_s + GRACE_S)
 
 
 def main() -> None:

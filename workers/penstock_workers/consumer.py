@@ -5,24 +5,57 @@ sender waiting. What is no message at all never comes here: the transport puts i
 """
 
 import logging
+import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from celery.app.task import Context
 from celery.exceptions import InvalidTaskError
+from celery.worker import state
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.request import Request as CeleryRequest
 from kombu.exceptions import ContentDisallowed
 
 from penstock.errors import InvalidMessageError
+from penstock.transport import RefusedError
 
 logger = logging.getLogger(__name__)
+
+RECONNECT_S: Final = (0.3, 1.0)
+"""Between two tries to reach a broker that is away, seconds; drawn once for each outage."""
 
 _MALFORMED = (ValueError, TypeError, KeyError, AttributeError)
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]  # Celery has no types
-    """Answers messages that cannot become tasks with `InvalidMessageError`; their content is not logged."""
+    """Answers messages that cannot become tasks with `InvalidMessageError`, and keeps them as dead letters.
+
+    Their content is not logged.
+    """
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Connect, however long the broker is away; each new reason is logged.
+
+        Celery's own waits 2 s, then 4, up to 30: for so long no job would be taken after a failover.
+        """
+        told = ""
+
+        def tell(error: Exception, _: float) -> None:
+            nonlocal told
+            if (problem := f"{type(error).__name__}: {error}") != told:
+                told = problem
+                logger.error("no connection to %s, trying again for ever: %s", conn.as_uri(), problem)
+
+        pause_s = random.uniform(*RECONNECT_S)  # noqa: S311  so that workers do not come back all at once
+        conn.ensure_connection(
+            tell,
+            interval_start=pause_s,
+            interval_step=0,
+            interval_max=pause_s,
+            callback=state.maybe_shutdown,
+        )
+        self.first_connection_attempt = False
+        return conn
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], object]:
         """Return what takes a message; see Celery's own."""
@@ -63,12 +96,11 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # Celery has no types
         headers = message.headers or {}
         job_id = headers.get("id")
         logger.error("message refused: %s", problem, extra={"job_id": job_id})
-        if not message.acknowledged:  # Celery's own handling may have got so far
-            message.ack_log_error(logger, self.connection_errors)
         if isinstance(job_id, str):
             sender = Context(id=job_id, reply_to=(message.properties or {}).get("reply_to"))
             error = InvalidMessageError(problem)
             self.app.backend.mark_as_failure(job_id, error, request=sender, call_errbacks=False)
+        raise RefusedError(problem)
 
 
 class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types

@@ -1,6 +1,7 @@
 """What waits, runs, is delayed or was given up: `penstock queues` and `penstock dead`."""
 
 import json
+import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,22 +11,15 @@ from typing import Any, Final
 from penstock.broker import connect_sync, redis_errors
 from penstock.codec import queue_key, queue_name
 from penstock.errors import UnknownJobError
-from penstock.leases import DEAD_KEY
+from penstock.leases import DEAD_KEY, LEASE_S, scripts
 from penstock.registry import MODELS_KEY, ModelInfo
-from penstock.request import Priority
 from penstock.settings import Settings
 from penstock.store import RECORD_TTL_S, SENT, record_key, result_key
 
 LEASES_KEY: Final = "penstock:leases"
 DELAYED_KEY: Final = "penstock:delayed"
-
-# An entry leaves the dead-letter list and its message joins its queue, or neither.
-# KEYS: dead-letter list, the queue's list.  ARGV: entry, message.
-REVIVE: Final = """
-if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 0 then return 0 end
-redis.call('LPUSH', KEYS[2], ARGV[2])
-return 1
-"""
+PRIORITIES: Final = (0, 3, 6, 9)
+"""Of kombu; our clients send no 9, others may."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,16 +118,25 @@ class Queues:
         return found
 
     def requeue(self, job: DeadJob) -> bool:
-        """Put a job back into its queue, with all its deliveries before it; False if it was gone."""
-        fields = json.loads(job.message)
-        number = fields.get("properties", {}).get("priority") or 0
-        key = queue_key(job.queue, number if number in (3, 6, 9) else 0)
+        """Put a job back into its queue, with all its deliveries before it; False if it was gone.
+
+        It is leased in between: whoever drops or requeues it meanwhile finds it gone, and if this process
+        dies here, a worker takes it over.
+        """
+        number = json.loads(job.message).get("properties", {}).get("priority")
+        key = queue_key(job.queue, number if number in PRIORITIES else 0)
+        token = secrets.token_hex(8)
+        with redis_errors(self._settings.redis.broker_url):
+            tag = self._run("revive", job.entry, job.message, key, token, LEASE_S)
+        if tag is None:
+            return False
         with redis_errors(self._settings.redis.results_url):
             # Its caller was told that it is lost; from here on it may end once more.
             self._results.delete(result_key(job.id))
             self._results.set(record_key(job.id), SENT, ex=RECORD_TTL_S)
         with redis_errors(self._settings.redis.broker_url):
-            return bool(self._broker.eval(REVIVE, 2, DEAD_KEY, key, job.entry, job.message))
+            self._run("hand_back", 0, tag, token)
+        return True
 
     def drop(self, job: DeadJob) -> bool:
         """Forget a job for good; False if it was gone."""
@@ -143,7 +146,7 @@ class Queues:
     def _state(
         self, queue: str, held: Mapping[str, int], delayed: Mapping[str, int], dead: Mapping[str, int]
     ) -> QueueState:
-        keys = [queue_key(queue, priority) for priority in Priority]
+        keys = [queue_key(queue, priority) for priority in PRIORITIES]
         with self._broker.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.llen(key)
@@ -158,6 +161,9 @@ class Queues:
             dead=dead.get(queue, 0),
             oldest_s=max(ages, default=None),
         )
+
+    def _run(self, script: str, *arguments: bytes | str | float) -> Any:
+        return self._broker.eval(scripts()[script], 0, *arguments)
 
     def _hash(self, key: str) -> dict[bytes, bytes]:
         return self._broker.hgetall(key)  # type: ignore[return-value]  # bytes: no decode_responses

@@ -43,9 +43,8 @@ def result_backend(url: str) -> str:
 
 
 def first_url(urls: Sequence[str]) -> Iterator[str]:
-    """Return what kombu tries after a failure: the first URL again, which has the login.
+    """Return what kombu tries after a failure: the first URL again, which alone has the login.
 
-    All sentinels are asked for each connection anyhow. And our transport takes a connection with another
-    host for one to another broker, with leases of its own.
+    All sentinels are asked for each connection anyhow.
     """
     return repeat(urls[0])

@@ -1,0 +1,128 @@
+"""What `penstock queues` counts, and what becomes of dead letters that people put back or drop."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from penstock import BrokerUnavailableError
+from penstock.leases import UNTOLD_KEY, scripts
+from penstock.settings import Settings, load_settings
+from penstock.store import record_key, result_key
+from penstock_workers.local_redis import free_port
+from penstock_workers.queues import DeadJob, Queues
+from tests.deployment import BUNDLED, Server
+from tests.eventually import eventually
+from tests.faults.fleet import message
+
+QUEUE = "cpu.minilm"
+
+
+@pytest.fixture
+def own() -> Iterator[Server]:
+    """A server for one test."""
+    with Server(free_port()).running() as running:
+        yield running
+
+
+@pytest.fixture
+def broker(own: Server) -> Iterator[redis.Redis]:
+    """The queues themselves."""
+    with redis.Redis.from_url(own.broker_url) as connected:
+        yield connected
+
+
+@pytest.fixture
+def results(own: Server) -> Iterator[redis.Redis]:
+    """The results themselves."""
+    with redis.Redis.from_url(own.results_url) as connected:
+        yield connected
+
+
+@pytest.fixture
+def settings(own: Server, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A deployment on that server."""
+    config = tmp_path_factory.mktemp("queues") / "deployment.toml"
+    config.write_text(
+        f'[redis]\nbroker_url = "{own.broker_url}"\nresults_url = "{own.results_url}"\n{BUNDLED}'
+    )
+    return load_settings(config, environ={}).settings
+
+
+def give_up(broker: redis.Redis, results: redis.Redis) -> str:
+    """Give a job up as a worker does, its sender still to be told; return its id."""
+    job_id, raw = message("penstock.embed", [], queue=QUEUE)
+    run(broker, "push", raw, "", keys=(QUEUE,))
+    _, tag, _, _ = run(broker, "pop", "worker/1", 20, 1, 1, 1, keys=(QUEUE,))
+    letter = {"id": job_id, "queue": QUEUE, "n_deliveries": 4, "message": raw.decode()}
+    assert run(broker, "bury", tag, "worker/1", json.dumps(letter), 1, 40)
+    results.mset({result_key(job_id): b"lost", record_key(job_id): b"FAILURE"})
+    return job_id
+
+
+def run(client: redis.Redis, script: str, *arguments: str | bytes | float, keys: tuple[str, ...] = ()) -> Any:
+    """Run one of the scripts."""
+    return client.register_script(scripts()[script])(keys=keys, args=arguments)
+
+
+def the_job(queues: Queues) -> DeadJob:
+    """Return the one that was given up."""
+    (job,) = queues.dead()
+    return job
+
+
+def test_every_priority_is_counted(broker: redis.Redis, settings: Settings) -> None:
+    """Those too that only foreign senders use."""
+    for key in (QUEUE, *(f"{QUEUE}\x06\x16{priority}" for priority in (3, 6, 9))):
+        broker.lpush(key, message("penstock.embed", [], queue=QUEUE)[1])
+
+    state = next(state for state in Queues(settings).states() if state.queue == QUEUE)
+
+    assert state.waiting == 4
+
+
+def test_a_job_that_is_put_back_may_end_again(
+    broker: redis.Redis, results: redis.Redis, settings: Settings
+) -> None:
+    """It waits with all deliveries before it, its record says sent, and nobody is told that it is lost."""
+    job_id, queues = give_up(broker, results), Queues(settings)
+
+    assert queues.requeue(the_job(queues))
+
+    assert json.loads(broker.lindex(QUEUE, 0))["headers"]["id"] == job_id
+    assert results.get(record_key(job_id)) == b"sent"
+    assert not results.exists(result_key(job_id))
+    assert not broker.exists("unacked", UNTOLD_KEY)
+    assert broker.hget("penstock:lost", job_id) == b"0"
+
+
+def test_a_job_that_was_dropped_is_not_put_back(
+    broker: redis.Redis, results: redis.Redis, settings: Settings
+) -> None:
+    """Who comes second changes nothing, neither queue nor record."""
+    job_id, queues = give_up(broker, results), Queues(settings)
+    job = the_job(queues)
+    assert queues.drop(job)
+
+    assert not queues.requeue(job)
+
+    assert results.get(record_key(job_id)) == b"FAILURE"
+    assert not broker.exists(QUEUE, "unacked")
+
+
+def test_putting_back_may_break_off(broker: redis.Redis, results: redis.Redis, settings: Settings) -> None:
+    """Where the result store is away the job is not lost: a worker takes it over."""
+    job_id = give_up(broker, results)
+    nowhere = {"results_url": f"redis://127.0.0.1:{free_port()}/1"}
+    queues = Queues(settings.model_copy(update={"redis": settings.redis.model_copy(update=nowhere)}))
+
+    with pytest.raises(BrokerUnavailableError):
+        queues.requeue(the_job(queues))
+
+    assert queues.dead() == []
+    broker.zadd("unacked_index", {job_id: 1})  # the lease runs out
+    broker.hset("penstock:sweep", mapping={"last": broker.time()[0], "from": 0})
+    eventually(lambda: run(broker, "take_over", 20, 4, 10, "worker/2") == [1])
+    assert broker.llen(QUEUE) == 1
