@@ -34,6 +34,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import pairwise
+from operator import truediv
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -792,12 +793,22 @@ def backlog(counts: Counts, sides: Sequence[Side]) -> Found:
         for unit, table in (("jobs/s", rates), ("bytes/job", memory))
         for (name, size), values in sorted(table.items())
     ]
-    figures = {}
-    for key, table in (("backlog_flatness", rates), ("backlog_memory_flatness", memory)):
-        medians = [statistics.median(values) for (name, _), values in table.items() if name == OURS.name]
-        if medians:
-            figures[key] = Figure(value=min(medians) / max(medians), unit="", goal=0.9)
+    figures = {
+        "backlog_flatness": Figure(value=_flatness(rates, counts), unit="", goal=0.9),
+        # What grows with a backlog is the worse: here more is worse, there less.
+        "backlog_memory_flatness": Figure(value=1 / _flatness(memory, counts, max), unit="", goal=0.9),
+    }
     return Found(rows=rows, figures=figures)
+
+
+def _flatness(
+    table: Mapping[tuple[str, int], Sequence[float]],
+    counts: Counts,
+    worst: Callable[[Iterable[float]], float] = min,
+) -> float:
+    """Compare the larger backlogs with the smallest, round by round: machines change their speed."""
+    smallest, *larger = (table[OURS.name, size] for size in counts.backlogs)
+    return worst(statistics.median(map(truediv, values, smallest)) for values in larger)
 
 
 def _drain(site: Site, noop: Template, size: int) -> tuple[float, float]:
