@@ -1,11 +1,11 @@
 """Text to vectors: sentence-transformers' semantics, batches of our own."""
 
-import contextlib
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Self
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import torch
@@ -17,15 +17,20 @@ from penstock.errors import EngineError, InvalidOptionError, ModelLoadError, Out
 from penstock.request import EmbedRequest
 from penstock.result import Vectors
 from penstock.settings import ModelSettings
+from penstock_workers.engines.attention import upload
 from penstock_workers.engines.device import has_fast_bfloat16
+from penstock_workers.engines.packed import Packed
+from penstock_workers.engines.products import use_bfloat16
 from penstock_workers.engines.source import explain_failure, resolve_source
 
 logger = logging.getLogger(__name__)
 
 MIN_COSINE: Final = 0.9999
 TOKENIZE_AT_ONCE: Final = 256
+FOREIGN: Final = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What a model's own code may raise when it meets a row of texts, or two number formats."""
 
-# What the reduced format is tried on before it is used: lengths and scripts, code, and nearly nothing.
+# What every faster way is tried on before it is used: lengths and scripts, code, and nearly nothing.
 PROBE: Final = (
     "a",
     "?",
@@ -62,6 +67,10 @@ class Encoded:
         """Real tokens, special ones counted."""
         return len(self.features["input_ids"])
 
+    def reversed(self) -> Self:
+        """Return another text of the same length."""
+        return replace(self, features={key: value.flip(0) for key, value in self.features.items()})
+
 
 class Embedder:
     """A sentence-transformers model on one device.
@@ -70,11 +79,15 @@ class Embedder:
         name: the name it is served under.
         dim: width of a vector.
         max_tokens: longer texts are cut, as `encode` does.
-        dtype: format of the matrix products; everything else is float32.
+        dtype: format of the matrix products; unless it is float16, everything else is float32.
+        n_heads: of its attention, where that is known.
     """
 
     def __init__(self, name: str, model: SentenceTransformer) -> None:
         self.name, self._model = name, model.eval()
+        config = getattr(getattr(model[0], "auto_model", None), "config", None)
+        self.n_heads: int | None = getattr(config, "num_attention_heads", None)
+        self._packed: Packed | None = None
         self.dim = int(model.get_embedding_dimension() or 0)
         self.max_tokens = model.max_seq_length
         self.dtype = "float32"
@@ -88,19 +101,24 @@ class Embedder:
             ModelLoadError: one line that says why.
         """
         engine = cls(name, _load(name, model, device))
+        plain = engine._probe()
+        engine._pack(plain)
         if model.dtype == "bfloat16" or (model.dtype == "auto" and has_fast_bfloat16(device)):
-            plain = engine._probe()
-            engine._use_bfloat16()
-            worst = _worst_cosine(plain, engine._probe())
-            if worst < MIN_COSINE:
-                if model.dtype == "bfloat16":
-                    raise ModelLoadError(name, f"bfloat16 turns its vectors: cosine {worst:.5f} to float32")
-                logger.warning("bfloat16 turns vectors, float32 is used: cosine %.5f", worst)
-                engine = cls(name, _load(name, model, device))
+            engine._reduce(plain, is_forced=model.dtype == "bfloat16")
         elif model.dtype == "float16":
             engine._model.half()
             engine.dtype = "float16"
         return engine
+
+    @property
+    def batching(self) -> Literal["packed", "padded"]:
+        """Whether texts of a batch lie end to end, or are padded to the longest."""
+        return "padded" if self._packed is None else "packed"
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a batch costs its longest text times their number."""
+        return self._packed is None
 
     def prepare(self, request: EmbedRequest) -> list[Encoded]:
         """Tokenize a request's texts; safe to call in many threads.
@@ -130,14 +148,21 @@ class Embedder:
         """
         groups: dict[int | None, list[int]] = {}
         for index, text in enumerate(batch):
-            groups.setdefault(text.prompt_length, []).append(index)
+            if text.n_tokens:
+                groups.setdefault(text.prompt_length, []).append(index)
+            else:
+                yield index, EngineError(self.name, "its tokenizer finds no token in a text")
         for prompt_length, indices in groups.items():
             vectors = self._forward([batch[i] for i in indices], prompt_length)
             # sums are not finite if one element is not, and a zero vector has no direction to compare
             norms = np.linalg.norm(vectors, axis=1)
             for index, vector, norm in zip(indices, vectors, norms, strict=True):
-                usable = np.isfinite(norm) and norm > 0
-                yield index, vector if usable else EngineError(self.name, "a vector is zero or not finite")
+                if not (np.isfinite(norm) and norm > 0):
+                    yield index, EngineError(self.name, "a vector is zero or not finite")
+                elif len(vector) != self.dim:
+                    yield index, EngineError(self.name, f"a vector has {len(vector)} numbers, not {self.dim}")
+                else:
+                    yield index, vector
 
     def finish(self, request: EmbedRequest, vectors: Sequence[NDArray[np.float32]]) -> Vectors:
         """Return a request's vectors in the form it asked for, shape (n_texts, dim)."""
@@ -160,12 +185,12 @@ class Embedder:
 
     @torch.inference_mode()
     def _forward(self, texts: Sequence[Encoded], prompt_length: int | None) -> NDArray[np.float32]:
-        features: dict[str, Any] = self._pad(texts)
-        if prompt_length is not None:
-            features["prompt_length"] = prompt_length
+        extra: dict[str, Any] = {} if prompt_length is None else {"prompt_length": prompt_length}
         try:
-            with self._format():
-                vectors = self._model(features)["sentence_embedding"]
+            if self._packed is None:
+                vectors = self._model({**self._pad(texts), **extra})["sentence_embedding"]
+            else:
+                vectors = self._packed.embed([text.features for text in texts], extra)
             found: NDArray[np.float32] = vectors.float().cpu().numpy()  # (n_texts, dim)
             return found
         except torch.OutOfMemoryError as error:
@@ -175,28 +200,74 @@ class Embedder:
     def _pad(self, texts: Sequence[Encoded]) -> dict[str, Tensor]:
         padding = {"input_ids": self._model.tokenizer.pad_token_id or 0}
         return {
-            key: nn.utils.rnn.pad_sequence(
-                [text.features[key] for text in texts], batch_first=True, padding_value=padding.get(key, 0)
-            ).to(self._model.device)
+            key: upload(
+                nn.utils.rnn.pad_sequence(
+                    [text.features[key] for text in texts], True, padding_value=padding.get(key, 0)
+                ),
+                self._model.device,
+            )
             for key in texts[0].features
         }
 
-    def _format(self) -> contextlib.AbstractContextManager[None]:
-        if self.dtype != "bfloat16":
-            return contextlib.nullcontext()
-        return torch.autocast(self._model.device.type, torch.bfloat16)
+    def _pack(self, plain: NDArray[np.float32]) -> None:
+        """Leave padding out, if that changes no vector of the probe, and no text sees its neighbours."""
+        try:
+            self._packed = Packed(self._model)
+        except NotImplementedError as error:
+            return logger.warning("batches are padded: %s", error, extra={"model": self.name})
+        try:
+            together = self._probe()
+            among_others = self._probe(is_odd_reversed=True)
+        except FOREIGN as error:
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            worst = _worst_cosine(plain, together)
+            if worst < MIN_COSINE:
+                reason = f"packed vectors differ: cosine {worst:.5f}"
+            elif not np.allclose(together[::2], among_others[::2], atol=1e-5 * np.abs(together).max()):
+                reason = "a text sees its neighbours"
+            else:
+                return None
+        self._packed.undo()
+        self._packed = None
+        return logger.warning("batches are padded: %s", reason, extra={"model": self.name})
 
-    def _use_bfloat16(self) -> None:
-        # Products in bfloat16, sums, norms and softmax in float32: the smallest cosine to float32 stays
-        # above 0.9999 where a model that is bfloat16 throughout falls below it.
-        for module in self._model.modules():
-            if type(module) is nn.Linear:
-                module.to(torch.bfloat16)
+    def _reduce(self, plain: NDArray[np.float32], *, is_forced: bool) -> None:
+        """Compute products in bfloat16, if vectors keep their directions and come sooner."""
+        _, float32_s = self._timed_probe()
+        undo = use_bfloat16(self._model)
         self.dtype = "bfloat16"
+        try:
+            found, bfloat16_s = self._timed_probe()
+            worst = _worst_cosine(plain, found)
+            reason = None
+            if worst < MIN_COSINE:
+                reason = f"bfloat16 turns vectors: cosine {worst:.5f} to float32"
+            elif bfloat16_s > float32_s and not is_forced:
+                reason = "bfloat16 is slower here"
+        except FOREIGN as error:
+            reason = f"bfloat16 fails: {type(error).__name__}: {error}"
+        if reason is None:
+            return
+        if is_forced:
+            raise ModelLoadError(self.name, reason)
+        undo()
+        self.dtype = "float32"
+        logger.warning("%s; float32 is used", reason, extra={"model": self.name})
 
-    def _probe(self) -> NDArray[np.float32]:
-        encoded = self.prepare(EmbedRequest(model=self.name, texts=list(PROBE)))
-        return np.concatenate([self._forward([text], text.prompt_length) for text in encoded])
+    def _timed_probe(self) -> tuple[NDArray[np.float32], float]:
+        self._probe()  # the first has more to do
+        start = time.perf_counter()
+        return self._probe(), time.perf_counter() - start
+
+    def _probe(self, *, is_odd_reversed: bool = False) -> NDArray[np.float32]:
+        """Embed the probe, as one batch where nothing is padded; shape (n_texts, dim)."""
+        texts = self.prepare(EmbedRequest(model=self.name, texts=list(PROBE)))
+        texts = [text for text in texts if text.n_tokens]
+        if is_odd_reversed:
+            texts = [text.reversed() if i % 2 else text for i, text in enumerate(texts)]
+        batches = [[text] for text in texts] if self._packed is None else [texts]
+        return np.concatenate([self._forward(batch, batch[0].prompt_length) for batch in batches])
 
 
 def _load(name: str, model: ModelSettings, device: torch.device) -> SentenceTransformer:

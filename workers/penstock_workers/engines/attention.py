@@ -1,0 +1,318 @@
+"""Attention over texts laid end to end, each of which sees itself alone.
+
+Known to transformers as `PACKED`; a call outside of `packed(...)` is an ordinary one.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Final, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  its usual name
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PACKED: Final = "penstock_packed"
+WASTE_SCORES: Final = 6144
+"""Scores per head that padding may add to a rectangle: about what one more rectangle costs on a processor."""
+SAFE_SUMS: Final = 1e-30, 1e35
+"""Sums of exponentials between these lost nothing to under- or overflow of bfloat16 (1e-38 to 3e38).
+
+In all-MiniLM-L6-v2 they reach 1e33: one head of one layer sees rows of digits with scores up to 76.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rectangle:
+    """Neighbouring texts of nearly one length, computed as (n_texts, length).
+
+    Attributes:
+        start: first token of the first text.
+        stop: one past the last token of the last text.
+        n_texts: how many.
+        length: of the longest, tokens.
+        rows: for each place its token in the row, padding repeats the text's last token; int64, shape
+            (n_texts * length,). None where nothing is padded.
+        real: 1 for a token, 0 for padding; bool, shape (n_texts, length). None where nothing is padded.
+        places: of the real tokens; int64, shape (stop - start,). None where nothing is padded.
+    """
+
+    start: int
+    stop: int
+    n_texts: int
+    length: int
+    rows: Tensor | None = None
+    real: Tensor | None = None
+    places: Tensor | None = None
+
+    @classmethod
+    def around(cls, lengths: Sequence[int], start: int, device: torch.device) -> Self:
+        """Return the rectangle of texts of these lengths."""
+        longest, stop = max(lengths), start + sum(lengths)
+        if min(lengths) == longest:
+            return cls(start=start, stop=stop, n_texts=len(lengths), length=longest)
+        counts = torch.tensor(lengths)[:, None]
+        starts = start + counts.cumsum(0) - counts
+        columns = torch.arange(longest)
+        real = columns < counts
+        rows = (starts + torch.minimum(columns, counts - 1)).flatten()
+        return cls(
+            start=start,
+            stop=stop,
+            n_texts=len(lengths),
+            length=longest,
+            rows=upload(rows, device),
+            real=upload(real, device),
+            places=upload(real.flatten().nonzero().flatten(), device),
+        )
+
+    def pad(self, row: Tensor) -> Tensor:
+        """Cut a row of shape (n_tokens, ...) to (n_texts, length, ...)."""
+        chosen = row[self.start : self.stop] if self.rows is None else row.index_select(0, self.rows)
+        return chosen.view(self.n_texts, self.length, *row.shape[1:])
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """Undo `pad`: shape (stop - start, ...)."""
+        flat = padded.flatten(0, 1)
+        return flat if self.places is None else flat.index_select(0, self.places)
+
+
+class Layout:
+    """Where each text lies in the row.
+
+    Attributes:
+        lengths: of the texts in their order, tokens.
+        is_exact: softmax in float32 throughout, where the quick way may over- or underflow.
+        n_calls: how often attention has asked for it.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device, *, is_exact: bool = False) -> None:
+        self.lengths, self.device, self.is_exact = list(lengths), device, is_exact
+        self.n_tokens, self.n_calls = sum(lengths), 0
+        self._sums: list[Tensor] = []
+        self._masks: dict[tuple[int, int | None, bool], Tensor] = {}
+
+    @cached_property
+    def rectangles(self) -> list[Rectangle]:
+        """The texts in groups of little padding; fewest where neighbours are of similar length."""
+        found, start, group = [], 0, self.lengths[:1]
+        for length in self.lengths[1:]:
+            longest = max(*group, length)
+            if sum(longest**2 - each**2 for each in (*group, length)) > WASTE_SCORES:
+                found.append(Rectangle.around(group, start, self.device))
+                start, group = found[-1].stop, []
+            group.append(length)
+        return [*found, Rectangle.around(group, start, self.device)]
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Where texts begin and end; int32, shape (n_texts + 1,)."""
+        ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+        return upload(ends, self.device)
+
+    def mask(self, length: int, window: int | None, is_causal: bool) -> Tensor | None:
+        """Return who sees whom; bool, shape (length, length), or None for all."""
+        if not is_causal and (window is None or length <= window):
+            return None
+        key = length, window, is_causal
+        if key not in self._masks:
+            places = torch.arange(length, device=self.device)
+            ahead = places[:, None] - places  # query minus key
+            seen = ahead >= 0 if is_causal else torch.ones_like(ahead, dtype=torch.bool)
+            self._masks[key] = seen if window is None else seen & (ahead.abs() < window)
+        return self._masks[key]
+
+    def note_sums(self, sums: Tensor) -> None:
+        """Remember sums of exponentials, to be looked at once after the forward pass."""
+        self._sums.append(sums.flatten())
+
+    def is_safe(self) -> bool:
+        """Whether no sum of exponentials lost anything."""
+        if not self._sums:
+            return True
+        least, most = torch.cat(self._sums).aminmax()
+        return bool(least > SAFE_SUMS[0]) and bool(most < SAFE_SUMS[1])  # not a number is neither
+
+
+_layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+@contextmanager
+def packed(layout: Layout) -> Iterator[Layout]:
+    """Let attention in this thread see texts laid out like this."""
+    token = _layout.set(layout)
+    try:
+        yield layout
+    finally:
+        _layout.reset(token)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device; to CUDA without waiting for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it.
+
+    Args:
+        module: the layer.
+        query: shape (batch, n_heads, n_tokens, dim); a packed row is a batch of one.
+        key: as `query`, perhaps with fewer heads.
+        value: as `key`. Its dtype decides: products in bfloat16 meet rotations in float32.
+        attention_mask: None for a packed row.
+        options: what the layer adds: `scaling`, `is_causal`, `sliding_window`, ...
+
+    Returns:
+        Dtype of `value`, shape (batch, n_tokens, n_heads, dim).
+
+    Raises:
+        NotImplementedError: the layer wants what texts in a row cannot have.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    layout = _layout.get()
+    if layout is None:
+        found, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return found, None
+    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise NotImplementedError("softcap, sinks or a position bias")
+    if (query.shape[0], query.shape[2], key.shape[2]) != (1, layout.n_tokens, layout.n_tokens):
+        raise NotImplementedError("attention to other than the row itself")
+    layout.n_calls += 1
+    is_causal = options.get("is_causal")
+    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    window, scale = options.get("sliding_window"), options.get("scaling") or query.shape[-1] ** -0.5
+    query, key, value = (
+        states[0].transpose(0, 1) for states in (query, key, value)
+    )  # (n_tokens, n_heads, dim)
+    if value.is_cuda and value.dtype != torch.float32:
+        return _flash(query, key, value, layout, window, is_causal, scale)[None], None
+    is_quick = value.dtype == torch.bfloat16 and value.device.type == "cpu" and not layout.is_exact
+    parts = []
+    for part in layout.rectangles:
+        mask = layout.mask(part.length, window, is_causal)
+        states = part.pad(query), part.pad(key), part.pad(value)
+        if is_quick:
+            found, sums = _exponentials(*states, part.real, mask, scale)
+            layout.note_sums(sums)
+        else:
+            found = _softmax(*states, part.real, mask, scale)
+        parts.append(part.unpad(found))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    window: int | None,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    reach = -1 if window is None else window - 1
+    found = varlen_attn(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        layout.ends,
+        layout.ends,
+        max(layout.lengths),
+        max(layout.lengths),
+        scale=scale,
+        window_size=(reach, 0 if is_causal else reach),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(found, Tensor)  # not a tuple: no auxiliary output was asked for
+    return found
+
+
+def _softmax(
+    query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Attention in a rectangle.
+
+    Args:
+        query: shape (n_texts, length, n_heads, dim).
+        key: as `query`, perhaps with fewer heads.
+        value: as `key`.
+        real: see `Rectangle.real`.
+        mask: see `Layout.mask`.
+        scale: of the scores.
+
+    Returns:
+        Dtype of `value`, shape (n_texts, length, n_heads, dim).
+    """
+    if real is not None:
+        # Padding sees itself: what sees nothing is not a number.
+        keys = real[:, None, None, :] | torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
+        mask = keys if mask is None else mask & keys
+    found = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return found.transpose(1, 2)
+
+
+def _exponentials(
+    query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention in a rectangle on a processor with bfloat16; as `_softmax`, 2 to 4 times as fast.
+
+    Torch's softmax of bfloat16 is slow where a length is no multiple of 32. This one takes no maximum away:
+    exponentials of bfloat16 have the range of float32, and `Layout.is_safe` tells where that was not enough.
+    Their sum comes out of the product with the values, as one more column of ones; it is 0 for padding, as
+    are the values, so that padding needs no mask.
+
+    Returns:
+        What `_softmax` does, and the sums, shape (n_texts, n_heads, length, 1); both bfloat16.
+    """
+    n_texts, length, n_heads, dim = query.shape
+    if key.shape[2] != n_heads:
+        key, value = (states.repeat_interleave(n_heads // states.shape[2], 2) for states in (key, value))
+    query, key = (states.transpose(1, 2).reshape(-1, length, dim) for states in (query, key))
+    values = F.pad(value.transpose(1, 2), (0, 1), value=1.0)  # (n_texts, n_heads, length, dim + 1)
+    if real is not None:
+        values *= real[:, None, :, None]
+    unused = query.new_empty(1, 1, 1)
+    scores = torch.baddbmm(unused, query, key.transpose(1, 2), beta=0, alpha=scale * math.log2(math.e))
+    scores.exp2_()
+    if mask is not None:
+        scores *= mask
+    found = torch.bmm(scores, values.view(-1, length, values.shape[-1])).view(values.shape)
+    sums = found[..., -1:]
+    if mask is not None and real is not None:
+        sums.masked_fill_(~real[:, None, :, None], 1.0)  # padding may see no token at all
+    out = value.new_empty(n_texts, length, n_heads, value.shape[-1])
+    torch.div(found[..., :-1], sums, out=out.transpose(1, 2))
+    return out, sums
+
+
+def _no_mask(*args: Any, **options: Any) -> Tensor | None:
+    return sdpa_mask(*args, **options) if _layout.get() is None else None
+
+
+AttentionInterface.register(PACKED, _attend)
+AttentionMaskInterface.register(PACKED, _no_mask)

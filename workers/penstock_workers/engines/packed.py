@@ -1,0 +1,111 @@
+"""A sentence-transformers model on texts laid end to end: no padding in its products."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+
+from penstock_workers.engines.attention import PACKED, Layout, packed, upload
+
+
+class Packed:
+    """The transformer on one row of tokens, then the model's own modules on rectangles of texts.
+
+    Only for a model whose attention comes through transformers' registry and whose positions can be given;
+    whoever makes one compares its vectors with the model's own before trusting it.
+
+    Raises:
+        NotImplementedError: the model is of another kind; it was left as it is.
+    """
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self._modules = list(model)
+        self._transformer: Any = getattr(self._modules[0], "auto_model", None)
+        if self._transformer is None:
+            raise NotImplementedError("its first module is no transformer")
+        # A model that knows only eager attention would silently get masks of the wrong kind.
+        self._before: str = self._transformer.config._attn_implementation
+        if self._before != "sdpa":
+            raise NotImplementedError(f"its attention is {self._before}")
+        self._accepts = set(inspect.signature(self._transformer.forward).parameters)
+        if "position_ids" not in self._accepts:
+            raise NotImplementedError("it takes no positions")
+        self._first = _first_position(self._transformer)
+        self._n_batches = self._n_unsafe = 0
+        self._transformer.set_attn_implementation(PACKED)
+
+    def undo(self) -> None:
+        """Give the model its own attention back."""
+        self._transformer.set_attn_implementation(self._before)
+
+    def embed(self, texts: Sequence[Mapping[str, Tensor]], extra: Mapping[str, Any]) -> Tensor:
+        """Embed a batch.
+
+        Args:
+            texts: features of each text, integers, shape (n_tokens,), at least one token each.
+            extra: features of the batch, for pooling.
+
+        Returns:
+            The model's dtype and device, shape (n_texts, dim).
+
+        Raises:
+            NotImplementedError: attention did not come by the registry, or wants what a row cannot give.
+        """
+        lengths = [len(text["input_ids"]) for text in texts]
+        order = sorted(range(len(texts)), key=lambda i: lengths[i])
+        device = self._transformer.device
+        lengths = [lengths[i] for i in order]
+        # A model with scores beyond the quick exponentials' range soon goes without them.
+        is_exact = self._n_unsafe * 4 > self._n_batches
+        layout = Layout(lengths, device, is_exact=is_exact)
+        row = {
+            key: upload(torch.cat([texts[i][key] for i in order]), device)
+            for key in texts[0]
+            if key != "attention_mask"
+        }
+        found = self._embed(row, layout, extra)
+        self._n_batches += 1
+        if not layout.is_safe():
+            self._n_unsafe += 1
+            found = self._embed(row, Layout(lengths, device, is_exact=True), extra)
+        back = torch.empty(len(order), dtype=torch.int64)
+        back[order] = torch.arange(len(order))
+        return found[upload(back, device)]
+
+    def _embed(self, row: Mapping[str, Tensor], layout: Layout, extra: Mapping[str, Any]) -> Tensor:
+        positions = torch.cat([torch.arange(n) for n in layout.lengths]) + self._first
+        features: dict[str, Any] = {key: value[None] for key, value in row.items() if key in self._accepts}
+        features["position_ids"] = upload(positions, layout.device)[None]
+        if "use_cache" in self._accepts:
+            features["use_cache"] = False
+        with packed(layout):
+            hidden = self._modules[0](features)["token_embeddings"][0]  # (n_tokens, dim)
+        if not layout.n_calls:
+            raise NotImplementedError("its attention does not come by the registry")
+        found = []
+        for part in layout.rectangles:
+            real = torch.ones(1, 1, dtype=torch.int64, device=layout.device).expand(part.n_texts, part.length)
+            features = {
+                **extra,
+                **{key: part.pad(value) for key, value in row.items()},
+                "token_embeddings": part.pad(hidden),
+                "attention_mask": real if part.real is None else part.real.long(),
+            }
+            for module in self._modules[1:]:
+                features = module(features)
+            found.append(features["sentence_embedding"])
+        return torch.cat(found)
+
+
+def _first_position(transformer: nn.Module) -> int:
+    # RoBERTa and its kin count from one past the padding's id.
+    for module in transformer.modules():
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(padding, int) and isinstance(
+            getattr(module, "position_embeddings", None), nn.Embedding
+        ):
+            return padding + 1
+    return 0
