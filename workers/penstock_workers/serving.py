@@ -1,7 +1,7 @@
 """What one worker process serves: an engine and a batcher for each of its models."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from penstock.errors import UnknownModelError, WrongTaskError
@@ -82,7 +82,10 @@ def load_model(name: str, model: ModelSettings, device: "torch.device") -> Serve
 
         embedder = Embedder.load(name, model, device)
         return ServedEmbedder(
-            info=_describe(name, model, embedder.dim, embedder.max_tokens, embedder.dtype),
+            info=replace(
+                _describe(name, model, embedder.dim, embedder.max_tokens, embedder.dtype),
+                batching=embedder.batching,
+            ),
             engine=embedder,
             batcher=Batcher(
                 name, embedder.run, cut_by_tokens(model.max_batch_tokens or _batch_tokens(device))
