@@ -139,6 +139,16 @@ def test_a_text_never_sees_its_neighbours(tmp_path: Path, kind: str, is_bfloat16
     assert np.array_equal(embed(engine, texts)[1::2], embed(engine, mixed)[1::2])
 
 
+def test_float16_is_packed_too(tmp_path: Path) -> None:
+    """Half precision throughout is close to float32, and its batches have no padding."""
+    model = build(tmp_path, "bert")
+    engine = load(tmp_path, "float16")
+    texts = texts_of(LENGTHS)
+
+    assert (engine.batching, engine.dtype) == ("packed", "float16")
+    assert (embed(engine, texts) * model.encode(texts, batch_size=1)).sum(axis=1).min() >= 0.999
+
+
 @pytest.mark.parametrize("kind", PADDED)
 def test_what_does_not_fit_is_padded_and_told(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture

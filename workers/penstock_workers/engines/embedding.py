@@ -101,13 +101,13 @@ class Embedder:
             ModelLoadError: one line that says why.
         """
         engine = cls(name, _load(name, model, device))
+        if model.dtype == "float16":
+            engine._model.half()
+            engine.dtype = "float16"
         plain = engine._probe()
         engine._pack(plain)
         if model.dtype == "bfloat16" or (model.dtype == "auto" and has_fast_bfloat16(device)):
             engine._reduce(plain, is_forced=model.dtype == "bfloat16")
-        elif model.dtype == "float16":
-            engine._model.half()
-            engine.dtype = "float16"
         return engine
 
     @property

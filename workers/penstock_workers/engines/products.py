@@ -27,8 +27,13 @@ class Product(nn.Module):
     def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
         super().__init__()
         weight = linear.weight.detach().bfloat16()
-        self._on_cpu, self._activation = weight.device.type == "cpu", activation
-        if self._on_cpu:
+        self._activation = activation
+        self._is_laid_out = (
+            weight.device.type == "cpu"
+            and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch's own gap
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+        if self._is_laid_out:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
         self.weight = weight
         self.bias = None if linear.bias is None else linear.bias.detach().bfloat16()
@@ -36,7 +41,7 @@ class Product(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """Return bfloat16, shape (..., n_out); torch makes float32 of its sum with float32."""
         states = states.bfloat16()
-        if self._on_cpu:
+        if self._is_laid_out:
             found: Tensor = torch.ops.mkldnn._linear_pointwise(
                 states, self.weight, self.bias, self._activation, [], "none"
             )
