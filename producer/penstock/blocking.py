@@ -137,6 +137,13 @@ class Client:
         """See `AsyncClient.submit_embed`."""
         return Job(self._run(self._started().submit_embed(texts, model=model, **options)), self)
 
+    def submit_many(
+        self, lists_of_texts: Iterable[Sequence[str]], *, model: str, **options: Unpack[EmbedOptions]
+    ) -> list[Job[Vectors]]:
+        """See `AsyncClient.submit_many`; `lists_of_texts` is read in the calling thread."""
+        sent = self._started().submit_many(list(lists_of_texts), model=model, **options)
+        return [Job(job, self) for job in self._run(sent)]
+
     def generate(
         self,
         prompt: str,

@@ -174,9 +174,9 @@ class Broker:
                 models, workers, results, (second, microsecond) = await pipe.execute()
         return Registry.read(models, workers, results, second + microsecond / 1e6)
 
-    async def push(self, key: str, message: bytes) -> None:
-        """Put a message at the end of a queue's list, and wake an idle worker, in one step."""
-        keys, arguments = push_arguments(key, message)
+    async def push(self, key: str, *messages: bytes) -> None:
+        """Put messages at the end of a queue's list, and wake idle workers: all in one step, or none."""
+        keys, arguments = push_arguments(key, *messages)
         with redis_errors(self.url):
             await self._push(keys=keys, args=arguments)
 
@@ -190,7 +190,10 @@ class Broker:
         await self._redis.aclose()
 
 
-async def record_sent(results: aioredis.Redis, url: str, job_id: str) -> None:
-    """Note that a job was sent, unless a worker was so fast that it has ended."""
+async def record_sent(results: aioredis.Redis, url: str, job_ids: Sequence[str]) -> None:
+    """Note, in one round trip, that jobs are sent: who is told their ids may ask for them."""
     with redis_errors(url):
-        await results.set(record_key(job_id), SENT, ex=RECORD_TTL_S, nx=True)
+        async with results.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.set(record_key(job_id), SENT, ex=RECORD_TTL_S, nx=True)
+            await pipe.execute()

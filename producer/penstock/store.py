@@ -4,7 +4,9 @@
 | --- | --- | --- | --- |
 | `celery-task-meta-<id>` | string | the result record of `codec.encode_meta` | worker, `Job.cancel` |
 | `penstock:job:<id>` | string | `sent`, or the status the job ended with | sender, worker, `Job.cancel` |
-| `penstock:reply:<client>` | channel | ids of jobs that ended | worker, `Job.cancel` |
+| `penstock:reply:<client>` | channel | ids of jobs that ended, small results behind | worker, `Job.cancel` |
+
+A job whose id nobody was told has no record until it ends: its sender is the only one who can ask.
 """
 
 from typing import Final
@@ -14,7 +16,8 @@ RECORD_TTL_S: Final = 86_400
 """How long a job's record outlives its result: lets a late caller hear "expired" and not "unknown"."""
 
 # A job ends once: whoever comes second (a cancelled job's worker, a second delivery) changes nothing.
-# The payload travels to Redis once; whoever follows Celery's own channel gets all of it, our clients a note.
+# The payload travels to Redis once; whoever follows Celery's own channel gets all of it, our clients a note,
+# behind which up to 16 KiB come along: fetching them costs more than sending them.
 #
 # KEYS: result, record.  ARGV: payload, result TTL, record TTL, status, is final (1/0), must be sent (1/0),
 # reply channel or "", job id.
@@ -24,7 +27,9 @@ if (record and record ~= 'sent') or (not record and ARGV[6] == '1') then return 
 redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
 if ARGV[5] == '1' then redis.call('SET', KEYS[2], ARGV[4], 'EX', ARGV[3]) end
 redis.call('PUBLISH', KEYS[1], ARGV[1])
-if ARGV[5] == '1' and ARGV[7] ~= '' then redis.call('PUBLISH', ARGV[7], ARGV[8]) end
+if ARGV[5] == '1' and ARGV[7] ~= '' then
+  redis.call('PUBLISH', ARGV[7], ARGV[8] .. (#ARGV[1] <= 16384 and '\\n' .. ARGV[1] or ''))
+end
 return 1
 """
 
