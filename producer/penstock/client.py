@@ -4,8 +4,7 @@ import asyncio
 import os
 import socket
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence, Sized
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypedDict, TypeVar, Unpack
 
@@ -17,6 +16,7 @@ from penstock.errors import InvalidOptionError, TooManyTextsError, UnknownModelE
 from penstock.inbox import Inbox
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, ResultStore, T
 from penstock.joining import Joiner
+from penstock.pacing import Pacer
 from penstock.registry import ModelInfo, Registry, locate_results
 from penstock.request import (
     EmbedRequest,
@@ -34,9 +34,6 @@ from penstock.result import GenerateResult, Vectors
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
 REGISTRY_TTL_S: Final = 5.0
-TEXTS_PER_JOB: Final = 64
-CHARACTERS_PER_JOB: Final = 100_000
-JOBS_IN_FLIGHT: Final = 16
 
 R = TypeVar("R", EmbedRequest, GenerateRequest)
 
@@ -225,6 +222,8 @@ class AsyncClient:
     ) -> AsyncIterator[Vectors]:
         """Embed any number of texts with bounded memory: several jobs in flight, results in order.
 
+        Jobs are cut by the workers' measured speed; see `penstock.pacing`.
+
         Args:
             texts: read as needed, never all at once.
             model: name it is served under.
@@ -238,20 +237,19 @@ class AsyncClient:
         Raises:
             PenstockError: see `embed`; jobs behind the one that failed are cancelled.
         """
-        jobs: deque[AsyncJob[Vectors]] = deque()
+        pacer = self._pace(texts, model, timeout_s, options)
         with progress_bar(texts, progress) as bar:
             try:
-                for part in cut(texts):
-                    if len(jobs) == JOBS_IN_FLIGHT:
-                        yield (vectors := await jobs.popleft().result(timeout_s))
-                        bar.update(len(vectors))
-                    jobs.append(await self.submit_embed(part, model=model, **options))
-                while jobs:
-                    yield (vectors := await jobs.popleft().result(timeout_s))
+                await pacer.open()
+                while True:
+                    while part := pacer.take():
+                        await pacer.send(part)
+                    if (vectors := await pacer.next()) is None:
+                        return
+                    yield vectors
                     bar.update(len(vectors))
             finally:
-                for job in jobs:
-                    await job.cancel()
+                await pacer.close()
 
     async def _submit_embed(
         self,
@@ -267,6 +265,11 @@ class AsyncClient:
             return []
         requests, (priority, *_) = zip(*prepared, strict=True)
         return await self._send(requests, priority, is_recorded=is_recorded)
+
+    def _pace(
+        self, texts: Iterable[str], model: str, timeout_s: float | None, options: EmbedOptions
+    ) -> Pacer:
+        return Pacer(texts, _Sender(self, model, options), timeout_s)
 
     async def _prepare(self, kind: type[R], task: Task, fields: Mapping[str, Any]) -> tuple[R, Priority]:
         """Check what can be known before anything is sent."""
@@ -312,10 +315,9 @@ class AsyncClient:
         await self._broker.push(queue_key(queue, priority), *messages)
         return jobs
 
-    async def _send_unrecorded(
-        self, requests: Sequence[EmbedRequest], priority: Priority
-    ) -> list[AsyncJob[Vectors]]:
-        return await self._send(requests, priority, is_recorded=False)
+    async def _send_unrecorded(self, request: EmbedRequest, priority: Priority) -> AsyncJob[Vectors]:
+        jobs: list[AsyncJob[Vectors]] = await self._send([request], priority, is_recorded=False)
+        return jobs[0]
 
     def _n_workers(self, name: str) -> int:
         registry = self._registry
@@ -354,18 +356,19 @@ class AsyncClient:
             return self._store
 
 
-def cut(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Cut texts into jobs by number and by characters."""
-    part: list[str] = []
-    n_characters = 0
-    for text in texts:
-        part.append(text)
-        n_characters += len(text) if isinstance(text, str) else 0
-        if len(part) == TEXTS_PER_JOB or n_characters >= CHARACTERS_PER_JOB:
-            yield part
-            part, n_characters = [], 0
-    if part:
-        yield part
+class _Sender:
+    """Sends the jobs of one `embed_many`; see `pacing.Sender`."""
+
+    def __init__(self, client: AsyncClient, model: str, options: EmbedOptions) -> None:
+        self._client, self._model, self._options = client, model, options
+
+    async def look(self) -> tuple[Registry, ModelInfo]:
+        model = await self._client._find_model(self._model, "embed")
+        return await self._client._read_registry(), model
+
+    async def send(self, part: list[str]) -> AsyncJob[Vectors]:
+        (job,) = await self._client._submit_embed([part], self._model, self._options, is_recorded=False)
+        return job
 
 
 def progress_bar(texts: Iterable[str], progress: bool) -> "tqdm[NoReturn]":

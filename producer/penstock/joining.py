@@ -39,8 +39,8 @@ _OPTIONS: Final = tuple(EmbedRequest.model_fields.keys() - {"texts", "sent_at", 
 _OF_ONE_TEXT: Final = (InvalidTextError, InputTooLongError, RequestTooLargeError, WorkerError)
 _CLOSED: Final = JobCancelledError("of a client that was closed")
 
-Send = Callable[[Sequence[EmbedRequest], Priority], Awaitable[Sequence[AsyncJob[Vectors]]]]
-"""Sends requests of one model, all or none; nobody else is told the jobs' ids."""
+Send = Callable[[EmbedRequest, Priority], Awaitable[AsyncJob[Vectors]]]
+"""Sends a job whose id nobody else is told."""
 
 
 @dataclass(eq=False, slots=True)
@@ -77,7 +77,7 @@ class Joiner:
     """Sends calls and gives each its own rows, its own error and its own time limit.
 
     Args:
-        send: sends requests as jobs.
+        send: sends a request as a job.
         n_workers: counts the live workers of a model.
     """
 
@@ -95,7 +95,7 @@ class Joiner:
         """
         call = _Call(request, asyncio.get_running_loop().create_future())
         if len(request.texts) > MOST_TEXTS or sum(map(len, request.texts)) > MOST_CHARACTERS:
-            self._start([[call]], priority)
+            self._start([call], priority)
         else:
             self._wait_for_company(call, priority)
         try:
@@ -109,7 +109,7 @@ class Joiner:
         for group in self._groups.values():
             if group.timer is not None:
                 group.timer.cancel()
-            _fail([group.waiting], _CLOSED)
+            _fail(group.waiting, _CLOSED)
             group.waiting = []
         for task in self._tasks:
             task.cancel()
@@ -137,9 +137,11 @@ class Joiner:
         if calls:
             n_texts = sum(len(call.request.texts) for call in calls)
             n_jobs = max(1, min(self._n_workers(calls[0].request.model), n_texts // TEXTS_PER_WORKER))
-            group.n_under_way += 1
-            task = self._start([calls[start::n_jobs] for start in range(n_jobs)], group.priority)
-            task.add_done_callback(lambda _: self._returned(key))
+            # Each by itself: of jobs that come together the first idle worker takes all.
+            for start in range(n_jobs):
+                group.n_under_way += 1
+                task = self._start(calls[start::n_jobs], group.priority)
+                task.add_done_callback(lambda _: self._returned(key))
         elif not group.n_under_way:
             del self._groups[key]
 
@@ -149,23 +151,21 @@ class Joiner:
         if not group.n_under_way:
             self._flush(key)
 
-    def _start(self, parts: Sequence[Sequence[_Call]], priority: Priority) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._carry_out(parts, priority), name="penstock-embed")
+    def _start(self, part: Sequence[_Call], priority: Priority) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._carry_out(part, priority), name="penstock-embed")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _carry_out(self, parts: Sequence[Sequence[_Call]], priority: Priority) -> None:
-        """Send one job for each part, and answer all calls."""
+    async def _carry_out(self, part: Sequence[_Call], priority: Priority) -> None:
+        """Send one job for these calls, and answer them."""
         try:
-            jobs = await self._send([_join(part) for part in parts], priority) if parts else ()
-            answers = [self._answer(part, job, priority) for part, job in zip(parts, jobs, strict=True)]
-            await (answers[0] if len(answers) == 1 else asyncio.gather(*answers))
+            await self._answer(part, await self._send(_join(part), priority), priority)
         except asyncio.CancelledError:
-            _fail(parts, _CLOSED)
+            _fail(part, _CLOSED)
             raise
         except Exception as error:  # noqa: BLE001  whatever it is, nobody may wait for ever
-            _fail(parts, error)
+            _fail(part, error)
 
     async def _answer(self, part: Sequence[_Call], job: AsyncJob[Vectors], priority: Priority) -> None:
         result = asyncio.create_task(job.result(None))
@@ -187,9 +187,10 @@ class Joiner:
         elif (error := result.exception()) is None:
             _share_out(result.result(), part)
         elif isinstance(error, _OF_ONE_TEXT) and len(part) > 1:
-            await self._carry_out([[call] for call in part if not call.answer.done()], priority)
+            alone = (self._carry_out([call], priority) for call in part if not call.answer.done())
+            await asyncio.gather(*alone)
         else:
-            _fail([part], error)
+            _fail(part, error)
 
 
 def _join(part: Sequence[_Call]) -> EmbedRequest:
@@ -219,7 +220,6 @@ def _urgency(request: EmbedRequest) -> int | None:
     return math.frexp(request.deadline - request.sent_at)[1]
 
 
-def _fail(parts: Sequence[Sequence[_Call]], error: BaseException) -> None:
-    for part in parts:
-        for call in part:
-            call.fail(error)
+def _fail(part: Sequence[_Call], error: BaseException) -> None:
+    for call in part:
+        call.fail(error)

@@ -144,6 +144,14 @@ class Registry:
             for worker, age_s in self.workers
         )
 
+    def speeds(self, model: str, pool: PoolName) -> list[float]:
+        """Return the measured speeds of the live workers that take this model's jobs, tokens per second."""
+        return [
+            worker.units_per_s[model]
+            for worker, age_s in self.workers
+            if worker.pool == pool and model in worker.units_per_s and age_s <= ALIVE_S
+        ]
+
     def choose_pool(self, model: ModelInfo) -> PoolName:
         """Return the preferred pool that has a live worker, else the preferred one: the job waits there."""
         return next((pool for pool in model.pools if self.ready_workers(model.name, pool)), model.pools[0])
