@@ -3,7 +3,6 @@
 import asyncio
 import os
 import threading
-from collections import deque
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
@@ -12,11 +11,9 @@ from typing import Any, Final, Generic, Self, TypeVar, Unpack
 from penstock.broker import CONNECT_TIMEOUT_S
 from penstock.client import (
     DEFAULT_URL,
-    JOBS_IN_FLIGHT,
     AsyncClient,
     EmbedOptions,
     GenerateOptions,
-    cut,
     progress_bar,
 )
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, JobState, T
@@ -137,6 +134,13 @@ class Client:
         """See `AsyncClient.submit_embed`."""
         return Job(self._run(self._started().submit_embed(texts, model=model, **options)), self)
 
+    def submit_many(
+        self, lists_of_texts: Iterable[Sequence[str]], *, model: str, **options: Unpack[EmbedOptions]
+    ) -> list[Job[Vectors]]:
+        """See `AsyncClient.submit_many`; `lists_of_texts` is read in the calling thread."""
+        sent = self._started().submit_many(list(lists_of_texts), model=model, **options)
+        return [Job(job, self) for job in self._run(sent)]
+
     def generate(
         self,
         prompt: str,
@@ -168,20 +172,19 @@ class Client:
         **options: Unpack[EmbedOptions],
     ) -> Iterator[Vectors]:
         """See `AsyncClient.embed_many`; `texts` is read in the calling thread, shape (n, dim) at a time."""
-        jobs: deque[Job[Vectors]] = deque()
+        pacer = self._started()._pace(texts, model, timeout_s, options)
         with progress_bar(texts, progress) as bar:
             try:
-                for part in cut(texts):
-                    if len(jobs) == JOBS_IN_FLIGHT:
-                        yield (vectors := jobs.popleft().result(timeout_s))
-                        bar.update(len(vectors))
-                    jobs.append(self.submit_embed(part, model=model, **options))
-                while jobs:
-                    yield (vectors := jobs.popleft().result(timeout_s))
+                self._run(pacer.open())
+                while True:
+                    while part := pacer.take():
+                        self._run(pacer.send(part))
+                    if (vectors := self._run(pacer.next())) is None:
+                        return
+                    yield vectors
                     bar.update(len(vectors))
             finally:
-                for job in jobs:
-                    job.cancel()
+                self._run(pacer.close())
 
     def _started(self) -> AsyncClient:
         with self._lock:

@@ -1,11 +1,14 @@
 """Redis as a sender of jobs meets it: connections, the broker's queues, and what can go wrong."""
 
-from collections.abc import Iterator
+import asyncio
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
 import redis
 import redis.asyncio as aioredis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.asyncio.sentinel import SentinelConnectionPool
@@ -19,6 +22,7 @@ from redis.exceptions import (
     ResponseError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.sentinel import Sentinel
 
 from penstock.errors import BrokerRefusedError, BrokerUnavailableError
@@ -52,7 +56,7 @@ def connect(url: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> aiored
         "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
     }
     if not is_sentinel(url):
-        return aioredis.Redis.from_pool(aioredis.BlockingConnectionPool.from_url(url, **options))
+        return aioredis.Redis.from_pool(_Pool.from_url(url, **options))
     found = SentinelUrl.parse(url)
     sentinels = AsyncSentinel(found.sentinels, sentinel_kwargs=found.sentinel_options)  # type: ignore[no-untyped-call]  # redis-py's own gap
     pool = _MasterPool(found.master_name, sentinels, **_login(found), **options)  # type: ignore[no-untyped-call]  # the same
@@ -74,7 +78,60 @@ def _login(url: SentinelUrl) -> dict[str, Any]:
     return {"db": url.db, "username": url.username, "password": url.password}
 
 
-class _MasterPool(SentinelConnectionPool, aioredis.BlockingConnectionPool):
+class _Pool(aioredis.BlockingConnectionPool):
+    """Connections to one server; whoever finds all of them taken waits."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        kind = self.connection_class  # plain, TLS, or Sentinel's
+        self.connection_class = type(kind.__name__, (_PatientConnection, kind), {})
+
+    async def release(self, connection: AbstractConnection) -> None:
+        """Take a connection back; one that broke casts doubt on all that lie idle.
+
+        A network that dropped its connections tells nobody: each would cost one more caller his time limit.
+        """
+        await super().release(connection)
+        if not connection.is_connected:
+            await self.disconnect(inuse_connections=False)
+
+
+class _PatientConnection(aioredis.Connection):
+    """A connection whose time limit is one of silence: a large reply may take as long as it flows.
+
+    redis-py's asyncio connections, unlike its others, limit the whole reply.
+    """
+
+    _limit: asyncio.Timeout | None = None
+
+    async def _connect(self) -> None:
+        await super()._connect()  # type: ignore[no-untyped-call]  # redis-py's own gap
+        assert self._reader is not None
+        feed = self._reader.feed_data
+
+        def feed_data(data: bytes) -> None:
+            if self._limit is not None:
+                self._limit.reschedule(asyncio.get_running_loop().time() + (self.socket_timeout or 0))
+            feed(data)
+
+        self._reader.feed_data = feed_data  # type: ignore[method-assign, assignment]  # nothing else hears of bytes
+
+    async def read_response(
+        self, disable_decoding: bool = False, timeout: float | None = None, **options: Any
+    ) -> Any:
+        """See redis-py's; without `timeout`, `socket_timeout` counts from the last byte that came."""
+        if timeout is not None or self.socket_timeout is None:
+            return await super().read_response(disable_decoding, timeout, **options)
+        try:
+            async with asyncio.timeout(self.socket_timeout) as self._limit:
+                return await super().read_response(disable_decoding, math.inf, **options)
+        except TimeoutError:
+            raise RedisTimeoutError(f"silent for {self.socket_timeout:g} s") from None
+        finally:
+            self._limit = None
+
+
+class _MasterPool(SentinelConnectionPool, _Pool):
     """Connections to the master; whoever finds all of them taken waits."""
 
     async def aclose(self) -> None:
@@ -117,9 +174,9 @@ class Broker:
                 models, workers, results, (second, microsecond) = await pipe.execute()
         return Registry.read(models, workers, results, second + microsecond / 1e6)
 
-    async def push(self, key: str, message: bytes) -> None:
-        """Put a message at the end of a queue's list, and wake an idle worker, in one step."""
-        keys, arguments = push_arguments(key, message)
+    async def push(self, key: str, *messages: bytes) -> None:
+        """Put messages at the end of a queue's list, and wake idle workers: all in one step, or none."""
+        keys, arguments = push_arguments(key, *messages)
         with redis_errors(self.url):
             await self._push(keys=keys, args=arguments)
 
@@ -133,7 +190,10 @@ class Broker:
         await self._redis.aclose()
 
 
-async def record_sent(results: aioredis.Redis, url: str, job_id: str) -> None:
-    """Note that a job was sent, unless a worker was so fast that it has ended."""
+async def record_sent(results: aioredis.Redis, url: str, job_ids: Sequence[str]) -> None:
+    """Note, in one round trip, that jobs are sent: who is told their ids may ask for them."""
     with redis_errors(url):
-        await results.set(record_key(job_id), SENT, ex=RECORD_TTL_S, nx=True)
+        async with results.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.set(record_key(job_id), SENT, ex=RECORD_TTL_S, nx=True)
+            await pipe.execute()

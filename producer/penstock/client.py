@@ -4,8 +4,7 @@ import asyncio
 import os
 import socket
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence, Sized
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypedDict, TypeVar, Unpack
 
@@ -16,6 +15,8 @@ from penstock.codec import encode_message, queue_key, queue_name
 from penstock.errors import InvalidOptionError, TooManyTextsError, UnknownModelError, WrongTaskError
 from penstock.inbox import Inbox
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, ResultStore, T
+from penstock.joining import Joiner
+from penstock.pacing import Pacer
 from penstock.registry import ModelInfo, Registry, locate_results
 from penstock.request import (
     EmbedRequest,
@@ -33,11 +34,8 @@ from penstock.result import GenerateResult, Vectors
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
 REGISTRY_TTL_S: Final = 5.0
-TEXTS_PER_JOB: Final = 64
-CHARACTERS_PER_JOB: Final = 100_000
-JOBS_IN_FLIGHT: Final = 16
 
-S = TypeVar("S")
+R = TypeVar("R", EmbedRequest, GenerateRequest)
 
 
 class EmbedOptions(TypedDict, total=False):
@@ -104,6 +102,8 @@ class AsyncClient:
         self._opening = asyncio.Lock()
         self._registry: Registry | None = None
         self._registry_read_at = 0.0
+        self._reading: asyncio.Task[Registry] | None = None
+        self._joiner = Joiner(self._send_unrecorded, self._n_workers)
 
     async def __aenter__(self) -> Self:
         return self
@@ -115,6 +115,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close all connections; jobs that were sent go on."""
+        await self._joiner.close()
         if self._store is not None:
             await self._store.close()
         await self._broker.close()
@@ -137,29 +138,38 @@ class AsyncClient:
     ) -> Vectors:
         """Embed `texts`, keeping their order.
 
+        Calls of a few texts each that are made at the same time go as common jobs; see `penstock.joining`.
+
         Args:
             texts: up to the model's `max_texts`; `embed_many` takes any number.
             model: name it is served under.
-            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes.
+            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes. Texts
+                that nobody waits for any more are not computed, if no worker has begun.
             **options: see `EmbedOptions`.
 
         Returns:
-            float32 (or `precision`), shape (n_texts, dim), C-contiguous, read-only.
+            float32 (or `precision`), shape (n_texts, dim), C-contiguous, maybe read-only.
 
         Raises:
             RequestError: the request cannot be served as it is; nothing was sent.
             TransportError: Redis is out of reach, or the result did not come in time.
             WorkerError: the model failed on these texts.
         """
-        job = await self.submit_embed(texts, model=model, **options)
-        return await job.result(timeout_s)
+        request, priority = await self._prepare(EmbedRequest, "embed", _embed_fields(texts, model, options))
+        return await self._joiner.embed(request, priority, timeout_s)
 
     async def submit_embed(
         self, texts: Sequence[str], *, model: str, **options: Unpack[EmbedOptions]
     ) -> AsyncJob[Vectors]:
         """Send an embedding job and return at once; see `embed`."""
-        fields = {**options, "model": model, "texts": list(texts) if isinstance(texts, tuple) else texts}
-        return await self._submit(EmbedRequest, "embed", fields)
+        (job,) = await self.submit_many([texts], model=model, **options)
+        return job
+
+    async def submit_many(
+        self, lists_of_texts: Iterable[Sequence[str]], *, model: str, **options: Unpack[EmbedOptions]
+    ) -> list[AsyncJob[Vectors]]:
+        """Send an embedding job for each list of texts: all together or none, at the price of one."""
+        return await self._submit_embed(lists_of_texts, model, options, is_recorded=True)
 
     async def generate(
         self,
@@ -193,7 +203,9 @@ class AsyncClient:
         if "history" in fields:
             turns = fields["history"]
             fields["history"] = [t.model_dump() if isinstance(t, Message) else t for t in turns]
-        return await self._submit(GenerateRequest, "generate", fields)
+        request, priority = await self._prepare(GenerateRequest, "generate", fields)
+        jobs: list[AsyncJob[GenerateResult]] = await self._send([request], priority, is_recorded=True)
+        return jobs[0]
 
     async def job(self, job_id: str) -> AsyncJob[Vectors | GenerateResult]:
         """Return a job that any client sent, by its id; whether it exists shows when it is asked."""
@@ -210,6 +222,8 @@ class AsyncClient:
     ) -> AsyncIterator[Vectors]:
         """Embed any number of texts with bounded memory: several jobs in flight, results in order.
 
+        Jobs are cut by the workers' measured speed; see `penstock.pacing`.
+
         Args:
             texts: read as needed, never all at once.
             model: name it is served under.
@@ -223,22 +237,42 @@ class AsyncClient:
         Raises:
             PenstockError: see `embed`; jobs behind the one that failed are cancelled.
         """
-        jobs: deque[AsyncJob[Vectors]] = deque()
+        pacer = self._pace(texts, model, timeout_s, options)
         with progress_bar(texts, progress) as bar:
             try:
-                for part in cut(texts):
-                    if len(jobs) == JOBS_IN_FLIGHT:
-                        yield (vectors := await jobs.popleft().result(timeout_s))
-                        bar.update(len(vectors))
-                    jobs.append(await self.submit_embed(part, model=model, **options))
-                while jobs:
-                    yield (vectors := await jobs.popleft().result(timeout_s))
+                await pacer.open()
+                while True:
+                    while part := pacer.take():
+                        await pacer.send(part)
+                    if (vectors := await pacer.next()) is None:
+                        return
+                    yield vectors
                     bar.update(len(vectors))
             finally:
-                for job in jobs:
-                    await job.cancel()
+                await pacer.close()
 
-    async def _submit(self, kind: type[Request], task: Task, fields: Mapping[str, Any]) -> AsyncJob[T]:
+    async def _submit_embed(
+        self,
+        lists_of_texts: Iterable[Sequence[str]],
+        model: str,
+        options: EmbedOptions,
+        *,
+        is_recorded: bool,
+    ) -> list[AsyncJob[Vectors]]:
+        fields = [_embed_fields(texts, model, options) for texts in lists_of_texts]
+        prepared = [await self._prepare(EmbedRequest, "embed", each) for each in fields]
+        if not prepared:
+            return []
+        requests, (priority, *_) = zip(*prepared, strict=True)
+        return await self._send(requests, priority, is_recorded=is_recorded)
+
+    def _pace(
+        self, texts: Iterable[str], model: str, timeout_s: float | None, options: EmbedOptions
+    ) -> Pacer:
+        return Pacer(texts, _Sender(self, model, options), timeout_s)
+
+    async def _prepare(self, kind: type[R], task: Task, fields: Mapping[str, Any]) -> tuple[R, Priority]:
+        """Check what can be known before anything is sent."""
         plain = {name: value for name, value in fields.items() if name not in ("priority", "deadline_s")}
         priority = _priority(fields.get("priority", "default"))
         now = time.time()
@@ -248,20 +282,47 @@ class AsyncClient:
             raise TooManyTextsError(len(request.texts), model.max_texts)
         if request.deadline is None and model.deadline_s is not None:
             request = request.model_copy(update={"deadline": now + model.deadline_s})
+        return request, priority
+
+    async def _send(
+        self, requests: Sequence[Request], priority: Priority, *, is_recorded: bool
+    ) -> list[AsyncJob[T]]:
+        """Queue requests of one model, all together or none.
+
+        A job whose id the caller is told is recorded, and before it is queued: an error then means that
+        nothing runs. Where nobody can ask, that round trip is saved.
+        """
         store, registry = await self._open_store(), await self._read_registry()
-        job: AsyncJob[T] = AsyncJob(new_job_id(), self._broker, store, is_ours=True)
+        model = registry.models[requests[0].model]
         queue = queue_name(registry.choose_pool(model), model.name)
-        message = encode_message(
-            request,
-            job_id=job.id,
-            queue=queue,
-            priority=priority,
-            reply_to=store.inbox.reply_to,
-            origin=self._origin,
-        )
-        await record_sent(store.redis, store.url, job.id)
-        await self._broker.push(queue_key(queue, priority), message)
-        return job
+        jobs: list[AsyncJob[T]] = [
+            AsyncJob(new_job_id(), self._broker, store, is_ours=True, is_recorded=is_recorded)
+            for _ in requests
+        ]
+        messages = [
+            encode_message(
+                request,
+                job_id=job.id,
+                queue=queue,
+                priority=priority,
+                reply_to=store.inbox.reply_to,
+                origin=self._origin,
+            )
+            for request, job in zip(requests, jobs, strict=True)
+        ]
+        if is_recorded:
+            await record_sent(store.redis, store.url, [job.id for job in jobs])
+        await self._broker.push(queue_key(queue, priority), *messages)
+        return jobs
+
+    async def _send_unrecorded(self, request: EmbedRequest, priority: Priority) -> AsyncJob[Vectors]:
+        jobs: list[AsyncJob[Vectors]] = await self._send([request], priority, is_recorded=False)
+        return jobs[0]
+
+    def _n_workers(self, name: str) -> int:
+        registry = self._registry
+        model = registry.models.get(name) if registry else None
+        return registry.ready_workers(name, registry.choose_pool(model)) if registry and model else 0
 
     async def _find_model(self, name: str, task: Task) -> ModelInfo:
         registry = await self._read_registry()
@@ -276,7 +337,10 @@ class AsyncClient:
 
     async def _read_registry(self, *, max_age_s: float = REGISTRY_TTL_S) -> Registry:
         if self._registry is None or time.monotonic() - self._registry_read_at > max_age_s:
-            self._registry = await self._broker.registry()
+            # One reading for all who want one now: they also go on together, and may share a job.
+            if self._reading is None or self._reading.done():
+                self._reading = asyncio.create_task(self._broker.registry(), name="penstock-registry")
+            self._registry = await asyncio.shield(self._reading)
             self._registry_read_at = time.monotonic()
         return self._registry
 
@@ -292,24 +356,29 @@ class AsyncClient:
             return self._store
 
 
-def cut(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Cut texts into jobs by number and by characters."""
-    part: list[str] = []
-    n_characters = 0
-    for text in texts:
-        part.append(text)
-        n_characters += len(text) if isinstance(text, str) else 0
-        if len(part) == TEXTS_PER_JOB or n_characters >= CHARACTERS_PER_JOB:
-            yield part
-            part, n_characters = [], 0
-    if part:
-        yield part
+class _Sender:
+    """Sends the jobs of one `embed_many`; see `pacing.Sender`."""
+
+    def __init__(self, client: AsyncClient, model: str, options: EmbedOptions) -> None:
+        self._client, self._model, self._options = client, model, options
+
+    async def look(self) -> tuple[Registry, ModelInfo]:
+        model = await self._client._find_model(self._model, "embed")
+        return await self._client._read_registry(), model
+
+    async def send(self, part: list[str]) -> AsyncJob[Vectors]:
+        (job,) = await self._client._submit_embed([part], self._model, self._options, is_recorded=False)
+        return job
 
 
 def progress_bar(texts: Iterable[str], progress: bool) -> "tqdm[NoReturn]":
     """Return a bar that counts texts; it shows if `progress` is wanted and standard error is a terminal."""
     total = len(texts) if isinstance(texts, Sized) else None
     return tqdm(total=total, unit=" texts", disable=None if progress else True)
+
+
+def _embed_fields(texts: Sequence[str], model: str, options: EmbedOptions) -> dict[str, Any]:
+    return {**options, "model": model, "texts": list(texts) if isinstance(texts, tuple) else texts}
 
 
 def _priority(name: object) -> Priority:

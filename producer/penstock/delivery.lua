@@ -93,15 +93,19 @@ local function put_back(name, list, as_next)
 end
 
 -- script: push
--- KEYS: the list. ARGV: message, when it is due in Unix seconds or ''.
--- Returns how many wait in the list; 0 for a delayed message.
-local due = tonumber(ARGV[2])
-if due and due > now() then
-  delay(KEYS[1], ARGV[1], due)
-  return 0
+-- KEYS: the list. ARGV: of each message: itself, when it is due in Unix seconds or ''.
+-- Returns how many wait in the list; 0 if the last message is delayed.
+local n_waiting
+for i = 1, #ARGV, 2 do
+  local due = tonumber(ARGV[i + 1])
+  if due and due > now() then
+    delay(KEYS[1], ARGV[i], due)
+    n_waiting = 0
+  else
+    n_waiting = redis.call('LPUSH', KEYS[1], ARGV[i])
+    wake(KEYS[1])
+  end
 end
-local n_waiting = redis.call('LPUSH', KEYS[1], ARGV[1])
-wake(KEYS[1])
 return n_waiting
 
 -- script: pop allow-oom

@@ -1,8 +1,8 @@
 """Waiting for results: one connection hears of all jobs of a client.
 
-Workers publish a note (the job's id) on the client's reply channel when a job has ended; the payload is
-then fetched once, by whoever waits for it. A note can be lost with the connection, so every waiter looks
-for itself after a reconnect, and now and then.
+Workers publish a note (the job's id) on the client's reply channel when a job has ended; a small payload
+comes with it, a larger one is then fetched once, by whoever waits for it. A note can be lost with the
+connection, so every waiter looks for itself after a reconnect, and now and then.
 """
 
 import asyncio
@@ -22,6 +22,16 @@ LOOK_AGAIN_S: Final = 5.0
 """How long a waiter trusts the notes alone; bounds what a lost note costs."""
 
 
+class Note(asyncio.Event):
+    """Set when a job may have ended.
+
+    Attributes:
+        payload: its result record, if that came along.
+    """
+
+    payload: bytes | None = None
+
+
 class Inbox:
     """Hears which jobs ended. Belongs to one event loop."""
 
@@ -29,7 +39,7 @@ class Inbox:
         self.reply_to = reply_channel(client_id)
         self._url = url
         self._pubsub = results.pubsub()
-        self._notes: weakref.WeakValueDictionary[str, asyncio.Event] = weakref.WeakValueDictionary()
+        self._notes: weakref.WeakValueDictionary[str, Note] = weakref.WeakValueDictionary()
         self._listener: asyncio.Task[None] | None = None
         self._opening = asyncio.Lock()
         self._is_asked = False
@@ -47,11 +57,11 @@ class Inbox:
                     await self._pubsub.get_message(timeout=LOOK_AGAIN_S)
                 self._listener = asyncio.create_task(self._listen(), name="penstock-inbox")
 
-    def expect(self, job_id: str) -> asyncio.Event:
-        """Return the event that is set when the job may have ended; forgotten with its last holder."""
-        return self._notes.setdefault(job_id, asyncio.Event())
+    def expect(self, job_id: str) -> Note:
+        """Return the note that is set when the job may have ended; forgotten with its last holder."""
+        return self._notes.setdefault(job_id, Note())
 
-    async def follow(self, job_id: str) -> asyncio.Event:
+    async def follow(self, job_id: str) -> Note:
         """Like `expect`, for a job whose notes go to another client."""
         with redis_errors(self._url):
             await self._pubsub.subscribe(result_key(job_id))
@@ -76,13 +86,15 @@ class Inbox:
             wait=wait_random_exponential(multiplier=0.05, max=2.0),
         )
         while True:
-            async for attempt in retrying:
-                with attempt:
-                    if attempt.retry_state.attempt_number > 1:
-                        await self._resubscribe()
+            try:
+                while True:
                     message = await self._next_message()
-            if message is not None and message["type"] == "message":
-                self._deliver(message["channel"].decode(), message["data"])
+                    if message is not None and message["type"] == "message":
+                        self._deliver(message["channel"].decode(), message["data"])
+            except (RedisError, OSError):
+                async for attempt in retrying:
+                    with attempt:
+                        await self._resubscribe()
 
     async def _next_message(self) -> Any:
         """Return what came within `LOOK_AGAIN_S`, or None; a connection that went dead is an error."""
@@ -100,10 +112,16 @@ class Inbox:
 
     async def _resubscribe(self) -> None:
         await self._pubsub.connect()  # type: ignore[no-untyped-call]  # subscribes again to all that it had
-        for event in list(self._notes.values()):
-            event.set()
+        for note in list(self._notes.values()):
+            note.set()
 
     def _deliver(self, channel: str, data: bytes) -> None:
-        job_id = data.decode() if channel == self.reply_to else channel.removeprefix(result_key(""))
-        if (event := self._notes.get(job_id)) is not None:
-            event.set()
+        payload = None
+        if channel == self.reply_to:
+            name, _, payload = data.partition(b"\n")
+            job_id = name.decode()
+        else:
+            job_id = channel.removeprefix(result_key(""))
+        if (note := self._notes.get(job_id)) is not None:
+            note.payload = payload or None
+            note.set()

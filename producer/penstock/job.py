@@ -1,6 +1,7 @@
 """A job that was sent: its state, its result, and a way to take it back."""
 
 import asyncio
+import contextlib
 from enum import StrEnum
 from typing import Final, Generic, TypeVar, cast
 
@@ -11,6 +12,7 @@ from penstock.codec import Outcome, decode_outcome, encode_failure
 from penstock.errors import (
     BrokerUnavailableError,
     JobCancelledError,
+    PenstockError,
     ResultExpiredError,
     ResultTimeoutError,
     UnknownJobError,
@@ -23,6 +25,8 @@ T = TypeVar("T")
 
 RESULT_TIMEOUT_S: Final = 600.0
 """How long `result` waits unless told otherwise: OpenAI's client waits as long."""
+FORGET_EVERY_S: Final = 1.0
+LATE_DELIVERY_S: Final = 600
 
 
 class JobState(StrEnum):
@@ -45,6 +49,8 @@ class ResultStore:
 
     def __init__(self, redis: aioredis.Redis, url: str, inbox: Inbox) -> None:
         self.redis, self.url, self.inbox = redis, url, inbox
+        self._unwanted: list[str] = []
+        self._clearing: asyncio.Task[None] | None = None
 
     async def look(self, job_id: str) -> tuple[Outcome | None, str | None]:
         """Return how the job ended, if it has, and its record."""
@@ -56,14 +62,15 @@ class ResultStore:
         outcome = decode_outcome(job_id, payload) if payload and known in _ENDED else None
         return outcome, known
 
-    async def end(self, job_id: str, error: JobCancelledError) -> bool:
-        """End a job that was sent and has not ended; False if it has, or is unknown."""
+    async def end(self, job_id: str, error: JobCancelledError, *, must_be_sent: bool) -> bool:
+        """End a job that was sent and has not ended; False if it has, or is unknown and must be known."""
         keys, arguments = end_job_arguments(
             job_id=job_id,
             payload=encode_failure(job_id, error),
             status="REVOKED",
             is_final=True,
             is_cancel=True,
+            must_be_sent=must_be_sent,
             result_ttl_s=RECORD_TTL_S,
             reply_to=self.inbox.reply_to,
         )
@@ -75,8 +82,30 @@ class ResultStore:
         with redis_errors(self.url):
             await self.redis.delete(result_key(job_id))
 
+    def forget_soon(self, job_id: str) -> None:
+        """Delete the result of a job that nobody can ask for again, together with others of the moment."""
+        self._unwanted.append(job_id)
+        if self._clearing is None or self._clearing.done():
+            self._clearing = asyncio.create_task(self._clear(), name="penstock-forget")
+
+    async def _clear(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):  # by `close`: there is no time left to wait
+            await asyncio.sleep(FORGET_EVERY_S)
+        ids, self._unwanted = self._unwanted, []
+        with contextlib.suppress(PenstockError), redis_errors(self.url):  # else they expire by themselves
+            async with self.redis.pipeline(transaction=False) as pipe:
+                pipe.delete(*map(result_key, ids))
+                for job_id in ids:
+                    # For as long as a second delivery may come, the record says that it need not be computed.
+                    pipe.set(record_key(job_id), "SUCCESS", ex=LATE_DELIVERY_S, xx=True)
+                await pipe.execute()
+
     async def close(self) -> None:
         """Stop listening and close all connections."""
+        if self._clearing is not None:
+            self._clearing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._clearing
         await self.inbox.close()
         await self.redis.aclose()
 
@@ -88,9 +117,12 @@ class AsyncJob(Generic[T]):
         id: whoever knows it can read the result.
     """
 
-    def __init__(self, job_id: str, broker: Broker, store: ResultStore, *, is_ours: bool) -> None:
+    def __init__(
+        self, job_id: str, broker: Broker, store: ResultStore, *, is_ours: bool, is_recorded: bool = True
+    ) -> None:
         self.id = job_id
-        self._broker, self._store, self._is_ours = broker, store, is_ours
+        self._broker, self._store = broker, store
+        self._is_ours, self._is_recorded = is_ours, is_recorded
         self._note = store.inbox.expect(job_id)  # held here: the inbox forgets it with the job
         self._outcome: Outcome | None = None
 
@@ -115,6 +147,8 @@ class AsyncJob(Generic[T]):
                     self._outcome = await self._wait()
             except TimeoutError:
                 raise ResultTimeoutError(self.id, float(timeout_s or 0)) from None
+            if not self._is_recorded:
+                self._store.forget_soon(self.id)
         if self._outcome.error is not None:
             # A copy: one exception object would collect the tracebacks of all who ask.
             raise type(self._outcome.error)(*self._outcome.error.args)
@@ -137,7 +171,7 @@ class AsyncJob(Generic[T]):
             True if it had not ended. A job that still waits is then never computed; what a worker has
             begun runs to its end, and its result is dropped.
         """
-        return await self._store.end(self.id, JobCancelledError(self.id))
+        return await self._store.end(self.id, JobCancelledError(self.id), must_be_sent=self._is_recorded)
 
     async def forget(self) -> None:
         """Delete the stored result, for those who have read it and will not ask again."""
@@ -164,19 +198,23 @@ class AsyncJob(Generic[T]):
             await self._store.inbox.follow(self.id)
         try:
             while True:
-                if (outcome := await self._look()) is not None:
+                if (outcome := self._told() or await self._look()) is not None:
                     return outcome
                 await self._hear()
         finally:
             if not self._is_ours:
                 await self._store.inbox.unfollow(self.id)
 
+    def _told(self) -> Outcome | None:
+        payload, self._note.payload = self._note.payload, None  # it may be forgotten before the next look
+        return decode_outcome(self.id, payload) if payload else None
+
     async def _look(self) -> Outcome | None:
         try:
             outcome, record = await self._store.look(self.id)
         except BrokerUnavailableError:
             return None  # it may come back before the timeout, with the result
-        if outcome is None and record != SENT:
+        if outcome is None and record != (SENT if self._is_recorded else None):
             raise UnknownJobError(self.id) if record is None else ResultExpiredError(self.id)
         return outcome
 

@@ -60,16 +60,17 @@ def scripts() -> Mapping[str, str]:
 
 
 def push_arguments(
-    key: str, message: bytes | str, *, due_at: float | None = None
+    key: str, *messages: bytes | str, due_at: float | None = None
 ) -> tuple[list[str], list[Value]]:
-    """Return keys and arguments of the script `push`, which queues a message and wakes an idle worker.
+    """Return keys and arguments of the script `push`, which queues messages and wakes idle workers.
 
     Args:
         key: the queue's list, see `codec.queue_key`.
-        message: what a worker gets.
+        messages: what workers get.
         due_at: not before this, Unix seconds; None for at once.
     """
-    return [key], [message, "" if due_at is None else due_at]
+    due = "" if due_at is None else due_at
+    return [key], [value for message in messages for value in (message, due)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ A model stays known when its workers are gone: its jobs are accepted and wait.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
@@ -147,6 +147,14 @@ class Registry:
             for worker, age_s in self.workers
         )
 
+    def speeds(self, model: str, pool: PoolName) -> list[float]:
+        """Return the measured speeds of the live workers that take this model's jobs, tokens per second."""
+        return [
+            worker.units_per_s[model]
+            for worker, age_s in self.workers
+            if worker.pool == pool and model in worker.units_per_s and age_s <= ALIVE_S
+        ]
+
     def choose_pool(self, model: ModelInfo) -> PoolName:
         """Return the preferred pool that has a live worker, else the preferred one: the job waits there."""
         return next((pool for pool in model.pools if self.ready_workers(model.name, pool)), model.pools[0])
@@ -155,25 +163,32 @@ class Registry:
 def announce_results(broker_url: str, results_url: str) -> str:
     """Return where results are kept as clients are told: no credentials, and relative where it can be.
 
-    Relative, because a client may reach the same server under another name than the workers do.
+    Relative, because a client may reach the same server under another name than the workers do. Without
+    certificate files too: their paths are of the worker's machine.
     """
     results = urlsplit(results_url)
     if _server(broker_url) == _server(results_url):
         return results.path or "/0"
-    query = _secrets(results.query, keep=False)
+    query = _items(results.query, lambda name: not _is_secret(name) and not _is_file(name))
     return urlunsplit(results._replace(netloc=results.netloc.rpartition("@")[2], query=query))
 
 
 def locate_results(broker_url: str, announced: str) -> str:
-    """Return the result store's URL for a client that reaches the broker at `broker_url`."""
+    """Return the result store's URL for a client that reaches the broker at `broker_url`.
+
+    Credentials and certificate files are the broker's.
+    """
     broker = urlsplit(broker_url)
     if announced.startswith("/"):
         return urlunsplit(broker._replace(path=announced))
     results = urlsplit(announced)
     credentials, at, _ = broker.netloc.rpartition("@")
     both_sentinel = is_sentinel(broker_url) and is_sentinel(announced)
-    secrets = _secrets(broker.query, keep=True) if both_sentinel else ""
-    query = "&".join(filter(None, (results.query, secrets)))
+    both_tls = broker.scheme == results.scheme == "rediss" or both_sentinel
+    own = _items(
+        broker.query, lambda name: (both_sentinel and _is_secret(name)) or (both_tls and _is_file(name))
+    )
+    query = "&".join(filter(None, (_items(results.query, lambda name: not _is_file(name)), own)))
     return urlunsplit(results._replace(netloc=f"{credentials}{at}{results.netloc}", query=query))
 
 
@@ -202,9 +217,18 @@ def _server(url: str) -> tuple[object, ...]:
     return (parts.hostname, parts.port or 6379)
 
 
-def _secrets(query: str, *, keep: bool) -> str:
-    """Return only the passwords of a URL's query, or all but them."""
-    return "&".join(item for item in query.split("&") if ("password=" in item) is keep)
+def _items(query: str, is_wanted: Callable[[str], bool]) -> str:
+    """Return some items of a URL's query, by their names."""
+    return "&".join(item for item in query.split("&") if is_wanted(item.partition("=")[0]))
+
+
+def _is_secret(name: str) -> bool:
+    return name.endswith("password")
+
+
+def _is_file(name: str) -> bool:
+    """Tell parameters that name files of one machine: redis-py's `ssl_ca_certs` and its like."""
+    return name in ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 
 
 def _known(cls: type[Any], fields: Mapping[str, Any], **convert: type) -> dict[str, Any]:

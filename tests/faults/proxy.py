@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import ssl
 import threading
 from collections.abc import Iterator
@@ -13,12 +14,20 @@ _CHUNK_BYTES = 1 << 16
 class Proxy:
     """Forwards connections to a port of 127.0.0.1.
 
+    Args:
+        target_port: where to.
+        tls: what it speaks; None for plain TCP.
+        bytes_per_s: each direction of a connection carries no more.
+
     Attributes:
         port: where it listens; set when it runs.
     """
 
-    def __init__(self, target_port: int, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, target_port: int, tls: ssl.SSLContext | None = None, *, bytes_per_s: float = math.inf
+    ) -> None:
         self.port = 0
+        self._bytes_per_s = bytes_per_s
         self._target_port, self._tls = target_port, tls
         self._is_silent = False
         self._links: list[_Link] = []
@@ -63,7 +72,7 @@ class Proxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there = await asyncio.open_connection("127.0.0.1", self._target_port)
-        link = _Link((writer, there[1]), is_silent=self._is_silent)
+        link = _Link((writer, there[1]), is_silent=self._is_silent, bytes_per_s=self._bytes_per_s)
         self._links.append(link)
         carrying = asyncio.gather(link.carry(reader, there[1]), link.carry(there[0], writer))
         self._carrying.append(carrying)
@@ -73,8 +82,10 @@ class Proxy:
 class _Link:
     """One connection that is forwarded."""
 
-    def __init__(self, writers: tuple[asyncio.StreamWriter, ...], *, is_silent: bool) -> None:
-        self.is_silent = is_silent
+    def __init__(
+        self, writers: tuple[asyncio.StreamWriter, ...], *, is_silent: bool, bytes_per_s: float
+    ) -> None:
+        self.is_silent, self._bytes_per_s = is_silent, bytes_per_s
         self._writers = writers
 
     async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -84,6 +95,7 @@ class _Link:
                 if not self.is_silent:
                     writer.write(data)
                     await writer.drain()
+                    await asyncio.sleep(len(data) / self._bytes_per_s)
         if not self.is_silent:  # else the other side never hears of it
             self.close()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -98,6 +99,23 @@ def test_any_number_of_texts_comes_back_in_order(client: Client) -> None:
 
     assert streamed.shape == (700, 384)
     assert np.allclose(streamed[::97], client.embed(texts[::97], model="minilm"), atol=2e-2)
+
+
+def test_texts_are_not_read_far_ahead(client: Client) -> None:
+    """`embed_many` holds a few jobs of texts and vectors, however many come."""
+    n_read = n_answered = furthest = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal n_read, furthest
+        for n_read in range(1, 10_001):
+            furthest = max(furthest, n_read - n_answered)
+            yield f"text {n_read}"
+
+    for vectors in client.embed_many(texts(), model="minilm"):
+        n_answered += len(vectors)
+
+    assert n_answered == n_read == 10_000
+    assert furthest < 6_000  # two seconds of work, at the speed of this machine
 
 
 def test_async_client_waits_for_many_jobs_at_once(server: Server, worker: WorkerProcess) -> None:

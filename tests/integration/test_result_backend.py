@@ -55,7 +55,7 @@ def notes(results: redis.Redis) -> Iterator[Callable[[], list[str]]]:
         def heard() -> list[str]:
             found = []
             while (message := channel.get_message(timeout=0.3)) is not None:
-                found.append(message["data"].decode())
+                found.append(message["data"].partition(b"\n")[0].decode())
             return found
 
         yield heard

@@ -74,6 +74,7 @@ def embed(client: Client) -> None:
     job = client.submit_embed(["a"], model="minilm", priority="batch", deadline_s=600)
     assert_type(job, Job[Vectors])
     assert_type(job.result(), Vectors)
+    assert_type(client.submit_many([["a"], ["b", "c"]], model="minilm", truncate_dim=64), list[Job[Vectors]])
     assert_type(job.result(timeout_s=30), Vectors)
     assert_type(job.result().dtype, np.dtype[np.float32] | np.dtype[np.float16])
 
@@ -170,6 +171,7 @@ async def twins() -> None:
         vectors = await client.submit_embed(["a"], model="minilm", priority="interactive")
         assert_type(vectors, AsyncJob[Vectors])
         assert_type(await vectors.result(timeout_s=1), Vectors)
+        assert_type(await client.submit_many([["a"]], model="minilm"), list[AsyncJob[Vectors]])
         answer = await client.submit_generate("a", model="chat", seed=1)
         assert_type(answer, AsyncJob[GenerateResult])
         assert_type(await answer.result(), GenerateResult)

@@ -179,3 +179,18 @@ def test_what_is_announced_is_found() -> None:
 def test_passwords_are_masked(url: str, masked: str) -> None:
     """What is logged or raised names the server and not its password."""
     assert mask_url(url) == masked
+
+
+def test_certificate_files_are_not_announced() -> None:
+    """Paths of a worker's machine stay there; a client finds its own in the URL that it was given."""
+    results = "rediss://worker:s3cret@results:6379/1?ssl_ca_certs=/worker/ca.pem&ssl_cert_reqs=required"
+
+    announced = announce_results("rediss://broker:6379/0?ssl_ca_certs=/worker/ca.pem", results)
+
+    assert announced == "rediss://results:6379/1?ssl_cert_reqs=required"
+    assert locate_results("rediss://me:mine@broker:6379/0?ssl_ca_certs=/client/ca.pem", announced) == (
+        "rediss://me:mine@results:6379/1?ssl_cert_reqs=required&ssl_ca_certs=/client/ca.pem"
+    )
+    assert locate_results("redis://broker:6379/0?ssl_ca_certs=/client/ca.pem", "redis://results:6379/1") == (
+        "redis://results:6379/1"
+    )
