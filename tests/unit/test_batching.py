@@ -1,13 +1,32 @@
+import math
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from penstock.errors import DeadlineExceededError, EngineError, OutOfMemoryError, PenstockError
-from penstock_workers.batching import WINDOW_ITEMS, Batcher, Work, cut_by_count, cut_by_tokens
+from penstock.errors import (
+    DeadlineExceededError,
+    EngineError,
+    JobCancelledError,
+    OutOfMemoryError,
+    PenstockError,
+)
+from penstock.request import Priority
+from penstock_workers.batching import (
+    ATTENTION_BYTES,
+    PADDING_TOKENS,
+    WINDOW_ITEMS,
+    Batcher,
+    HandBackError,
+    Work,
+    cut_by_count,
+    cut_by_tokens,
+)
 from tests.eventually import eventually
 
 HELD_S = 5.0  # a test that forgets to release its model fails after this
@@ -72,35 +91,26 @@ def start_busy(model: FakeModel, *, max_items: int = 64) -> tuple[Batcher[Text, 
 # Cutting
 
 
-def test_batches_by_tokens_hold_the_oldest_and_fit_and_are_alike() -> None:
-    """The oldest item always goes; the batch keeps its budget; no item outside is between those inside."""
+def random_lengths(rng: random.Random) -> NDArray[np.int64]:
+    """Return up to 40 lengths, the first job's longest first."""
+    return np.array([rng.randint(1, 300) for _ in range(rng.randint(1, 40))])
+
+
+def test_padded_batches_hold_the_most_urgent_and_fit_and_are_alike() -> None:
+    """The first item always goes; the batch keeps its budget; no item outside is between those inside."""
     rng = random.Random(5)
     for _ in range(500):
-        lengths = [rng.randint(0, 300) for _ in range(rng.randint(1, 40))]
-        max_tokens = rng.randint(1, 2000)
+        lengths, max_tokens = random_lengths(rng), rng.randint(1, 2000)
 
-        chosen = cut_by_tokens(max_tokens)(lengths)
+        chosen = cut_by_tokens(max_tokens)(lengths, math.inf)
 
         inside = [lengths[i] for i in chosen]
         outside = [length for i, length in enumerate(lengths) if i not in set(chosen)]
         assert 0 in chosen
         assert len(set(chosen)) == len(chosen)
         assert len(chosen) == 1 or max(inside) * len(inside) <= max_tokens
+        assert max(inside) <= max(2 * min(inside), min(inside) + PADDING_TOKENS)
         assert not any(min(inside) < length < max(inside) for length in outside)
-
-
-def test_batches_by_tokens_are_as_full_as_they_can_be() -> None:
-    """Nothing is left out that would have fitted."""
-    rng = random.Random(6)
-    for _ in range(500):
-        lengths = [rng.randint(1, 300) for _ in range(rng.randint(1, 40))]
-        max_tokens = rng.randint(1, 2000)
-
-        chosen = set(cut_by_tokens(max_tokens)(lengths))
-
-        longest = max(lengths[i] for i in chosen)
-        outside = [length for i, length in enumerate(lengths) if i not in chosen]
-        assert all(max(length, longest) * (len(chosen) + 1) > max_tokens for length in outside)
 
 
 @pytest.mark.parametrize(
@@ -111,20 +121,58 @@ def test_batches_by_tokens_are_as_full_as_they_can_be() -> None:
         ([1, 500, 500], 100, {0}),
         ([10, 10, 10, 10], 30, {0, 1, 2}),
         ([10, 3, 10, 3], 20, {0, 2}),
-        ([0, 0, 0], 1, {0, 1, 2}),
         ([2, 90, 2, 90, 2], 8, {0, 2, 4}),
-        ([50, 49, 51, 1], 160, {0, 1, 3}),
+        ([50, 49, 51, 1], 160, {0, 1, 2}),
+        ([8, 512, 8, 8], 10_000, {0, 2, 3}),
+        ([512, 8, 8, 300], 10_000, {0, 3}),
+        ([16, 2, 30], 10_000, {0, 1}),
     ],
 )
-def test_batches_by_tokens(lengths: list[int], max_tokens: int, chosen: set[int]) -> None:
-    """A long item goes alone, and short ones do not pay for it."""
-    assert set(cut_by_tokens(max_tokens)(lengths)) == chosen
+def test_padded_batches(lengths: list[int], max_tokens: int, chosen: set[int]) -> None:
+    """A text much longer than the others goes in another batch, so that they do not pay for it."""
+    assert set(cut_by_tokens(max_tokens)(np.array(lengths), math.inf)) == chosen
 
 
-def test_batches_by_count_are_the_oldest() -> None:
+def test_attention_that_would_not_fit_makes_padded_batches_smaller() -> None:
+    """With heads to count, many long texts are cut by texts times heads times the square of the longest."""
+    lengths = np.full(64, 1024)
+
+    chosen = cut_by_tokens(1 << 20, n_heads=16)(lengths, math.inf)
+
+    assert len(chosen) == ATTENTION_BYTES // (4 * 16 * 1024 * 1024)
+    assert len(cut_by_tokens(1 << 20)(lengths, math.inf)) == 64
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "chosen"),
+    [
+        ([500, 1, 1], 100, [0]),
+        ([60, 50, 40, 1], 100, [0, 2]),
+        ([512, 8, 8], 1024, [0, 1, 2]),
+        ([8, 8, 512, 8, 100], 1024, [0, 1, 3, 4]),
+        ([200, 8, 200], 1024, [0, 1, 2]),
+    ],
+)
+def test_packed_batches(lengths: list[int], max_tokens: int, chosen: list[int]) -> None:
+    """The most urgent go, whatever their length; one that would take longer than all before it waits."""
+    assert cut_by_tokens(max_tokens, is_padded=False)(np.array(lengths), math.inf) == chosen
+
+
+@pytest.mark.parametrize("is_padded", [True, False])
+def test_a_limit_from_outside_lowers_the_own(is_padded: bool) -> None:
+    """The batcher can ask for less than a cut would take, never for more."""
+    cut = cut_by_tokens(100, is_padded=is_padded)
+    lengths = np.full(50, 10)
+
+    assert [len(cut(lengths, limit)) for limit in (20, 100, 1000)] == [2, 10, 10]
+
+
+def test_batches_by_count_are_the_most_urgent() -> None:
     """Generation takes its requests in the order they came."""
-    assert cut_by_count(3)([5, 1, 9, 1]) == [0, 1, 2]
-    assert cut_by_count(3)([5, 1]) == [0, 1]
+    cut = cut_by_count(3)
+
+    assert list(cut(np.array([5, 1, 9, 1]), math.inf)) == [0, 1, 2]
+    assert list(cut(np.array([5, 1]), math.inf)) == [0, 1]
 
 
 # Answering
@@ -365,8 +413,8 @@ def test_item_without_an_answer_fails_its_job_only() -> None:
 
 
 @pytest.mark.parametrize("death", [SystemExit(1), KeyboardInterrupt(), GeneratorExit()], ids=repr)
-def test_dead_model_thread_fails_all_its_jobs(death: BaseException) -> None:
-    """Whatever ends the thread, nobody waits for an answer that cannot come."""
+def test_dead_model_thread_hands_back_what_it_did_not_touch(death: BaseException) -> None:
+    """Waiting jobs go back to their queue; those of the batch, which may be why, are left to their leases."""
     model = FakeModel(lambda _: death)
     batcher, first = start_busy(model, max_items=1)
     waiting = [batcher.submit(f"{n}", texts("a b"), None) for n in range(3)]
@@ -374,13 +422,94 @@ def test_dead_model_thread_fails_all_its_jobs(death: BaseException) -> None:
 
     model.go_on.set()
 
-    for work in (first, *waiting):
-        with pytest.raises(EngineError, match="its model thread has ended"):
+    for work in waiting:
+        with pytest.raises(HandBackError):
             answers(work)
-    with pytest.raises(EngineError, match="its model thread has ended"):
-        answers(batcher.submit("later", texts("c"), None))
+    later = batcher.submit("later", texts("c"), None)
     assert batcher.is_stalled(60)
+    assert not first.is_over
+    assert not later.is_over
     assert model.batches == [["first"]]
+
+
+def test_lack_of_memory_is_learned_from_and_forgotten_slowly() -> None:
+    """After a batch that did not fit, batches are smaller from the start, and grow again while they fit."""
+    model = FakeModel(lambda items: OutOfMemoryError("fake", 10) if len(items) > 40 else None)
+    batcher: Batcher[Text, str] = Batcher("fake", model.run, cut_by_tokens(640))
+
+    assert len(answers(batcher.submit("first", texts("a " * 64, 10), None))) == 64
+    assert len(answers(batcher.submit("second", texts("b " * 2000, 10), None))) == 2000
+
+    sizes = [len(batch) for batch in model.batches]
+    assert sizes[:4] == [64, 32, 32, 32]
+    assert 34 < max(sizes[4:]) <= 41
+
+
+# Urgency
+
+
+def test_urgent_jobs_go_first() -> None:
+    """Deadline, priority, age and size decide together: whoever is due first."""
+    model = FakeModel()
+    batcher, _ = start_busy(model, max_items=1)
+    eventually(lambda: model.batches)
+    now = time.time()
+    jobs = [
+        batcher.submit("batch", texts("batch"), None, priority=Priority.BATCH),
+        batcher.submit("default", texts("default"), None),
+        batcher.submit("soon", texts("soon"), now + 20),
+        batcher.submit("interactive", texts("interactive"), None, priority=Priority.INTERACTIVE),
+        batcher.submit("at once", texts("now"), now + 0.9),
+    ]
+
+    model.go_on.set()
+
+    for job in jobs:
+        answers(job)
+    assert [batch[0] for batch in model.batches] == [
+        "first",
+        "now",
+        "interactive",
+        "soon",
+        "default",
+        "batch",
+    ]
+
+
+def test_small_jobs_are_not_stuck_behind_a_bulk_load() -> None:
+    """Once the speed is known, a job that computes for long lets later small ones pass."""
+    model = FakeModel()
+    batcher = start(model, max_items=1)
+    answers(batcher.submit("measure", [Text("measure", 10)], None))
+    model.hold()
+    held = batcher.submit("held", texts("held"), None)
+    eventually(lambda: len(model.batches) == 2)
+    bulk = batcher.submit("bulk", [Text("bulk", 1 << 40)], None)
+    small = batcher.submit("small", texts("small"), None)
+
+    model.go_on.set()
+
+    for job in (held, bulk, small):
+        answers(job)
+    assert model.batches[2:] == [["small"], ["bulk"]]
+
+
+def test_cancelled_job_costs_no_forward_pass() -> None:
+    """What it has waiting is dropped, and its place goes to the next."""
+    model = FakeModel()
+    batcher, first = start_busy(model, max_items=2)
+    is_cancelled = threading.Event()
+    cancelled = batcher.submit("cancelled", texts("a b c d"), None, is_unwanted=is_cancelled.is_set)
+    kept = batcher.submit("kept", texts("e"), None)
+    is_cancelled.set()
+
+    model.go_on.set()
+
+    assert answers(first) == ["FIRST"]
+    assert answers(kept) == ["E"]
+    with pytest.raises(JobCancelledError):
+        answers(cancelled)
+    assert model.batches == [["first"], ["e"]]
 
 
 # Deadlines

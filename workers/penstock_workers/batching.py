@@ -1,24 +1,51 @@
 """Batches from whatever waits: one model thread per engine takes the next batch the moment it is free.
 
-There are no timers. While the device is busy work piles up, and the next batch is cut from the oldest of
-it; an idle device starts on a single item at once. Knows nothing of models: items have a number of tokens.
+There are no timers. While the device is busy work piles up, and the next batch is cut from the most urgent
+of it; an idle device starts on a single item at once. A batch is cut when the one before has ended and no
+earlier: cutting takes a tenth of a millisecond, and what came meanwhile may be more urgent. Knows nothing of
+models, queues and processes: items have a number of tokens, jobs a moment at which they are due.
 """
 
 import logging
+import math
 import threading
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from itertools import islice
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from typing import Final, Generic, Protocol, TypeVar
 
-from penstock.errors import DeadlineExceededError, EngineError, PenstockError
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.errors import (
+    DeadlineExceededError,
+    EngineError,
+    JobCancelledError,
+    OutOfMemoryError,
+    PenstockError,
+)
+from penstock.request import Priority
 
 logger = logging.getLogger(__name__)
 
 WINDOW_ITEMS: Final = 512
-"""How many of the oldest items a batch is cut from: order by length inside it, by age between windows."""
+"""How many of the most urgent items a batch is cut from: by length inside it, by urgency between windows."""
+PATIENCE_S: Final = {Priority.INTERACTIVE: 1.0, Priority.DEFAULT: 30.0, Priority.BATCH: 300.0}
+"""After how long a job of each priority is due, if its deadline is not before; who waited long goes first."""
+STRETCH: Final = 10
+"""How many times its own computing time a job may be made to wait by smaller ones that came later."""
+SHARED_BATCH_S: Final = 0.1
+"""How long a batch may take while other jobs wait, as far as the measured speed can tell."""
+MIN_BATCH_TOKENS: Final = 256
+"""Batches are not cut smaller for the sake of time: below, a processor's speed falls."""
+ATTENTION_BYTES: Final = 256 << 20
+"""Attention scores of a padded batch in one layer, float32; the longest text alone may need more."""
+PADDING_TOKENS: Final = 16
+"""A text may always be padded by this much; by more, up to its own length."""
+_DECAY: Final = 0.95  # of what each batch before the last tells about the speed
+_RECOVERY: Final = 1.01  # of the limit that was learned from a lack of memory, for each full batch
 
 
 class HasTokens(Protocol):
@@ -29,37 +56,71 @@ class HasTokens(Protocol):
         """Real tokens, padding not counted."""
 
 
+class HandBackError(Exception):
+    """The model thread ended before it saw the job, which belongs back into its queue."""
+
+
 I = TypeVar("I", bound=HasTokens)  # noqa: E741  an item, as in typing's own examples
 A = TypeVar("A")
 
 Run = Callable[[Sequence[I]], Iterator[tuple[int, A | PenstockError] | None]]
 """Compute a batch: yields (index, answer or its error) as each is ready, None as a sign of life."""
-Cut = Callable[[Sequence[int]], list[int]]
-"""Choose the next batch from the waiting items' token counts, oldest first; index 0 is always in it."""
+Lengths = NDArray[np.int64]
+Cut = Callable[[Lengths, float], Sequence[int]]
+"""Choose the next batch from the waiting items' tokens: the most urgent job first, its longest item first.
+
+The second argument lowers the cut's own limit of tokens. Index 0 is always chosen.
+"""
 
 
-def cut_by_tokens(max_tokens: int) -> Cut:
-    """Cut batches of texts of similar length, so that little of a padded batch is padding.
+def cut_by_tokens(max_tokens: int, *, is_padded: bool = True, n_heads: int | None = None) -> Cut:
+    """Cut batches of texts that cost at most so many tokens.
 
     Args:
-        max_tokens: longest text times number of texts; one text alone may be longer.
+        max_tokens: of a batch, unless one text alone is longer.
+        is_padded: a batch costs its longest text times its number of texts, so texts of similar length go
+            together; else it costs their sum.
+        n_heads: attention heads of a padded batch whose scores are kept in memory; None where they are not.
     """
+    if not is_padded:
+        return lambda lengths, limit: _cut_packed(lengths, min(max_tokens, limit))
+    return lambda lengths, limit: _cut_padded(lengths, min(max_tokens, limit), n_heads or 0)
 
-    def cut(lengths: Sequence[int]) -> list[int]:
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        first = last = order.index(0)  # the oldest never waits for a better fit
-        while last + 1 < len(order) and lengths[order[first]] * (last + 2 - first) <= max_tokens:
-            last += 1
-        while first > 0 and lengths[order[first - 1]] * (last + 2 - first) <= max_tokens:
-            first -= 1
-        return order[first : last + 1]
 
-    return cut
+def _cut_padded(lengths: Lengths, max_tokens: float, n_heads: int) -> list[int]:
+    order = np.argsort(-lengths, kind="stable")
+    ordered = lengths[order].tolist()  # longest first
+    first = last = int(np.flatnonzero(order == 0)[0])
+
+    def fits(longest: int, shortest: int, n_texts: int) -> bool:
+        return (
+            longest * n_texts <= max_tokens
+            and longest - shortest <= max(shortest, PADDING_TOKENS)
+            and 4 * n_heads * longest * longest * n_texts <= ATTENTION_BYTES
+        )
+
+    while last + 1 < len(ordered) and fits(ordered[first], ordered[last + 1], last + 2 - first):
+        last += 1
+    while first > 0 and fits(ordered[first - 1], ordered[last], last + 2 - first):
+        first -= 1
+    return order[first : last + 1].tolist()  # type: ignore[no-any-return]  # numpy's own gap
+
+
+def _cut_packed(lengths: Lengths, max_tokens: float) -> list[int]:
+    chosen, n_tokens = [0], int(lengths[0])
+    for index, length in enumerate(lengths[1:].tolist(), 1):
+        # A text that is longer than all before it together would delay them more than it gains.
+        if length <= max_tokens - n_tokens and length <= max(n_tokens, MIN_BATCH_TOKENS // 2):
+            chosen.append(index)
+            n_tokens += length
+        elif n_tokens >= max_tokens:
+            break
+    return chosen
 
 
 def cut_by_count(max_items: int) -> Cut:
-    """Cut batches of the oldest items, whatever their length."""
-    return lambda lengths: list(range(min(len(lengths), max_items)))
+    """Cut batches of the most urgent items, whatever their length."""
+    return lambda lengths, _: range(min(len(lengths), max_items))
 
 
 class Work(Generic[I, A]):
@@ -67,53 +128,81 @@ class Work(Generic[I, A]):
 
     Attributes:
         job_id: the job.
+        items: in the caller's order.
+        deadline: Unix seconds; what is in no batch by then is dropped.
+        is_unwanted: says whether the job was cancelled.
+        due: Unix seconds; the job with the smallest goes first.
+        tokens: of the items that are in no batch yet, int64, shape (n_waiting,), longest first.
+        is_over: whether it was answered, or failed.
         batched_s: seconds that its first item waited for a batch; set when the answer is there.
         computed_s: seconds from the first batch that held one of its items to the end of the last.
     """
 
-    def __init__(self, job_id: str, items: Sequence[I], deadline: float | None) -> None:
-        self.job_id, self.items, self.deadline = job_id, items, deadline
+    def __init__(
+        self,
+        job_id: str,
+        items: Sequence[I],
+        deadline: float | None,
+        is_unwanted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.job_id, self.items, self.deadline, self.is_unwanted = job_id, items, deadline, is_unwanted
         self.batched_s = self.computed_s = 0.0
+        self.due = math.inf if deadline is None else deadline
+        tokens: Lengths = np.array([item.n_tokens for item in items], dtype=np.int64)
+        self._waiting = np.argsort(-tokens, kind="stable")
+        self.tokens = tokens[self._waiting]
+        self.is_over = False
         self._future: Future[list[A]] = Future()
         self._answers: dict[int, A] = {}
         self._submitted = time.perf_counter()
         self._started: float | None = None
         if not items:
-            self._future.set_result([])
+            self._end(result=[])
 
     def wait(self) -> list[A]:
         """Return the answers in the items' order.
 
         Raises:
             PenstockError: why one of the items has none.
+            HandBackError: they will not come from here.
         """
         return self._future.result()
 
-    @property
-    def is_over(self) -> bool:
-        """Whether it was answered, or failed."""
-        return self._future.done()
-
     def fail(self, error: BaseException) -> None:
-        """Answer with an error; what still waits of it is dropped."""
-        if not self.is_over:
-            self._future.set_exception(error)
+        """Answer with an error; what still waits of it is dropped. Any thread may call."""
+        self._end(error=error)
 
-    def start(self) -> None:
-        """Note that an item of it goes into a batch."""
+    def take(self, positions: NDArray[np.intp]) -> list[tuple["Work[I, A]", int]]:
+        """Take waiting items for a batch; positions are those in `tokens`."""
         if self._started is None:
             self._started = time.perf_counter()
             self.batched_s = self._started - self._submitted
+        taken = self._waiting[positions]
+        left = np.ones(len(self.tokens), dtype=bool)
+        left[positions] = False
+        self._waiting, self.tokens = self._waiting[left], self.tokens[left]
+        return [(self, index) for index in taken.tolist()]
 
     def settle(self, index: int, answer: A | PenstockError) -> None:
         """Take one item's answer, or the error that answers for all."""
         if isinstance(answer, PenstockError):
             return self.fail(answer)
         self._answers[index] = answer
-        if len(self._answers) == len(self.items) and not self.is_over:
+        if len(self._answers) == len(self.items):
             self.computed_s = time.perf_counter() - (self._started or self._submitted)
-            self._future.set_result([self._answers[i] for i in range(len(self.items))])
+            self._end(result=[self._answers[i] for i in range(len(self.items))])
         return None
+
+    def _end(self, *, result: list[A] | None = None, error: BaseException | None = None) -> None:
+        self.is_over = True
+        with suppress(InvalidStateError):  # whoever is first decides
+            if error is not None:
+                self._future.set_exception(error)
+            else:
+                self._future.set_result(result or [])
+
+
+Entry = tuple[Work[I, A], int]
 
 
 class Batcher(Generic[I, A]):
@@ -128,30 +217,42 @@ class Batcher(Generic[I, A]):
     def __init__(self, name: str, run: Run[I, A], cut: Cut) -> None:
         self.name = name
         self._run, self._cut = run, cut
-        self._waiting: deque[tuple[Work[I, A], int]] = deque()
-        self._running: list[tuple[Work[I, A], int]] = []
+        self._works: list[Work[I, A]] = []  # with waiting items, most urgent first
+        self._running: list[Entry[I, A]] = []
         self._changed = threading.Condition()
         self._busy_since: float | None = None
         self._death: BaseException | None = None
-        self._tokens_per_s: float | None = None
+        self._memory_tokens = math.inf  # what a batch may hold, as far as lacks of memory have told
+        self._done_tokens = self._done_s = 0.0
         self._thread = threading.Thread(target=self._live, name=f"model-{name}", daemon=True)
         self._thread.start()
 
-    def submit(self, job_id: str, items: Sequence[I], deadline: float | None) -> Work[I, A]:
+    def submit(
+        self,
+        job_id: str,
+        items: Sequence[I],
+        deadline: float | None,
+        *,
+        priority: Priority = Priority.DEFAULT,
+        is_unwanted: Callable[[], bool] = lambda: False,
+    ) -> Work[I, A]:
         """Queue a job's items.
 
         Args:
             job_id: for errors.
             items: may be empty.
             deadline: items that are not in a batch by then, in Unix seconds, are dropped.
+            priority: decides with the deadline, the age and the size who goes first.
+            is_unwanted: the job was cancelled; asked in the model thread before each batch.
         """
-        work: Work[I, A] = Work(job_id, items, deadline)
+        work: Work[I, A] = Work(job_id, items, deadline, is_unwanted)
+        computing_s = float(work.tokens.sum()) / (self.tokens_per_s or math.inf)
+        work.due = min(work.due, time.time() + PATIENCE_S[priority] + STRETCH * computing_s)
         with self._changed:
-            if self._death is not None:
-                work.fail(EngineError(self.name, "its model thread has ended"))
-                return work
-            self._waiting.extend((work, index) for index in range(len(items)))
-            self._changed.notify()
+            if items and self._death is None:
+                insort(self._works, work, key=lambda work: work.due)
+                self._changed.notify()
+        # After the thread's death it waits until the process ends, so that no further jobs are taken.
         return work
 
     def is_stalled(self, stall_s: float) -> bool:
@@ -162,7 +263,7 @@ class Batcher(Generic[I, A]):
     @property
     def tokens_per_s(self) -> float | None:
         """Tokens of items computed per second, recent batches weighing most; None before the first."""
-        return self._tokens_per_s
+        return self._done_tokens / self._done_s if self._done_s else None
 
     def _live(self) -> None:
         try:
@@ -173,45 +274,69 @@ class Batcher(Generic[I, A]):
                 self._busy_since = None
                 self._measure(batch, time.perf_counter() - started)
         except BaseException as death:
-            # Whatever ends this thread, nobody waits for answers that cannot come.
             logger.critical("model thread ended", extra={"model": self.name}, exc_info=True)
             with self._changed:
                 self._death = death
-                for work, _ in (*self._running, *self._waiting):
-                    work.fail(EngineError(self.name, "its model thread has ended"))
-                self._waiting.clear()
+                # Those of the batch may be why it died. They stay with this process, which ends now: their
+                # leases run out and are counted, and a job that ends every worker is given up in the end.
+                suspects = {id(work) for work, _ in self._running}
+                for work in self._works:
+                    if id(work) not in suspects:
+                        work.fail(HandBackError(f"the model thread of {self.name} has ended"))
+                self._works.clear()
 
-    def _take(self) -> list[tuple[Work[I, A], int]]:
-        while True:
-            with self._changed:
-                self._drop_late()
-                while not self._waiting:
-                    self._changed.wait()
-                    self._drop_late()
-                window = list(islice(self._waiting, WINDOW_ITEMS))
-                chosen = set(self._cut([work.items[index].n_tokens for work, index in window]))
-                for _ in window:
-                    self._waiting.popleft()
-                self._waiting.extendleft(
-                    entry for i, entry in reversed(list(enumerate(window))) if i not in chosen
-                )
-            return [entry for i, entry in enumerate(window) if i in chosen]
+    def _take(self) -> list[Entry[I, A]]:
+        with self._changed:
+            while True:
+                now = time.time()
+                self._drop(now)
+                if self._works:
+                    return self._next_batch(now)
+                self._changed.wait()
 
-    def _drop_late(self) -> None:
-        now = time.time()
-        for work, _ in self._waiting:
+    def _drop(self, now: float) -> None:
+        """Forget jobs that are late, cancelled, or have failed."""
+        for work in self._works:
             if work.deadline is not None and work.deadline < now:
                 work.fail(DeadlineExceededError(work.job_id, now - work.deadline))
-        if any(work.is_over for work, _ in self._waiting):
-            self._waiting = deque(entry for entry in self._waiting if not entry[0].is_over)
+            elif work.is_unwanted():
+                work.fail(JobCancelledError(work.job_id))
+        if any(work.is_over for work in self._works):
+            self._works = [work for work in self._works if not work.is_over]
 
-    def _compute(self, batch: list[tuple[Work[I, A], int]]) -> None:
+    def _next_batch(self, now: float) -> list[Entry[I, A]]:
+        parts: list[Lengths] = []
+        room = WINDOW_ITEMS
+        for work in self._works:
+            parts.append(work.tokens[:room])
+            room -= len(parts[-1])
+            if not room:
+                break
+        chosen = np.sort(self._cut(np.concatenate(parts), self._limit(now)))
+        ends = np.cumsum([len(part) for part in parts])
+        batch: list[Entry[I, A]] = []
+        start = low = 0
+        for work, end, high in zip(
+            self._works, ends.tolist(), np.searchsorted(chosen, ends).tolist(), strict=False
+        ):
+            if low < high:
+                batch += work.take(chosen[low:high] - start)
+            start, low = end, high
+        self._works = [work for work in self._works if len(work.tokens)]
+        return batch
+
+    def _limit(self, now: float) -> float:
+        """Return how many tokens the next batch may have for the sake of memory, and of who waits."""
+        if len(self._works) < 2 or not self.tokens_per_s:
+            return self._memory_tokens
+        seconds = min(SHARED_BATCH_S, (self._works[0].deadline or math.inf) - now)
+        return min(self._memory_tokens, max(MIN_BATCH_TOKENS, seconds * self.tokens_per_s))
+
+    def _compute(self, batch: list[Entry[I, A]]) -> None:
         """Compute a batch; one that fails is halved until the item that fails is alone."""
         batch = [entry for entry in batch if not entry[0].is_over]
         if not batch:
             return
-        for work, _ in batch:
-            work.start()
         left = dict(enumerate(batch))
         try:
             for done in self._run([work.items[index] for work, index in batch]):
@@ -225,6 +350,8 @@ class Batcher(Generic[I, A]):
                 for work, _ in rest:
                     work.fail(self._explain(error))
                 return
+            if isinstance(error, OutOfMemoryError | MemoryError):
+                self._memory_tokens = min(self._memory_tokens, _count(batch) / 2)
             logger.warning(
                 "batch failed and is halved", extra={"model": self.name, "n_items": len(rest)}, exc_info=True
             )
@@ -240,7 +367,14 @@ class Batcher(Generic[I, A]):
         logger.error("item failed", extra={"model": self.name}, exc_info=error)
         return EngineError(self.name, f"{type(error).__name__} in its forward pass")
 
-    def _measure(self, batch: list[tuple[Work[I, A], int]], seconds: float) -> None:
-        speed = sum(work.items[index].n_tokens for work, index in batch) / max(seconds, 1e-9)
-        previous = self._tokens_per_s
-        self._tokens_per_s = speed if previous is None else 0.9 * previous + 0.1 * speed
+    def _measure(self, batch: list[Entry[I, A]], seconds: float) -> None:
+        n_tokens = _count(batch)
+        # Sums, not a mean of speeds: many single short texts say little about a full batch.
+        self._done_tokens = _DECAY * self._done_tokens + n_tokens
+        self._done_s = _DECAY * self._done_s + max(seconds, 1e-9)
+        if n_tokens > self._memory_tokens / 2:
+            self._memory_tokens *= _RECOVERY
+
+
+def _count(batch: Sequence[Entry[I, A]]) -> int:
+    return sum(work.items[index].n_tokens for work, index in batch)

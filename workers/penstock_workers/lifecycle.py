@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 EXIT_CONFIG: Final = os.EX_CONFIG
 """78: starting again changes nothing, and `penstock up` does not."""
 
+HAND_BACK_S: Final = 1.0
+"""How long the jobs that a dead model thread did not touch have for their way back to the queue."""
+
 
 def choose_models(queues: Iterable[str], settings: Settings) -> tuple[PoolName, list[str]]:
     """Return the pool and the models of the queues that a worker was started for.
@@ -205,6 +208,7 @@ class Heartbeat(threading.Thread):
         except (redis.RedisError, OSError):
             logger.warning("registry out of reach")
         logger.critical("a model thread hangs or has died; this process ends, others take its jobs over")
+        self._stopping.wait(HAND_BACK_S)
         logging.shutdown()
         os._exit(os.EX_SOFTWARE)
 

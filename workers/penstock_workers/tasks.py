@@ -2,25 +2,41 @@
 
 import time
 from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from celery import Celery
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject
 
 from penstock.codec import MAX_RESULT_BYTES, TASK_NAMES, decode_request
 from penstock.errors import DeadlineExceededError, PenstockError, ResultTooLargeError
-from penstock.request import EmbedRequest, GenerateRequest, Request
+from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
 from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
-from penstock_workers.batching import HasTokens, Work
+from penstock_workers.batching import HandBackError, HasTokens, Work
 from penstock_workers.serving import ServedEmbedder, ServedGenerator, Serving
 
 HEADER_BYTES: Final = 1 << 16  # room for all of a result that is not its array
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """A job as its message came.
+
+    Attributes:
+        job_id: the job.
+        priority: of its message; senders that are not ours may give any, or none.
+        is_unwanted: says whether nobody waits for its answer any more.
+    """
+
+    job_id: str
+    priority: Priority
+    is_unwanted: Callable[[], bool]
+
+
 def register_tasks(app: Celery, serving: Serving, cancelled: Container[str]) -> None:
     """Give the app its tasks; they find their models in `serving`, and pass by jobs that were cancelled."""
 
-    def add(kind: type[Request], answer: Callable[[str, Any, Serving], Result]) -> None:
+    def add(kind: type[Request], answer: Callable[[Delivery, Any, Serving], Result]) -> None:
         @app.task(  # type: ignore[untyped-decorator]  # Celery has no types
             name=TASK_NAMES[kind],
             bind=True,
@@ -30,14 +46,21 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str]) -> 
             Request="penstock_workers.consumer:Request",
         )
         def task(self: Any, *args: object, **kwargs: object) -> Result:
+            job_id = self.request.id
             # Celery acknowledges it, and stores nothing.
-            if self.request.id in cancelled or _is_answered(self):
+            if job_id in cancelled or _is_answered(self):
                 raise Ignore
             request = decode_request(self.name, args, kwargs)
             late_s = time.time() - request.deadline if request.deadline else 0.0
             if late_s > 0:
-                raise DeadlineExceededError(self.request.id, late_s)
-            return answer(self.request.id, request, serving)
+                raise DeadlineExceededError(job_id, late_s)
+            delivery = Delivery(
+                job_id=job_id, priority=_priority(self), is_unwanted=lambda: job_id in cancelled
+            )
+            try:
+                return answer(delivery, request, serving)
+            except HandBackError as error:
+                raise Reject(str(error), requeue=True) from None
 
     add(EmbedRequest, embed)
     add(GenerateRequest, generate)
@@ -49,8 +72,17 @@ def _is_answered(task: Any) -> bool:
     return bool(is_redelivered) and task.backend.is_ended(task.request.id)
 
 
-def embed(job_id: str, request: EmbedRequest, serving: Serving) -> EmbedResult:
-    """Embed a request's texts, in batches with those of other jobs."""
+def _priority(task: Any) -> Priority:
+    number = (task.request.delivery_info or {}).get("priority")
+    return next((known for known in Priority if known == number), Priority.DEFAULT)
+
+
+def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedResult:
+    """Embed a request's texts, in batches with those of other jobs.
+
+    Raises:
+        HandBackError: the model will not answer any more.
+    """
     arrived, clock = time.time(), time.perf_counter()
     served = serving.find(request.model, ServedEmbedder)
     n_bytes = len(request.texts) * (request.truncate_dim or served.engine.dim) * 4
@@ -58,7 +90,13 @@ def embed(job_id: str, request: EmbedRequest, serving: Serving) -> EmbedResult:
         raise ResultTooLargeError(n_bytes, MAX_RESULT_BYTES - HEADER_BYTES)
     texts = served.engine.prepare(request)
     prepared_s = time.perf_counter() - clock
-    work = served.batcher.submit(job_id, texts, request.deadline)
+    work = served.batcher.submit(
+        delivery.job_id,
+        texts,
+        request.deadline,
+        priority=delivery.priority,
+        is_unwanted=delivery.is_unwanted,
+    )
     vectors = served.engine.finish(request, work.wait())
     return EmbedResult(
         model=request.model,
@@ -68,13 +106,15 @@ def embed(job_id: str, request: EmbedRequest, serving: Serving) -> EmbedResult:
     )
 
 
-def generate(job_id: str, request: GenerateRequest, serving: Serving) -> GenerateResult:
+def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> GenerateResult:
     """Answer a request, in a batch with those of other jobs."""
     arrived, clock = time.time(), time.perf_counter()
     served = serving.find(request.model, ServedGenerator)
     prompt = served.engine.prepare(request)
     prepared_s = time.perf_counter() - clock
-    work = served.batcher.submit(job_id, [prompt], request.deadline)
+    work = served.batcher.submit(
+        delivery.job_id, [prompt], request.deadline, is_unwanted=delivery.is_unwanted
+    )
     (answer,) = work.wait()
     return GenerateResult(
         model=request.model,
