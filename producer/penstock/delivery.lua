@@ -254,7 +254,9 @@ local function claim(name, list, n_deliveries, message)
   for _, field in ipairs({list, name, n_deliveries, message}) do reply[#reply + 1] = field end
 end
 
-for _, name in ipairs(redis.call('ZRANGEBYSCORE', INDEX, '-inf', time, 'LIMIT', 0, tonumber(ARGV[3]))) do
+local names = redis.call('ZRANGEBYSCORE', INDEX, '-inf', time, 'LIMIT', 0, tonumber(ARGV[3]))
+for i = #names, 1, -1 do -- whose lease ran out first is the next one in its list
+  local name = names[i]
   local message, holder = redis.call('HGET', UNACKED, name), redis.call('HGET', LEASES, name)
   if not message then
     drop(name)
