@@ -47,6 +47,7 @@ class ModelInfo:
         max_texts: texts in one job.
         deadline_s: deadline of jobs that name none, seconds after they were sent.
         dtype: number format that it computes in.
+        batching: how requests to a generation model share forward passes; empty for others.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ModelInfo:
     max_texts: int
     deadline_s: float | None
     dtype: str
+    batching: str = ""
 
     def to_json(self) -> str:
         """Return the registry's form."""

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, TypeVar
 from penstock.errors import UnknownModelError, WrongTaskError
 from penstock.registry import ModelInfo
 from penstock.settings import ModelSettings
-from penstock_workers.batching import Batcher, cut_by_count, cut_by_tokens
+from penstock_workers.batching import Batcher, cut_by_tokens
+from penstock_workers.scheduling import Scheduler
 
 if TYPE_CHECKING:  # torch loads with the first model, not with the app
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
+    from penstock_workers.engines.decoding import Row
     from penstock_workers.engines.embedding import Embedder, Encoded
     from penstock_workers.engines.generation import Answer, Generator, Prompt
 
@@ -29,11 +31,11 @@ class ServedEmbedder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedGenerator:
-    """A generation model and the batches it is fed."""
+    """A generation model and the batch that its jobs join and leave."""
 
     info: ModelInfo
     engine: "Generator"
-    batcher: "Batcher[Prompt, Answer]"
+    batcher: "Scheduler[Prompt, Row[Answer], Answer]"
 
 
 Served = ServedEmbedder | ServedGenerator
@@ -92,9 +94,9 @@ def load_model(name: str, model: ModelSettings, device: "torch.device") -> Serve
 
     generator = Generator.load(name, model, device)
     return ServedGenerator(
-        info=_describe(name, model, None, generator.context_window, generator.dtype),
+        info=_describe(name, model, None, generator.context_window, generator.dtype, str(generator.sharing)),
         engine=generator,
-        batcher=Batcher(name, generator.generate, cut_by_count(model.max_batch_size)),
+        batcher=Scheduler(name, generator.decoding(max_rows=model.max_batch_size), generator.row),
     )
 
 
@@ -105,7 +107,7 @@ def _batch_tokens(device: "torch.device") -> int:
 
 
 def _describe(
-    name: str, model: ModelSettings, dim: int | None, max_tokens: int | None, dtype: str
+    name: str, model: ModelSettings, dim: int | None, max_tokens: int | None, dtype: str, batching: str = ""
 ) -> ModelInfo:
     return ModelInfo(
         name=name,
@@ -116,4 +118,5 @@ def _describe(
         max_texts=model.max_texts,
         deadline_s=model.deadline_s,
         dtype=dtype,
+        batching=batching,
     )
