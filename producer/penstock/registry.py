@@ -47,8 +47,8 @@ class ModelInfo:
         max_texts: texts in one job.
         deadline_s: deadline of jobs that name none, seconds after they were sent.
         dtype: number format that it computes in.
-        batching: whether texts of a batch are `packed` end to end or `padded` to the longest; None for a
-            generation model.
+        batching: how texts or requests share forward passes, as the engine calls it: `packed` end to end or
+            `padded` to the longest; for generation see `engines.causal_lm.Sharing`.
     """
 
     name: str
@@ -59,7 +59,7 @@ class ModelInfo:
     max_texts: int
     deadline_s: float | None
     dtype: str
-    batching: Literal["packed", "padded"] | None = None
+    batching: str = ""
 
     def to_json(self) -> str:
         """Return the registry's form."""

@@ -66,8 +66,10 @@ class GenerationOptions(BaseModel):
         top_p: keep the likeliest tokens whose probabilities reach this sum.
         min_p: drop tokens below this share of the likeliest one's probability.
         repetition_penalty: 1 is none; Keskar et al. 2019, arXiv:1909.05858, section 4.1.
+        presence_penalty: taken from the logits of tokens that the answer already has; 0 is none.
         seed: makes sampling repeatable, alone and in company.
         stop: the answer ends before the first of these; at most 16, at most 256 characters each.
+        stop_token_ids: tokens that end the answer, besides the model's own; at most 64.
         truncation: what to do with a prompt that leaves no room for the answer.
     """
 
@@ -80,13 +82,17 @@ class GenerationOptions(BaseModel):
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] | None = Field(
         default=None, max_length=16
     )
+    stop_token_ids: tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...] | None = Field(
+        default=None, max_length=64
+    )
     truncation: Truncation | None = None
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", "stop_token_ids", mode="before")
     @classmethod
     def _take_lists(cls, value: object) -> object:
         # JSON and TOML have lists; one string is what OpenAI's clients send.

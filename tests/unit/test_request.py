@@ -54,10 +54,14 @@ ACCEPTED: list[tuple[str, object]] = [
     ("min_p", 1.0),
     ("repetition_penalty", 1e-9),
     ("repetition_penalty", 10.0),
+    ("presence_penalty", -2.0),
+    ("presence_penalty", 2.0),
     ("seed", 0),
     ("seed", (1 << 63) - 1),
     ("stop", []),
     ("stop", ["x" * 256] * 16),
+    ("stop_token_ids", [0, 5]),
+    ("stop_token_ids", [(1 << 31) - 1] * 64),
     ("truncation", "error"),
     ("truncation", "oldest_turns"),
 ]
@@ -86,6 +90,8 @@ REFUSED: list[tuple[str, object, str]] = [
     ("min_p", 1.01, "is 1.01; input should be less than or equal to 1"),
     ("repetition_penalty", 0, "is 0; input should be greater than 0"),
     ("repetition_penalty", 10.5, "is 10.5; input should be less than or equal to 10"),
+    ("presence_penalty", -2.5, "is -2.5; input should be greater than or equal to -2"),
+    ("presence_penalty", 2.5, "is 2.5; input should be less than or equal to 2"),
     ("seed", -1, "is -1; input should be greater than or equal to 0"),
     ("seed", 1 << 63, "is 9223372036854775808; input should be less than 9223372036854775808"),
     ("seed", False, "is False; input should be a valid integer"),
@@ -94,6 +100,9 @@ REFUSED: list[tuple[str, object, str]] = [
     ("stop", "", "stop.0 is ''; string should have at least 1 character"),
     ("stop", ["a", 5], "stop.1 is 5; input should be a valid string"),
     ("stop", 5, "is 5; input should be a valid tuple"),
+    ("stop_token_ids", [-1], "stop_token_ids.0 is -1; input should be greater than or equal to 0"),
+    ("stop_token_ids", ["a"], "stop_token_ids.0 is 'a'; input should be a valid integer"),
+    ("stop_token_ids", [1] * 65, "tuple should have at most 64 items"),
     ("truncation", "newest", "is 'newest'; input should be 'error' or 'oldest_turns'"),
     ("truncation", 1, "is 1; input should be 'error' or 'oldest_turns'"),
 ]
@@ -104,7 +113,7 @@ def test_options_inside_their_range_are_accepted(option: str, value: object) -> 
     """Both ends of each documented range are usable."""
     given = getattr(generate(**{option: value}), option)
 
-    assert (list(given) if option == "stop" else given) == value
+    assert (list(given) if isinstance(given, tuple) else given) == value
 
 
 @pytest.mark.parametrize(("option", "value", "text"), REFUSED)

@@ -172,11 +172,20 @@ class Work(Generic[I, A]):
         """Answer with an error; what still waits of it is dropped. Any thread may call."""
         self._end(error=error)
 
-    def take(self, positions: NDArray[np.intp]) -> list[tuple["Work[I, A]", int]]:
-        """Take waiting items for a batch; positions are those in `tokens`."""
+    @property
+    def is_started(self) -> bool:
+        """Whether the model has seen any item of it."""
+        return self._started is not None
+
+    def start(self) -> None:
+        """Note that an item of it goes into a batch."""
         if self._started is None:
             self._started = time.perf_counter()
             self.batched_s = self._started - self._submitted
+
+    def take(self, positions: NDArray[np.intp]) -> list[tuple["Work[I, A]", int]]:
+        """Take waiting items for a batch; positions are those in `tokens`."""
+        self.start()
         taken = self._waiting[positions]
         left = np.ones(len(self.tokens), dtype=bool)
         left[positions] = False
@@ -277,11 +286,10 @@ class Batcher(Generic[I, A]):
             logger.critical("model thread ended", extra={"model": self.name}, exc_info=True)
             with self._changed:
                 self._death = death
-                # Those of the batch may be why it died. They stay with this process, which ends now: their
-                # leases run out and are counted, and a job that ends every worker is given up in the end.
-                suspects = {id(work) for work, _ in self._running}
+                # What it has seen may be why it died, and stays with this process, which ends now: its lease
+                # runs out and is counted, and a job that ends every worker is given up in the end.
                 for work in self._works:
-                    if id(work) not in suspects:
+                    if not work.is_started:
                         work.fail(HandBackError(f"the model thread of {self.name} has ended"))
                 self._works.clear()
 

@@ -1,19 +1,21 @@
 """What one worker process serves: an engine and a batcher for each of its models."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from penstock.errors import UnknownModelError, WrongTaskError
 from penstock.registry import ModelInfo
 from penstock.settings import ModelSettings
-from penstock_workers.batching import Batcher, cut_by_count, cut_by_tokens
+from penstock_workers.batching import Batcher, cut_by_tokens
+from penstock_workers.scheduling import Scheduler
 
 if TYPE_CHECKING:  # torch loads with the first model, not with the app
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
+    from penstock_workers.engines.decoding import Row
     from penstock_workers.engines.embedding import Embedder, Encoded
     from penstock_workers.engines.generation import Answer, Generator, Prompt
 
@@ -29,11 +31,11 @@ class ServedEmbedder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedGenerator:
-    """A generation model and the batches it is fed."""
+    """A generation model and the batch that its jobs join and leave."""
 
     info: ModelInfo
     engine: "Generator"
-    batcher: "Batcher[Prompt, Answer]"
+    batcher: "Scheduler[Prompt, Row[Answer], Answer]"
 
 
 Served = ServedEmbedder | ServedGenerator
@@ -82,10 +84,7 @@ def load_model(name: str, model: ModelSettings, device: "torch.device") -> Serve
 
         embedder = Embedder.load(name, model, device)
         return ServedEmbedder(
-            info=replace(
-                _describe(name, model, embedder.dim, embedder.max_tokens, embedder.dtype),
-                batching=embedder.batching,
-            ),
+            info=_describe(name, model, embedder.dim, embedder.max_tokens, embedder.dtype, embedder.batching),
             engine=embedder,
             batcher=Batcher(
                 name,
@@ -102,9 +101,9 @@ def load_model(name: str, model: ModelSettings, device: "torch.device") -> Serve
 
     generator = Generator.load(name, model, device)
     return ServedGenerator(
-        info=_describe(name, model, None, generator.context_window, generator.dtype),
+        info=_describe(name, model, None, generator.context_window, generator.dtype, str(generator.sharing)),
         engine=generator,
-        batcher=Batcher(name, generator.generate, cut_by_count(model.max_batch_size)),
+        batcher=Scheduler(name, generator.decoding(max_rows=model.max_batch_size), generator.row),
     )
 
 
@@ -118,7 +117,7 @@ def _batch_tokens(device: "torch.device", *, is_padded: bool) -> int:
 
 
 def _describe(
-    name: str, model: ModelSettings, dim: int | None, max_tokens: int | None, dtype: str
+    name: str, model: ModelSettings, dim: int | None, max_tokens: int | None, dtype: str, batching: str
 ) -> ModelInfo:
     return ModelInfo(
         name=name,
@@ -129,4 +128,5 @@ def _describe(
         max_texts=model.max_texts,
         deadline_s=model.deadline_s,
         dtype=dtype,
+        batching=batching,
     )

@@ -1,7 +1,9 @@
 """A causal language model: its files, and rows of tokens that share its forward passes."""
 
 import inspect
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -17,7 +19,10 @@ from transformers import (
 
 from penstock.errors import ModelLoadError
 from penstock.settings import ModelSettings
+from penstock_workers.engines.cache import RowCache, order_without
 from penstock_workers.engines.device import has_fast_bfloat16, torch_dtype
+
+logger = logging.getLogger(__name__)
 
 _UNBOUNDED_TOKENS = 2048  # what Bloom and Mamba were trained on; such models name no limit
 _MANY_PARAMETERS = 500_000_000
@@ -73,49 +78,166 @@ def context_window(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return min(sane, default=_UNBOUNDED_TOKENS)
 
 
-class Batch:
-    """Rows that share forward passes: inputs padded on the left, keys and values in one cache."""
+class Sharing(StrEnum):
+    """How requests to a model can share forward passes, best first."""
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
-        width = max(map(len, prompts))
-        padded = [[0] * (width - len(ids)) + list(ids) for ids in prompts]
-        real = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+    CONTINUOUS = "continuous"
+    """They join and leave between any two, long prompts in chunks."""
+    WHOLE_PROMPTS = "continuous, prompts whole"
+    """They join and leave, but a prompt is one forward pass."""
+    STATIC = "static"
+    """They begin together; only leaving is possible."""
+    ALONE = "one at a time"
+    """A neighbour would change the answer."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether requests join others that are under way."""
+        return self in (Sharing.CONTINUOUS, Sharing.WHOLE_PROMPTS)
+
+
+@torch.inference_mode()
+def find_sharing(model: PreTrainedModel) -> tuple[Sharing | None, int]:
+    """Find out how requests to this model can share forward passes.
+
+    That cannot be read off a model's class: position ids may be ignored, there may be no cache of keys and
+    values, or states beside it. So it is tried: a row's logits must not depend on its neighbours, on when
+    they came and went, nor on being computed token by token.
+
+    Returns:
+        None if they cannot; and what a token of a row takes in the cache, bytes, 0 where that is not known.
+    """
+    for sharing in Sharing:
+        try:
+            is_same, bytes_per_token = _try_out(model, sharing)
+        except Exception:  # whatever a foreign model does with a cache of ours
+            logger.debug("cannot share as %s", sharing, exc_info=True)
+            continue
+        if is_same:
+            return sharing, bytes_per_token
+    return None, 0
+
+
+def _try_out(model: PreTrainedModel, sharing: Sharing) -> tuple[bool, int]:
+    texts = [[3, 1, 2, 2, 3], [2, 3, 1, 1, 3, 2, 2, 1, 3], [1]]
+    joins = sharing.joins
+    batch = Batch(model, joins=joins)
+    if joins:
+        for part in [texts[0][:2], texts[0][2:]] if sharing is Sharing.CONTINUOUS else texts[:1]:
+            batch.extend([part])
+        batch.extend([[1]])
+        texts[0] = [*texts[0], 1]
+        newcomers = Batch(model, joins=True)
+        newcomers.extend(texts[1:])
+        batch.join(newcomers)
+        if sharing is Sharing.CONTINUOUS and batch.has_states:
+            # Some go on from a state as if it were empty; where weights make little of it, no trial tells.
+            return False, 0
+    else:
+        texts = texts[:1] if sharing is Sharing.ALONE else texts
+        batch.extend(texts)
+    batch.extend([[row + 1] for row in range(len(texts))])
+    order = batch.drop([1] if len(texts) > 1 else [])
+    shared = batch.extend([[2] for _ in order])
+    for place, row in enumerate(order):
+        ids = torch.tensor([[*texts[row], row + 1, 2]], device=model.device)
+        alone = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        # Far above what rounding does, far below what a wrong position does.
+        tolerance = 0.01 if model.dtype == torch.float32 else 0.3
+        if not (shared[place] - alone).abs().max() <= tolerance * alone.std():
+            return False, 0
+    return True, batch.bytes_per_token
+
+
+class Batch:
+    """Rows that share forward passes: inputs padded on the left, keys and values in one cache.
+
+    Args:
+        model: ready for inference.
+        joins: whether other batches are going to join it; takes a cache of ours, which not every model can.
+
+    Attributes:
+        lengths: tokens that each row has in the cache.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, joins: bool) -> None:
+        config = model.config.get_text_config(decoder=True)
+        self.lengths: list[int] = []
         self._model = model
-        self._ids = torch.tensor(padded, device=model.device)  # (batch, n_tokens)
-        self._mask = torch.tensor(real, device=model.device)  # (batch, n_tokens so far)
-        # Positions count a row's own tokens, so that padding does not move it.
-        self._positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
-        self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self._cache = RowCache(config) if joins else DynamicCache(config=config)
+        self._width = 0
         self._known = set(inspect.signature(model.forward).parameters)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """What one more token of a row takes in the cache, bytes."""
+        return self._cache.bytes_per_token if isinstance(self._cache, RowCache) else 0
+
+    @property
+    def has_states(self) -> bool:
+        """Whether layers keep a state that every token changes, besides or instead of keys and values."""
+        return any(self._cache.is_linear)
+
+    @property
+    def n_bytes(self) -> int:
+        """What the cache has allocated, bytes; 0 where it is not ours."""
+        return self._cache.n_bytes if isinstance(self._cache, RowCache) else 0
+
     @torch.inference_mode()
-    def forward(self) -> Tensor:
-        """Return the logits of each row's next token; float32 on the CPU, shape (batch, vocab)."""
+    def extend(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Run each row's next tokens.
+
+        Args:
+            ids: for each row; of different length only where the batch has no rows yet.
+
+        Returns:
+            Logits of the token after them; float32, shape (n_rows, vocab), on the model's device.
+        """
+        is_first, device = not self._width, self._model.device
+        n_new = max(map(len, ids))
+        lengths = [n + len(row) for n, row in zip(self.lengths or [0] * len(ids), ids, strict=True)]
+        width = self._width + n_new
+        padded = torch.tensor([[0] * (n_new - len(row)) + list(row) for row in ids], device=device)
+        # A row's own tokens are the last columns; its positions count them, so that padding moves nothing.
+        begin = width - torch.tensor(lengths, device=device)[:, None]
+        columns = torch.arange(width, device=device)
         # Each model takes some of these: one with ALiBi no positions, a state-space one `cache_params`.
         # The latter has no keys to mask after its prompt, and would mask the new tokens instead.
-        is_prompt = self._ids.shape == self._mask.shape
+        masks = is_first or "cache_params" not in self._known
         inputs: dict[str, Any] = {
-            "attention_mask": None if "cache_params" in self._known and not is_prompt else self._mask,
-            "position_ids": self._positions,
+            "attention_mask": (columns >= begin).long() if masks else None,
+            "position_ids": (columns[-n_new:] - begin).clamp(min=0),
             "past_key_values": self._cache,
             "cache_params": self._cache,
             "logits_to_keep": 1,
         }
         inputs = {name: value for name, value in inputs.items() if name in self._known}
-        out = self._model(input_ids=self._ids, use_cache=True, **inputs)
-        logits: Tensor = out.logits[:, -1].float().cpu()
+        if isinstance(self._cache, RowCache):
+            self._cache.open(len(ids), n_new)
+        logits: Tensor = self._model(input_ids=padded, use_cache=True, **inputs).logits[:, -1].float()
+        if isinstance(self._cache, RowCache):
+            self._cache.advance(n_new)
+        self.lengths, self._width = lengths, width
         return logits
 
-    def append(self, tokens: list[int]) -> None:
-        """Give each row its newest token, the input of the next step."""
-        self._ids = torch.tensor(tokens, device=self._ids.device)[:, None]
-        self._mask = torch.cat([self._mask, torch.ones_like(self._ids)], dim=-1)
-        self._positions = self._positions[:, -1:] + 1
+    @torch.inference_mode()
+    def join(self, other: "Batch") -> None:
+        """Take over the rows of another batch, behind our own; it is not to be used again."""
+        assert isinstance(self._cache, RowCache)
+        assert isinstance(other._cache, RowCache)
+        self._cache.join(other._cache)
+        self.lengths += other.lengths
+        self._width = max(self._width, other._width)
 
     @torch.inference_mode()
-    def keep(self, places: list[int]) -> None:
-        """Drop all rows but these."""
-        chosen = torch.tensor(places, dtype=torch.long, device=self._ids.device)
-        self._mask, self._positions = self._mask[chosen], self._positions[chosen]
-        # Not `batch_select_indices`: layers with a recurrent state have none, and all can be reordered.
-        self._cache.reorder_cache(chosen)  # type: ignore[arg-type]  # annotated with the legacy LongTensor
+    def drop(self, gone: Collection[int]) -> list[int]:
+        """Drop rows, not all of them; return which row is now at which place."""
+        order = order_without(len(self.lengths), gone)
+        self.lengths = [self.lengths[row] for row in order]
+        if isinstance(self._cache, RowCache):
+            self._width = max(self.lengths)
+            self._cache.move(order, self._width)
+        else:
+            # Not `batch_select_indices`: layers with a recurrent state have none, and all can be reordered.
+            self._cache.reorder_cache(torch.tensor(order, device=self._model.device))  # type: ignore[arg-type]  # annotated with the legacy LongTensor
+        return order

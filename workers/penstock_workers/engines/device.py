@@ -1,5 +1,6 @@
 """Which hardware a pool runs on, and in which number format."""
 
+import os
 import platform
 from pathlib import Path
 from typing import Literal
@@ -52,3 +53,33 @@ def torch_dtype(name: Dtype) -> torch.dtype:
     """Return torch's dtype of that name; `auto` is float32 until an engine finds better."""
     formats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     return formats.get(name, torch.float32)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory of a device is free for this process now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    free = [_meminfo_bytes()]
+    # A container's limit, in either version of control groups; a limit that is none is huge or "max".
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free.append(int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return max(0, min(free))
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def _meminfo_bytes() -> int:
+    info = Path("/proc/meminfo")
+    if info.exists():
+        line = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

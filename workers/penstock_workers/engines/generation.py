@@ -1,33 +1,38 @@
-"""Text from a causal language model: what a request becomes, and the loop that answers many at a time."""
+"""Text from a causal language model: what a request becomes, and what its tokens become."""
 
 import bisect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from penstock.errors import (
-    EngineError,
     InputTooLongError,
     InvalidOptionError,
     InvalidTextError,
     ModelLoadError,
-    OutOfMemoryError,
+    PenstockError,
 )
 from penstock.request import GenerateRequest, GenerationOptions, Message
 from penstock.result import FinishReason
 from penstock.settings import ModelSettings
-from penstock_workers.engines.causal_lm import Batch, context_window, load_causal_lm
+from penstock_workers.engines.causal_lm import context_window, find_sharing, load_causal_lm
 from penstock_workers.engines.chat import Chat
-from penstock_workers.engines.sampling import Sampling, draw, own_options, penalize
+from penstock_workers.engines.decoding import Decoding, Row
+from penstock_workers.engines.device import free_bytes
+from penstock_workers.engines.sampling import Sampling, Trail, own_options
 from penstock_workers.engines.source import explain_failure, resolve_source
+from penstock_workers.engines.wording import Wording
+
+logger = logging.getLogger(__name__)
 
 _DEFAULTS = GenerationOptions(max_new_tokens=256, stop=(), truncation="error")
 _LEAST_ROOM_TOKENS = 64
+_MEMORY_SHARE = 4  # of the memory that is free: other models and processes want some too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +44,14 @@ class Prompt:
         sampling: how tokens are drawn.
         max_new_tokens: fits into the context window together with `ids`.
         stop: strings that end the answer.
+        stop_token_ids: tokens that do, besides the model's own.
     """
 
     ids: tuple[int, ...]
     sampling: Sampling
     max_new_tokens: int
     stop: tuple[str, ...]
+    stop_token_ids: frozenset[int] = frozenset()
 
     @property
     def n_tokens(self) -> int:
@@ -74,6 +81,7 @@ class Generator:
         name: the name it is served under.
         context_window: prompt and answer together, tokens.
         dtype: number format of the weights.
+        sharing: how its requests share forward passes.
     """
 
     def __init__(
@@ -91,6 +99,11 @@ class Generator:
         self._n_vocab = model.config.get_text_config(decoder=True).vocab_size
         self._end_ids = _end_ids(model, tokenizer)
         self._hidden_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        sharing, self._bytes_per_token = find_sharing(model)
+        if sharing is None:
+            raise ModelLoadError(name, "its logits in a batch differ from those of a text alone")
+        self.sharing = sharing
+        logger.info("model %s answers requests in batches: %s", name, sharing)
 
     @classmethod
     def load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:
@@ -103,13 +116,11 @@ class Generator:
         source = resolve_source(name, model)
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # has no annotations
         try:
-            generator = cls(name, *load_causal_lm(name, source, model, device), model.generation)
-            generator._try_out()
+            return cls(name, *load_causal_lm(name, source, model, device), model.generation)
         except ModelLoadError:
             raise
         except Exception as error:
             raise explain_failure(name, error) from error
-        return generator
 
     def prepare(self, request: GenerateRequest) -> Prompt:
         """Turn a request into tokens; safe to call from many threads.
@@ -139,41 +150,58 @@ class Generator:
             sampling=Sampling.resolve(options),
             max_new_tokens=min(wanted, window - len(ids)),
             stop=(*(options.stop or ()), *self._chat.stop),
+            stop_token_ids=frozenset(options.stop_token_ids or ()),
         )
 
-    def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | EngineError] | None]:
-        """Answer all prompts together, one token each per step; for one thread only.
+    def decoding(self, *, max_rows: int, budget_tokens: int | None = None) -> Decoding[Answer]:
+        """Return an empty batch for `row`s.
 
-        Whoever is finished leaves the batch: nobody waits for the longest answer. Closing the
-        iterator gives the others up.
+        Args:
+            max_rows: requests that are answered at a time.
+            budget_tokens: bound of what the cache may allocate; None takes it from the memory that is free.
+        """
+        if budget_tokens is None:
+            share = free_bytes(self._model.device) // _MEMORY_SHARE
+            budget_tokens = share // self._bytes_per_token if self._bytes_per_token else 1 << 62
+        return Decoding(self.name, self._model, self.sharing, max_rows=max_rows, budget_tokens=budget_tokens)
+
+    def row(
+        self,
+        prompt: Prompt,
+        *,
+        is_over: Callable[[], bool] = lambda: False,
+        on_start: Callable[[], None] = lambda: None,
+        on_piece: Callable[[str], None] | None = None,
+    ) -> Row[Answer]:
+        """Return a prompt's row for a batch.
+
+        Args:
+            prompt: from `prepare`.
+            is_over: asked between steps; once true, the row has left by the next one.
+            on_start: called when its first forward pass begins.
+            on_piece: called with each new piece of text, whole characters, no part of a stop string. The
+                pieces are the answer's text.
+        """
+        answering = _Answering(self, prompt, on_piece)
+        return Row(
+            answering.trail, prompt.max_new_tokens, take=answering.take, is_over=is_over, on_start=on_start
+        )
+
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer | PenstockError] | None]:
+        """Answer prompts that are all there at once; closing the iterator gives the rest up.
 
         Yields:
-            Index into `prompts` with its answer or its error, the moment it is known; None after each
-            step, as a sign of life.
-
-        Raises:
-            OutOfMemoryError: the batch did not fit; what was not yielded can be tried in smaller ones.
-            EngineError: the model failed, for all that was not yielded.
+            Index into `prompts` with its answer or its error, the moment it is known; None after each step.
         """
-        rows = [_Row(index=index, prompt=prompt) for index, prompt in enumerate(prompts)]
-        batch = Batch(self._model, [prompt.ids for prompt in prompts]) if rows else None
-        while batch is not None:
-            logits = self._step(batch, rows)
+        decoding = self.decoding(max_rows=max(1, len(prompts)))
+        places = {}
+        for index, prompt in enumerate(prompts):
+            decoding.add(row := self.row(prompt))
+            places[row] = index
+        while not decoding.is_idle:
+            for row, outcome in decoding.step():
+                yield places[row], outcome
             yield None
-            kept, tokens = [], []
-            for place, token in enumerate(_choose(logits, rows)):
-                outcome = self._settle(rows[place], token)
-                if outcome is not None:
-                    yield rows[place].index, outcome
-                elif token is not None:
-                    kept.append(place)
-                    tokens.append(token)
-            if not kept:
-                return
-            if len(kept) < len(rows):
-                batch.keep(kept)
-                rows = [rows[place] for place in kept]
-            batch.append(tokens)
 
     def _fit(self, turns: list[Message], limit: int, options: GenerationOptions) -> list[int]:
         """Return at most `limit` tokens, dropping the oldest turns if that is allowed and needed."""
@@ -196,120 +224,42 @@ class Generator:
         best = bisect.bisect_left(starts, True, key=lambda start: len(ids_from(start)) <= limit)
         return ids_from(starts[min(best, len(starts) - 1)]) if starts else []
 
-    def _step(self, batch: Batch, rows: "list[_Row]") -> Tensor:
-        """Run the model once; float32 on the CPU, shape (n_rows, vocab)."""
-        try:
-            return batch.forward()
-        except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                longest = max(row.prompt.n_tokens + row.n_tokens for row in rows)
-                raise OutOfMemoryError(self.name, longest) from error
-            raise EngineError(self.name, f"{type(error).__name__} in the forward pass") from error
-
-    def _settle(self, row: "_Row", token: int | None) -> Answer | EngineError | None:
-        """Note the row's new token; return how the row ended, if it did."""
-        if token is None:
-            return EngineError(self.name, "logits are not finite")
-        if token in self._end_ids:
-            return self._answer(row, self._decode(row.shown), "stop")
-        row.tokens.append(token)
-        if token not in self._hidden_ids:
-            row.shown.append(token)
-        if (text := self._text_before_stop(row)) is not None:
-            return self._answer(row, text, "stop")
-        if row.n_tokens == row.prompt.max_new_tokens:
-            # The limit may fall inside a character, which then decodes to replacement characters.
-            return self._answer(row, self._decode(row.shown).rstrip("\ufffd"), "length")
-        return None
-
-    def _text_before_stop(self, row: "_Row") -> str | None:
-        """Return the answer up to its first stop string, None if there is none."""
-        stop = row.prompt.stop
-        if not stop or not _contains(self._decode(row.shown[-row.n_tail :]), stop):
-            return None
-        text = self._decode(row.shown)
-        ends = [end for string in stop if (end := text.find(string)) >= 0]
-        return text[: min(ends)] if ends else None
-
-    def _decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of tokens, special ones left out."""
         # Cleaning up spaces would change text, such as " ." in code.
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    @staticmethod
-    def _answer(row: "_Row", text: str, finish_reason: FinishReason) -> Answer:
-        return Answer(text=text, finish_reason=finish_reason, n_tokens=row.n_tokens)
+    def ends(self, prompt: Prompt, token: int) -> bool:
+        """Say whether a token ends the answer to a prompt."""
+        return token in self._end_ids or token in prompt.stop_token_ids
 
-    @torch.inference_mode()
-    def _try_out(self) -> None:
-        """Check that a row's logits do not depend on its neighbours, nor on being computed token by token.
-
-        Which models can share a batch cannot be read off their class: position ids may be ignored,
-        or there may be no cache of keys and values.
-        """
-        batch = Batch(self._model, [[3, 1, 2], [2, 3, 1, 1, 3, 2, 2, 1, 3], [1]])
-        batch.forward()
-        batch.append([1, 2, 3])
-        batch.forward()
-        batch.keep([0])
-        batch.append([2])
-        shared = batch.forward()[0]
-        ids = torch.tensor([[3, 1, 2, 1, 2]], device=self._model.device)
-        alone = self._model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
-        # Far above what rounding in bfloat16 does, far below what a wrong position does.
-        if not (shared - alone).abs().max() <= 0.3 * alone.std():
-            raise ModelLoadError(self.name, "its logits in a batch differ from those of a text alone")
+    def shows(self, token: int) -> bool:
+        """Say whether a token is text."""
+        return token not in self._hidden_ids
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Row:
-    """A request on its way through the batch."""
+class _Answering:
+    """One answer while its tokens arrive."""
 
-    index: int
-    prompt: Prompt
-    tokens: list[int] = field(default_factory=list)
-    shown: list[int] = field(default_factory=list)  # tokens that are text
-    seen: Tensor | None = None  # where a penalty needs it; bool, shape (vocab,)
+    def __init__(self, generator: Generator, prompt: Prompt, on_piece: Callable[[str], None] | None) -> None:
+        self.trail = Trail(sampling=prompt.sampling, prompt=prompt.ids)
+        self._generator, self._prompt = generator, prompt
+        self._wording = Wording(generator.decode, prompt.stop, on_piece)
 
-    @property
-    def n_tokens(self) -> int:
-        return len(self.tokens)
+    def take(self, token: int) -> Answer | None:
+        """Take the newest token of the trail; return the answer if that ends it."""
+        n_tokens = len(self.trail.tokens)
+        if self._generator.ends(self._prompt, token):
+            return self._answer(self._wording.end(is_cut_off=False), "stop", n_tokens - 1)
+        if self._generator.shows(token) and (text := self._wording.add(token)) is not None:
+            return self._answer(text, "stop", n_tokens)
+        if n_tokens == self._prompt.max_new_tokens:
+            return self._answer(self._wording.end(is_cut_off=True), "length", n_tokens)
+        return None
 
-    @property
-    def n_tail(self) -> int:
-        """How many of the last tokens hold any stop string that the newest one completes."""
-        # A shown token is a byte at least; a few more, since some decoders strip what a text begins with.
-        return max(len(string.encode()) for string in self.prompt.stop) + 4
-
-    def penalized(self, logits: Tensor) -> Tensor:
-        """Return logits with the repetition penalty; float32, shape (vocab,)."""
-        if self.seen is None:
-            self.seen = torch.zeros(len(logits), dtype=torch.bool)
-            self.seen[list(self.prompt.ids)] = True
-        self.seen[self.tokens[-1:]] = True
-        return penalize(logits, self.seen, self.prompt.sampling.repetition_penalty)
-
-
-@torch.inference_mode()  # logits are written to, which torch allows nowhere else
-def _choose(logits: Tensor, rows: Sequence[_Row]) -> list[int | None]:
-    """Choose each row's next token; None where the logits are not finite. Logits: (n_rows, vocab)."""
-    for place, row in enumerate(rows):
-        if row.prompt.sampling.repetition_penalty != 1:
-            logits[place] = row.penalized(logits[place])
-    # Single tokens may be forbidden with -inf; NaN anywhere is the largest.
-    largest, likeliest = logits.max(dim=-1)
-    chosen: list[int | None] = []
-    for place, row in enumerate(rows):
-        if not torch.isfinite(largest[place]):
-            chosen.append(None)
-        elif row.prompt.sampling.temperature > 0:
-            chosen.append(draw(logits[place], row.prompt.sampling, row.n_tokens))
-        else:
-            chosen.append(int(likeliest[place]))
-    return chosen
-
-
-def _contains(text: str, strings: Sequence[str]) -> bool:
-    return any(string in text for string in strings)
+    def _answer(self, text: str, finish_reason: FinishReason, n_tokens: int) -> Answer:
+        self._wording.tell_rest(text)
+        return Answer(text=text, finish_reason=finish_reason, n_tokens=n_tokens)
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -1,0 +1,262 @@
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from penstock.errors import EngineError, OutOfMemoryError
+from penstock_workers.engines.causal_lm import Sharing, find_sharing
+from penstock_workers.engines.decoding import Decoding, Row
+from penstock_workers.engines.sampling import Sampling, Trail
+from tests.models.architectures import build
+
+GREEDY = Sampling(
+    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, seed=1
+)
+DONE = "done"
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    """Return a small random Llama."""
+    torch.set_num_threads(1)
+    return build("llama")
+
+
+@pytest.fixture
+def spoil(llama: PreTrainedModel) -> Iterator[Callable[[Callable[[torch.Tensor, Any], None]], None]]:
+    """Return a function that lets a check of (input ids, cache) fail forward passes."""
+    hooks = []
+
+    def add(check: Callable[[torch.Tensor, Any], None]) -> None:
+        hooks.append(
+            llama.register_forward_pre_hook(
+                lambda _module, _args, kwargs: check(kwargs["input_ids"], kwargs["past_key_values"]),
+                with_kwargs=True,
+            )
+        )
+
+    yield add
+    for hook in hooks:
+        hook.remove()
+
+
+def start(model: PreTrainedModel, *, max_rows: int = 8, budget_tokens: int = 1 << 20) -> Decoding[str]:
+    """Return an empty batch."""
+    return Decoding("llama", model, Sharing.CONTINUOUS, max_rows=max_rows, budget_tokens=budget_tokens)
+
+
+def make_row(
+    prompt: list[int], n_new: int, sampling: Sampling = GREEDY, is_over: Callable[[], bool] = lambda: False
+) -> Row[str]:
+    """Return a row that ends after `n_new` tokens."""
+    trail = Trail(sampling=sampling, prompt=prompt)
+    return Row(trail, n_new, take=lambda _: DONE if len(trail.tokens) == n_new else None, is_over=is_over)
+
+
+def make_rows(n: int, sampling: Sampling = GREEDY, *, seed: int = 3) -> list[Row[str]]:
+    """Return rows of different lengths."""
+    dice = random.Random(seed)
+    return [
+        make_row(
+            [dice.randrange(8, 320) for _ in range(dice.randrange(1, 60))],
+            dice.randrange(1, 30),
+            replace(sampling, seed=index),
+        )
+        for index in range(n)
+    ]
+
+
+def run(decoding: Decoding[str], rows: list[Row[str]]) -> dict[Row[str], object]:
+    """Run all rows to their ends."""
+    for row in rows:
+        decoding.add(row)
+    outcomes: dict[Row[str], object] = {}
+    while not decoding.is_idle:
+        outcomes |= dict(decoding.step())
+    return outcomes
+
+
+def tokens_alone(model: PreTrainedModel, rows: list[Row[str]]) -> list[list[int]]:
+    """Return what each row gets in a batch of its own."""
+    copies = [make_row(list(row.trail.prompt), row.max_new_tokens, row.trail.sampling) for row in rows]
+    for copy in copies:
+        assert run(start(model), [copy]) == {copy: DONE}
+    return [copy.trail.tokens for copy in copies]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 2.0, "top_k": 40, "repetition_penalty": 1.3},
+        {"temperature": 1.5, "top_p": 0.8, "min_p": 0.01},
+        {"temperature": 1.0, "presence_penalty": 1.5},
+        {"repetition_penalty": 1.5, "presence_penalty": -0.5},
+    ],
+    ids=str,
+)
+def test_tokens_do_not_depend_on_company(llama: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Whoever comes and goes meanwhile, a request gets the tokens that it gets alone."""
+    rows = make_rows(40, replace(GREEDY, **options))
+
+    outcomes = run(start(llama), rows)
+
+    assert set(outcomes.values()) == {DONE}
+    assert [row.trail.tokens for row in rows] == tokens_alone(llama, rows)
+
+
+def test_who_is_over_leaves_within_a_step(llama: PreTrainedModel) -> None:
+    """A cancelled row gets no further token, and the next one has its place one step later."""
+    over: set[str] = set()
+    first = make_row([9, 8, 7], 50, is_over=lambda: "first" in over)
+    waiting = make_row([9, 9], 50, is_over=lambda: "waiting" in over)
+    last = make_row([5, 5, 5], 2)
+    decoding = start(llama, max_rows=1)
+    for row in (first, waiting, last):
+        decoding.add(row)
+    for _ in range(4):
+        decoding.step()
+
+    over |= {"first", "waiting"}
+    decoding.step()
+    outcomes = decoding.step()
+
+    assert len(first.trail.tokens) == 4
+    assert waiting.trail.tokens == []
+    assert outcomes == [(last, DONE)]
+    assert decoding.is_idle
+
+
+def test_long_prompt_does_not_stop_others(llama: PreTrainedModel) -> None:
+    """While a long prompt is computed in parts, running rows get a token per step and short ones enter."""
+    decoding = start(llama)
+    decoding._prompt_tokens = lambda: 32  # type: ignore[method-assign]  # measured otherwise
+    running, long, short = make_row([9], 30), make_row(list(range(8, 308)), 3), make_row([7, 6], 3)
+    decoding.add(running)
+    decoding.step()
+    for row in (long, short):
+        decoding.add(row)
+
+    for n in range(2, 10):
+        decoding.step()
+        assert len(running.trail.tokens) == n
+
+    assert len(short.trail.tokens) == 3
+    assert long.trail.tokens == []
+    assert set(run(decoding, []).values()) == {DONE}
+    assert [long.trail.tokens] == tokens_alone(llama, [long])
+
+
+def test_cache_stays_within_its_budget(llama: PreTrainedModel) -> None:
+    """Rows wait where the cache would grow past the budget; when all have left, nothing is held."""
+    _, bytes_per_token = find_sharing(llama)
+    decoding, rows = start(llama, max_rows=32, budget_tokens=1500), make_rows(40)
+    for row in rows:
+        decoding.add(row)
+    held, n_running = [], []
+
+    while not decoding.is_idle:
+        decoding.step()
+        held.append(decoding.cache_bytes)
+        n_running.append(decoding.n_running)
+
+    assert max(held) <= 1500 * bytes_per_token
+    assert 3 <= max(n_running) < 32
+    assert held[-1] == 0
+    assert [row.trail.tokens for row in rows] == tokens_alone(llama, rows)
+
+
+def test_row_beyond_the_budget_runs_alone(llama: PreTrainedModel) -> None:
+    """A budget never keeps a request out that could be answered alone."""
+    rows = make_rows(3)
+
+    assert set(run(start(llama, budget_tokens=1), rows).values()) == {DONE}
+
+
+@pytest.mark.parametrize("where", ["prompts", "steps"])
+def test_out_of_memory_is_learned(
+    llama: PreTrainedModel, spoil: Callable[[Callable[[torch.Tensor, Any], None]], None], where: str
+) -> None:
+    """Rows that do not fit leave, come back, and lose nothing; the budget is lower from then on."""
+    rows = make_rows(24)
+    expected = tokens_alone(llama, rows)
+    decoding, n_refused = start(llama), []
+
+    def check(ids: torch.Tensor, cache: Any) -> None:
+        n_cells = len(ids) * (ids.shape[1] + cache.get_seq_length())
+        if n_cells > 150 and (ids.shape[1] > 1) == (where == "prompts"):
+            n_refused.append(n_cells)
+            raise torch.OutOfMemoryError("faked")
+
+    spoil(check)
+    outcomes = run(decoding, rows)
+
+    assert set(outcomes.values()) == {DONE}
+    assert [row.trail.tokens for row in rows] == expected
+    assert 0 < len(n_refused) < 24
+    assert decoding.budget_tokens < 1 << 20
+
+
+def test_row_that_never_fits_fails_alone(
+    llama: PreTrainedModel, spoil: Callable[[Callable[[torch.Tensor, Any], None]], None]
+) -> None:
+    """Who does not fit even alone gets `OutOfMemoryError`; the others are answered."""
+    rows = [*make_rows(6), make_row([8] * 200, 5), *make_rows(6, seed=4)]
+
+    def check(ids: torch.Tensor, cache: Any) -> None:
+        if ids.shape[1] + cache.get_seq_length() > 150:
+            raise torch.OutOfMemoryError("faked")
+
+    spoil(check)
+    outcomes = run(start(llama), rows)
+
+    assert isinstance(error := outcomes.pop(rows[6]), OutOfMemoryError)
+    assert error.n_tokens == 200
+    assert len(outcomes) == 12
+    assert set(outcomes.values()) == {DONE}
+
+
+@pytest.mark.parametrize("when", ["prompt", "step"])
+def test_row_that_breaks_the_model_fails_alone(
+    llama: PreTrainedModel, spoil: Callable[[Callable[[torch.Tensor, Any], None]], None], when: str
+) -> None:
+    """Of eight rows one makes each forward pass fail that it is in; the other seven get their answers."""
+    rows = make_rows(8)
+    expected = tokens_alone(llama, rows)
+    bad = 3
+    rows[bad].trail.prompt = [5, 5, 5]  # a token that no other prompt has
+    rows[bad].max_new_tokens = 30
+
+    def check(ids: torch.Tensor, cache: Any) -> None:
+        if when == "prompt" and (ids == 5).any():
+            raise RuntimeError("faked")
+        if when == "step" and ids.shape[1] == 1 and rows[bad].trail.tokens and rows[bad] in decoding._rows:
+            raise RuntimeError("faked")
+
+    decoding = start(llama)
+    spoil(check)
+    outcomes = run(decoding, rows)
+
+    assert isinstance(outcomes.pop(rows[bad]), EngineError)
+    assert set(outcomes.values()) == {DONE}
+    del rows[bad], expected[bad]
+    assert [row.trail.tokens for row in rows] == expected
+
+
+def test_text_that_fails_hurts_nobody_else(llama: PreTrainedModel) -> None:
+    """What a row's own code raises ends that row."""
+    rows = make_rows(4)
+
+    def fail(token: int) -> str | None:
+        raise ValueError(token)
+
+    rows[1].take = fail
+    outcomes = run(start(llama), rows)
+
+    assert isinstance(outcomes.pop(rows[1]), EngineError)
+    assert set(outcomes.values()) == {DONE}

@@ -1,0 +1,222 @@
+"""Continuous batching: jobs join and leave between steps, whatever becomes of the others."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from penstock.errors import DeadlineExceededError, EngineError, JobCancelledError, PenstockError
+from penstock_workers.batching import HandBackError
+from penstock_workers.scheduling import Scheduler
+from tests.eventually import eventually
+
+
+@dataclass
+class Word:
+    """An item whose answer grows by a letter at each step."""
+
+    text: str
+
+    @property
+    def n_tokens(self) -> int:
+        """Return its length."""
+        return len(self.text)
+
+
+@dataclass(eq=False)
+class Spelling:
+    """A row of the fake model."""
+
+    word: Word
+    is_over: Callable[[], bool]
+    on_start: Callable[[], None]
+    on_piece: Callable[[str], None] | None
+    said: str = ""
+
+
+def spell(
+    word: Word,
+    /,
+    *,
+    is_over: Callable[[], bool],
+    on_start: Callable[[], None],
+    on_piece: Callable[[str], None] | None,
+) -> Spelling:
+    """Make a row."""
+    return Spelling(word, is_over, on_start, on_piece)
+
+
+@dataclass
+class FakeSteps:
+    """Upper case, a letter per step; `gate` holds a step back, a word with `!` fails, `death` ends it all."""
+
+    places: int = 2
+    n_tokens: int = 0
+    rows: list[Spelling] = field(default_factory=list)
+    waiting: list[Spelling] = field(default_factory=list)
+    gate: threading.Event = field(default_factory=threading.Event)
+    death: BaseException | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody is there."""
+        return not self.rows and not self.waiting
+
+    def add(self, row: Spelling, /) -> None:
+        """Let a row wait."""
+        self.waiting.append(row)
+
+    def sweep(self) -> None:
+        """Forget who is over."""
+        self.waiting = [row for row in self.waiting if not row.is_over()]
+
+    def step(self) -> list[tuple[Spelling, str | PenstockError]]:
+        """Say a letter of each word."""
+        assert self.gate.wait(30)
+        if self.death:
+            raise self.death
+        self.rows = [row for row in self.rows if not row.is_over()]
+        while self.waiting and len(self.rows) < self.places:
+            if not (row := self.waiting.pop(0)).is_over():
+                row.on_start()
+                self.rows.append(row)
+        ended: list[tuple[Spelling, str | PenstockError]] = []
+        for row in self.rows:
+            letter = row.word.text[len(row.said)].upper()
+            row.said += letter
+            self.n_tokens += 1
+            if row.on_piece:
+                row.on_piece(letter)
+            if letter == "!":
+                ended.append((row, EngineError("fake", "a bad word")))
+            elif len(row.said) == len(row.word.text):
+                ended.append((row, row.said))
+        self.rows = [row for row in self.rows if row not in [one for one, _ in ended]]
+        return ended
+
+
+@pytest.fixture
+def steps() -> Iterator[FakeSteps]:
+    """A fake model with two places, let go in the end."""
+    fake = FakeSteps()
+    yield fake
+    fake.gate.set()
+
+
+@pytest.fixture
+def scheduler(steps: FakeSteps) -> Scheduler[Word, Spelling, str]:
+    """A scheduler of that model."""
+    return Scheduler("fake", steps, spell)
+
+
+def words(text: str) -> list[Word]:
+    return [Word(word) for word in text.split()]
+
+
+def test_answers_keep_the_order_of_items(steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]) -> None:
+    """A job gets the answers in the order of its items, whichever ended first, and its speed is measured."""
+    steps.gate.set()
+
+    assert scheduler.submit("job", words("longest a mid"), None).wait() == ["LONGEST", "A", "MID"]
+    assert scheduler.submit("empty", [], None).wait() == []
+    assert (scheduler.tokens_per_s or 0) > 0
+
+
+def test_jobs_join_while_others_run(steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]) -> None:
+    """A short job that comes later is answered before a long one ends."""
+    is_cancelled = threading.Event()
+    long = scheduler.submit("long", words("x" * 50_000), None, is_unwanted=is_cancelled.is_set)
+    steps.gate.set()
+    assert eventually(lambda: steps.n_tokens > 10)
+
+    assert scheduler.submit("short", words("ab"), None).wait() == ["AB"]
+
+    assert not long.is_over
+    is_cancelled.set()
+
+
+def test_bad_item_fails_its_job_alone(steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]) -> None:
+    """The job of an item that fails gets its error; the others get their answers."""
+    bad = scheduler.submit("bad", words("a b! c"), None)
+    good = scheduler.submit("good", words("abc de"), None)
+    steps.gate.set()
+
+    with pytest.raises(EngineError, match="a bad word"):
+        bad.wait()
+    assert good.wait() == ["ABC", "DE"]
+
+
+def test_cancelled_job_gives_its_places_away(
+    steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]
+) -> None:
+    """A cancelled job ends at once, running or waiting, and the next one has its place."""
+    is_cancelled = threading.Event()
+    running = scheduler.submit("running", [Word("x" * 10**6)] * 2, None, is_unwanted=is_cancelled.is_set)
+    waiting = scheduler.submit("waiting", words("y"), None)
+    steps.gate.set()
+    assert eventually(lambda: steps.n_tokens > 10)
+    assert not waiting.is_over
+
+    is_cancelled.set()
+
+    with pytest.raises(JobCancelledError):
+        running.wait()
+    assert waiting.wait() == ["Y"]
+
+
+def test_late_jobs_leave(steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]) -> None:
+    """A job past its deadline leaves the batch, or never enters it."""
+    steps.gate.set()
+    running = scheduler.submit("running", [Word("x" * 10**7)], time.time() + 0.3)
+    late = scheduler.submit("late", words("y"), time.time() - 5)
+
+    for work in (late, running):
+        with pytest.raises(DeadlineExceededError):
+            work.wait()
+    assert scheduler.submit("next", words("z"), time.time() + 60).wait() == ["Z"]
+
+
+def test_pieces_reach_their_listener(steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]) -> None:
+    """A listener hears of each item's text piece by piece."""
+    heard: list[tuple[int, str]] = []
+    work = scheduler.submit(
+        "job", words("ab c"), None, listen=lambda index, piece: heard.append((index, piece))
+    )
+    steps.gate.set()
+
+    work.wait()
+
+    assert sorted(heard) == [(0, "A"), (0, "B"), (1, "C")]
+
+
+def test_dead_thread_hands_back_what_it_did_not_touch(
+    steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]
+) -> None:
+    """What ran may be why it died, and is left to its lease; the process is told to end."""
+    running = scheduler.submit("running", [Word("x" * 10**7)] * 2, None)
+    steps.gate.set()
+    eventually(lambda: running.is_started)
+    waiting = scheduler.submit("waiting", words("y"), None)
+    assert not scheduler.is_stalled(60)
+
+    steps.death = MemoryError("gone")
+
+    eventually(lambda: scheduler.is_stalled(60))
+    with pytest.raises(HandBackError, match="model thread of fake has ended"):
+        waiting.wait()
+    assert not running.is_over
+    assert not scheduler.submit("later", words("d"), None).is_over
+
+
+def test_hanging_step_is_a_stall(steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]) -> None:
+    """A step without end counts as hung after the limit; an idle thread never does."""
+    assert not scheduler.is_stalled(0.0)
+    work = scheduler.submit("job", words("a"), None)
+    assert eventually(lambda: scheduler.is_stalled(0.05))
+
+    steps.gate.set()
+    work.wait()
+
+    assert eventually(lambda: not scheduler.is_stalled(0.0))

@@ -1,0 +1,188 @@
+"""Continuous batching of jobs: one model thread per engine, which jobs join and leave between steps.
+
+The counterpart of `batching` for text that grows: a batch there is cut once, here it never ends. Knows
+nothing of models: an engine has rows and steps.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Final, Generic, Protocol, TypeVar
+
+from penstock.errors import DeadlineExceededError, JobCancelledError, PenstockError
+from penstock_workers.batching import HandBackError, HasTokens, Work
+
+logger = logging.getLogger(__name__)
+
+SWEEP_S: Final = 0.2
+"""How often jobs that wait are looked at; running ones are at every step."""
+
+I = TypeVar("I", bound=HasTokens)  # noqa: E741  an item, as in typing's own examples
+I_contra = TypeVar("I_contra", contravariant=True)
+A_co = TypeVar("A_co", covariant=True)
+R_co = TypeVar("R_co", covariant=True)
+R = TypeVar("R", bound=Hashable)
+A = TypeVar("A")
+
+Listen = Callable[[int, str], None]
+"""Takes the index of an item and the next piece of its text; in the model thread, so it has to be quick."""
+
+
+class Steps(Protocol[R, A_co]):
+    """Rows of a model that share steps."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens computed so far."""
+
+    def add(self, row: R, /) -> None:
+        """Let a row wait for its place."""
+
+    def step(self) -> Sequence[tuple[R, A_co | PenstockError]]:
+        """Go on with all rows; those that are over leave. Returns rows that ended, with answer or error."""
+
+    def sweep(self) -> None:
+        """Forget waiting rows that are over."""
+
+
+class MakeRow(Protocol[I_contra, R_co]):
+    """Makes an item's row; what it is given is called in the model thread."""
+
+    def __call__(
+        self,
+        item: I_contra,
+        /,
+        *,
+        is_over: Callable[[], bool],
+        on_start: Callable[[], None],
+        on_piece: Callable[[str], None] | None,
+    ) -> R_co:
+        """Return the row."""
+
+
+class Scheduler(Generic[I, R, A]):
+    """Answers the items of concurrent jobs in one batch that they join and leave.
+
+    Args:
+        name: of the model, for logs and errors.
+        steps: its batch; touched by the model thread alone.
+        make_row: turns an item into a row of it.
+    """
+
+    def __init__(self, name: str, steps: Steps[R, A], make_row: MakeRow[I, R]) -> None:
+        self.name = name
+        self._steps, self._make_row = steps, make_row
+        self._arrived: list[tuple[Work[I, A], int, R]] = []
+        self._rows: dict[R, tuple[Work[I, A], int]] = {}
+        self._changed = threading.Condition()
+        self._busy_since: float | None = None
+        self._death: BaseException | None = None
+        self._n_tokens = self._seconds = 0.0
+        self._thread = threading.Thread(target=self._live, name=f"model-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        job_id: str,
+        items: Sequence[I],
+        deadline: float | None,
+        *,
+        is_unwanted: Callable[[], bool] = lambda: False,
+        listen: Listen | None = None,
+    ) -> Work[I, A]:
+        """Let a job's items in.
+
+        Args:
+            job_id: for errors.
+            items: may be empty.
+            deadline: after this, Unix seconds, its items leave the batch.
+            is_unwanted: the job was cancelled; asked in the model thread before each step.
+            listen: takes their text piece by piece.
+        """
+        work: Work[I, A] = Work(job_id, items, deadline, is_unwanted)
+        rows = [(work, index, self._row(work, index, item, listen)) for index, item in enumerate(items)]
+        with self._changed:
+            if self._death is None:
+                self._arrived += rows
+                self._changed.notify()
+        # After the thread's death it waits until the process ends, so that no further jobs are taken.
+        return work
+
+    def is_stalled(self, stall_s: float) -> bool:
+        """Whether the model thread has ended, or shown no sign of life for this long, in seconds."""
+        since = self._busy_since
+        return self._death is not None or (since is not None and time.perf_counter() - since > stall_s)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens of prompts and answers per busy second, recent steps weighing most; None before."""
+        return self._n_tokens / self._seconds if self._seconds else None
+
+    def _row(self, work: Work[I, A], index: int, item: I, listen: Listen | None) -> R:
+        def is_over() -> bool:
+            if work.deadline is not None and (late_s := time.time() - work.deadline) > 0:
+                work.fail(DeadlineExceededError(work.job_id, late_s))
+            elif not work.is_over and work.is_unwanted():
+                work.fail(JobCancelledError(work.job_id))
+            return work.is_over
+
+        on_piece = None if listen is None else (lambda piece: listen(index, piece))
+        return self._make_row(item, is_over=is_over, on_start=work.start, on_piece=on_piece)
+
+    def _live(self) -> None:
+        try:
+            swept = time.perf_counter()
+            while True:
+                self._take()
+                began, n_before = time.perf_counter(), self._steps.n_tokens
+                self._busy_since = began
+                if began - swept > SWEEP_S:
+                    swept = began
+                    self._sweep()
+                self._step()
+                self._measure(self._steps.n_tokens - n_before, time.perf_counter() - began)
+        except BaseException as death:
+            # As in `batching`: what it has seen is left to its lease, the rest goes back into the queue.
+            logger.critical("model thread ended", extra={"model": self.name}, exc_info=True)
+            with self._changed:
+                self._death = death
+                for work in (*(w for w, _ in self._rows.values()), *(w for w, _, _ in self._arrived)):
+                    if not work.is_started:
+                        work.fail(HandBackError(f"the model thread of {self.name} has ended"))
+                self._rows.clear()
+                self._arrived.clear()
+
+    def _take(self) -> None:
+        """Let in who has arrived; waits for somebody if there is nothing to do."""
+        with self._changed:
+            while not self._arrived and self._steps.is_idle:
+                self._rows.clear()  # all have left
+                self._busy_since = None
+                self._changed.wait()
+            arrived, self._arrived = self._arrived, []
+            self._rows |= {row: (work, index) for work, index, row in arrived}
+        for _, _, row in arrived:
+            self._steps.add(row)
+
+    def _step(self) -> None:
+        for row, outcome in self._steps.step():
+            with self._changed:
+                found = self._rows.pop(row, None)
+            if found is not None:  # else it was cancelled a moment ago
+                work, index = found
+                work.settle(index, outcome)
+
+    def _sweep(self) -> None:
+        self._steps.sweep()
+        with self._changed:
+            for row in [row for row, (work, _) in self._rows.items() if work.is_over]:
+                del self._rows[row]
+
+    def _measure(self, n_tokens: int, seconds: float) -> None:
+        self._n_tokens = 0.98 * self._n_tokens + n_tokens
+        self._seconds = 0.98 * self._seconds + seconds
