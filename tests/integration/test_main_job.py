@@ -101,21 +101,22 @@ def test_any_number_of_texts_comes_back_in_order(client: Client) -> None:
     assert np.allclose(streamed[::97], client.embed(texts[::97], model="minilm"), atol=2e-2)
 
 
-def test_texts_are_not_read_far_ahead(client: Client) -> None:
+def test_texts_are_not_read_far_ahead(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """`embed_many` holds a few jobs of texts and vectors, however many come."""
+    monkeypatch.setattr("penstock.pacing.MOST_TEXTS", 300)  # else the machine's speed decides
     n_read = n_answered = furthest = 0
 
     def texts() -> Iterator[str]:
         nonlocal n_read, furthest
-        for n_read in range(1, 10_001):
+        for n_read in range(1, 4001):
             furthest = max(furthest, n_read - n_answered)
             yield f"text {n_read}"
 
     for vectors in client.embed_many(texts(), model="minilm"):
         n_answered += len(vectors)
 
-    assert n_answered == n_read == 10_000
-    assert furthest < 6_000  # two seconds of work, at the speed of this machine
+    assert n_answered == n_read == 4000
+    assert furthest <= 3 * 300 + 1
 
 
 def test_async_client_waits_for_many_jobs_at_once(server: Server, worker: WorkerProcess) -> None:
