@@ -110,16 +110,19 @@ return n_waiting
 
 -- script: pop allow-oom
 -- KEYS: lists, the most urgent level first, in each level one of every queue.
--- ARGV: token, lease in seconds, most messages, how many suspects, lost leases that make one, the credits of each queue.
+-- ARGV: token, lease in seconds, most messages, how many suspects, lost leases that make one, 2 to take at most half of a
+-- list and leave the rest to others who are idle (else 1), then the credits of each queue.
 -- Returns list, tag, leases that ran out or -1, message; of each that was taken.
 local token, lease_end = ARGV[1], now() + tonumber(ARGV[2])
 local room, suspects, suspect_at = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local credits, n_queues = {}, #ARGV - 5
-for queue = 1, n_queues do credits[queue] = tonumber(ARGV[5 + queue]) end
-local taken = {}
+local credits, n_queues = {}, #ARGV - 6
+for queue = 1, n_queues do credits[queue] = tonumber(ARGV[6 + queue]) end
+local taken, share = {}, {}
 
 -- Read first and removed last: an error in between leaves the message where it was.
 local function take(list)
+  share[list] = share[list] or math.ceil((tonumber(redis.pcall('LLEN', list)) or 1) / tonumber(ARGV[6]))
+  if share[list] == 0 then return false end
   local message = redis.pcall('LINDEX', list, -1)
   if type(message) ~= 'string' then return false end
   local tag = tag_of(message)
@@ -131,6 +134,7 @@ local function take(list)
   local name = free_name(UNACKED, tag)
   hold(name, message, token, list, lease_end)
   redis.call('RPOP', list)
+  share[list] = share[list] - 1
   for _, field in ipairs({list, name, lost, message}) do taken[#taken + 1] = field end
   return true
 end
@@ -150,9 +154,13 @@ for level = 0, #KEYS / n_queues - 1 do
       end
     end
   end
-  -- What is left is for others: one that is idle is woken for it.
-  for list in pairs(took) do
-    if redis.call('EXISTS', list) == 1 then wake(list) end
+  -- What is left is for others, one that is idle is woken for it, and goes before what is less urgent.
+  for queue = 1, n_queues do
+    local list = KEYS[level * n_queues + queue]
+    if took[list] and redis.call('EXISTS', list) == 1 then
+      wake(list)
+      if share[list] == 0 then credits[queue] = 0 end
+    end
   end
 end
 return taken

@@ -62,6 +62,9 @@ WAIT_S: Final = 0.9
 POP_MOST: Final = 32
 """Messages in one reply: a big batch would keep the event loop from its other work."""
 
+SHARE: Final = 2
+"""One pop takes half of a list at most: of a few large jobs sent together, others have their part."""
+
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 _OPTIONS = ("lease_s", "max_deliveries")
@@ -492,7 +495,15 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
     ) -> tuple[list[str], list[Any]]:
         leases, places = self.leases, [credits_[queue] for queue in queues]
         n_suspects = max(0, 1 - leases.n_suspects())
-        return self._lists(queues), [token, leases.lease_s, most, n_suspects, leases.suspect_at, *places]
+        return self._lists(queues), [
+            token,
+            leases.lease_s,
+            most,
+            n_suspects,
+            leases.suspect_at,
+            SHARE,
+            *places,
+        ]
 
     def _leases_in(self, reply: list[Any], token: str) -> list[tuple[Lease, bytes]]:
         rows = zip(*[iter(reply)] * 4, strict=True)

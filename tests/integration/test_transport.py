@@ -119,7 +119,7 @@ def run(client: redis.Redis, script: str, *arguments: str | bytes | float, keys:
 
 def pop(client: redis.Redis, token: str, queue: str = "q", most: int = 10, lease_s: float = 1) -> list[Lease]:
     """Pop as a process does."""
-    reply = run(client, "pop", token, lease_s, most, 1, 2, most, keys=(queue,))
+    reply = run(client, "pop", token, lease_s, most, 1, 2, 1, most, keys=(queue,))
     return [
         Lease(tag=tag.decode(), token=token, queue=queue, n_lost=n_lost if n_lost >= 0 else None)
         for _, tag, n_lost, _ in zip(*[iter(reply)] * 4, strict=True)
@@ -381,6 +381,16 @@ def test_no_takeover_right_after_the_server_was_away(broker: redis.Redis) -> Non
     assert run(broker, "renew", 60, lease.tag, lease.token) == []
 
 
+def test_a_pop_leaves_half_to_others(broker: redis.Redis) -> None:
+    """Jobs sent together are not all taken by the first; what is left goes before what is less urgent."""
+    ids = put(broker, *"abcde") + put(broker, "later", queue="q\x06\x163")
+
+    pops = [run(broker, "pop", f"one/{n}", 1, 10, 1, 2, 2, 10, keys=("q", "q\x06\x163")) for n in range(4)]
+
+    assert [len(reply) // 4 for reply in pops] == [3, 1, 2, 0]
+    assert [tag.decode() for reply in pops for tag in reply[1::4]] == ids
+
+
 def test_one_suspect_at_a_time(broker: redis.Redis) -> None:
     """Messages that two holders died with are taken one by one, so the guilty does not take others along."""
     put(broker, *"abc")
@@ -390,8 +400,8 @@ def test_one_suspect_at_a_time(broker: redis.Redis) -> None:
         run(broker, "take_over", 1, 4, 10, f"two/{i}")
     put(broker, "fresh", queue="other")
 
-    reply = run(broker, "pop", "three/1", 1, 10, 1, 2, 10, 10, keys=("q", "other"))
-    none = run(broker, "pop", "three/2", 1, 10, 0, 2, 10, keys=("q",))
+    reply = run(broker, "pop", "three/1", 1, 10, 1, 2, 1, 10, 10, keys=("q", "other"))
+    none = run(broker, "pop", "three/2", 1, 10, 0, 2, 1, 10, keys=("q",))
 
     assert [bytes(source) for source in reply[::4]] == [b"q", b"other"]
     assert none == []
@@ -455,7 +465,7 @@ def test_a_foreign_queue_key_of_another_type_harms_nobody(broker: redis.Redis) -
     broker.set("q", "not a list")
     put(broker, "job", queue="other")
 
-    reply = run(broker, "pop", "one/1", 1, 10, 1, 2, 10, 10, keys=("q", "other"))
+    reply = run(broker, "pop", "one/1", 1, 10, 1, 2, 1, 10, 10, keys=("q", "other"))
 
     assert reply[0] == b"other"
 
