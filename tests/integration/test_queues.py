@@ -55,7 +55,7 @@ def give_up(broker: redis.Redis, results: redis.Redis) -> str:
     """Give a job up as a worker does, its sender still to be told; return its id."""
     job_id, raw = message("penstock.embed", [], queue=QUEUE)
     run(broker, "push", raw, "", keys=(QUEUE,))
-    _, tag, _, _ = run(broker, "pop", "worker/1", 20, 1, 1, 1, keys=(QUEUE,))
+    _, tag, _, _ = run(broker, "pop", "worker/1", 20, 1, 1, 2, 1, 1, keys=(QUEUE,))
     letter = {"id": job_id, "queue": QUEUE, "n_deliveries": 4, "message": raw.decode()}
     assert run(broker, "bury", tag, "worker/1", json.dumps(letter), 1, 40)
     results.mset({result_key(job_id): b"lost", record_key(job_id): b"FAILURE"})
