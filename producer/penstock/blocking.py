@@ -3,10 +3,10 @@
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Final, Generic, Self, TypeVar, Unpack
+from typing import Any, Final, Generic, Self, TypeVar, Unpack, cast
 
 from penstock.broker import CONNECT_TIMEOUT_S
 from penstock.client import (
@@ -19,6 +19,7 @@ from penstock.client import (
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, JobState, T
 from penstock.registry import ModelInfo, Registry
 from penstock.result import GenerateResult, Timings, Usage, Vectors
+from penstock.stream import OnRestart, Piece
 
 S = TypeVar("S")
 
@@ -158,6 +159,21 @@ class Client:
         """See `AsyncClient.submit_generate`."""
         return Job(self._run(self._started().submit_generate(prompt, model=model, **options)), self)
 
+    def stream(
+        self,
+        prompt: str,
+        *,
+        model: str,
+        on_restart: OnRestart = "hide",
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[GenerateOptions],
+    ) -> Iterator[Piece]:
+        """See `AsyncClient.stream`."""
+        pieces = self._started().stream(
+            prompt, model=model, on_restart=on_restart, timeout_s=timeout_s, **options
+        )
+        return self._iterate(pieces)
+
     def job(self, job_id: str) -> Job[Vectors | GenerateResult]:
         """See `AsyncClient.job`."""
         return Job(self._run(self._started().job(job_id)), self)
@@ -204,6 +220,19 @@ class Client:
         return AsyncClient(
             self._url, results_url=self._results_url, connect_timeout_s=self._connect_timeout_s
         )
+
+    def _iterate(self, items: AsyncIterator[S]) -> Iterator[S]:
+        async def next_item() -> tuple[S, ...]:
+            return tuple([item]) if (item := await anext(items, None)) is not None else ()
+
+        async def leave() -> None:
+            await cast("AsyncGenerator[S]", items).aclose()
+
+        try:
+            while found := self._run(next_item()):
+                yield found[0]
+        finally:
+            self._run(leave())
 
     def _run(self, work: Coroutine[Any, Any, S]) -> S:
         assert self._loop is not None

@@ -1,7 +1,9 @@
 """How services send jobs: `AsyncClient`. `penstock.blocking` has its twin for code that does not await."""
 
 import asyncio
+import contextlib
 import os
+import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence, Sized
@@ -12,7 +14,13 @@ from tqdm import tqdm
 
 from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, record_sent
 from penstock.codec import encode_message, queue_key, queue_name
-from penstock.errors import InvalidOptionError, TooManyTextsError, UnknownModelError, WrongTaskError
+from penstock.errors import (
+    InvalidOptionError,
+    TooManyTextsError,
+    TransportError,
+    UnknownModelError,
+    WrongTaskError,
+)
 from penstock.inbox import Inbox
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, ResultStore, T
 from penstock.joining import Joiner
@@ -31,6 +39,7 @@ from penstock.request import (
     new_job_id,
 )
 from penstock.result import GenerateResult, Vectors
+from penstock.stream import OnRestart, Piece
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
 REGISTRY_TTL_S: Final = 5.0
@@ -201,10 +210,57 @@ class AsyncClient:
         self, prompt: str, *, model: str, **options: Unpack[GenerateOptions]
     ) -> AsyncJob[GenerateResult]:
         """Send a generation job and return at once; see `generate`."""
-        fields: dict[str, Any] = {**options, "model": model, "prompt": prompt}
+        return await self._submit_generate(prompt, model, options, is_stream=False)
+
+    async def stream(
+        self,
+        prompt: str,
+        *,
+        model: str,
+        on_restart: OnRestart = "hide",
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncIterator[Piece]:
+        """Answer `prompt`, piece by piece as it is generated.
+
+        A reader that loses its connection goes on where it was. A job whose worker is lost begins again with
+        another one, and with the same seed, so that it says the same. Leaving the loop cancels the job.
+
+        Args:
+            prompt: the user's turn.
+            model: name it is served under.
+            on_restart: when a job begins again, `hide` leaves out what it repeats, and `show` yields a piece
+                with `is_restart` and the text from its beginning.
+            timeout_s: how long to wait for the next piece, seconds; None waits for as long as it takes.
+            **options: see `GenerateOptions`.
+
+        Yields:
+            Pieces in the order of the text; the last one has finish reason and usage.
+
+        Raises:
+            StreamRestartedError: a restart was to be hidden, and the text is another.
+            PenstockError: see `generate`.
+        """
+        job = await self._submit_generate(prompt, model, options, is_stream=True)
+        is_over = False
+        try:
+            async for piece in job.pieces(on_restart=on_restart, timeout_s=timeout_s):
+                is_over = piece.finish_reason is not None
+                yield piece
+        finally:
+            if not is_over:
+                with contextlib.suppress(TransportError):  # then its reader is missed, and it ends by itself
+                    await job.cancel()
+
+    async def _submit_generate(
+        self, prompt: str, model: str, options: GenerateOptions, *, is_stream: bool
+    ) -> AsyncJob[GenerateResult]:
+        fields: dict[str, Any] = {**options, "model": model, "prompt": prompt, "stream": is_stream}
         if "history" in fields:
             turns = fields["history"]
             fields["history"] = [t.model_dump() if isinstance(t, Message) else t for t in turns]
+        if is_stream and fields.get("seed") is None:
+            fields["seed"] = secrets.randbits(63)
         request, priority = await self._prepare(GenerateRequest, "generate", fields)
         jobs: list[AsyncJob[GenerateResult]] = await self._send([request], priority, is_recorded=True)
         return jobs[0]

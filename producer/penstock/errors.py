@@ -22,6 +22,7 @@ PenstockError
 │   ├── BrokerUnavailableError
 │   ├── BrokerRefusedError
 │   └── ResultTimeoutError
+├── StreamRestartedError
 ├── JobCancelledError
 ├── DeadlineExceededError
 ├── ResultExpiredError
@@ -253,6 +254,17 @@ class ResultTimeoutError(TransportError):
 
     def __str__(self) -> str:
         return f"job {self.job_id} has no result after {self.timeout_s:g} s"
+
+
+class StreamRestartedError(PenstockError):
+    """A worker was lost while it streamed, and the one that took over says something else."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+    def __str__(self) -> str:
+        return f"job {self.job_id} began again with another text; on_restart='show' follows it"
 
 
 class JobCancelledError(PenstockError):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from enum import StrEnum
 from typing import Final, Generic, TypeVar, cast
 
@@ -18,14 +19,16 @@ from penstock.errors import (
     UnknownJobError,
 )
 from penstock.inbox import LOOK_AGAIN_S, Inbox
-from penstock.result import EmbedResult, Result, Timings, Usage
+from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
 from penstock.store import END_JOB, RECORD_TTL_S, SENT, end_job_arguments, record_key, result_key
+from penstock.stream import OnRestart, Piece, Reader, stream_key
 
 T = TypeVar("T")
 
 RESULT_TIMEOUT_S: Final = 600.0
 """How long `result` waits unless told otherwise: OpenAI's client waits as long."""
 FORGET_EVERY_S: Final = 1.0
+PIECES_AT_ONCE: Final = 1000
 LATE_DELIVERY_S: Final = 600
 
 
@@ -61,6 +64,14 @@ class ResultStore:
         # A retry in between is stored too, with a status that is not the end.
         outcome = decode_outcome(job_id, payload) if payload and known in _ENDED else None
         return outcome, known
+
+    async def read_stream(self, job_id: str, after: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        """Return the entries of a job's stream behind the one of this id, in their order."""
+        with redis_errors(self.url):
+            return cast(
+                "list[tuple[bytes, dict[bytes, bytes]]]",
+                await self.redis.xrange(stream_key(job_id), after, "+", count=PIECES_AT_ONCE),
+            )
 
     async def end(self, job_id: str, error: JobCancelledError, *, must_be_sent: bool) -> bool:
         """End a job that was sent and has not ended; False if it has, or is unknown and must be known."""
@@ -155,6 +166,53 @@ class AsyncJob(Generic[T]):
         result = self._outcome.result
         return result.vectors if isinstance(result, EmbedResult) else result  # type: ignore[return-value]  # T is the task's
 
+    async def pieces(
+        self, *, on_restart: OnRestart = "hide", timeout_s: float | None = RESULT_TIMEOUT_S
+    ) -> AsyncIterator[Piece]:
+        """Read the text of a generation job that streams; see `AsyncClient.stream`.
+
+        Can be called again, and by whoever knows the id: it begins with the first piece that is kept.
+        """
+        reader, last_id = Reader(self.id, on_restart), "-"
+        channel = stream_key(self.id)
+        await self._store.inbox.follow(self.id, channel)
+        if not self._is_ours:
+            await self._store.inbox.follow(self.id, result_key(self.id))
+        try:
+            while True:
+                entries, outcome = await self._next_entries(last_id, timeout_s)
+                for entry_id, fields in entries:
+                    last_id = f"({entry_id.decode()}"
+                    run, at, text = (fields[name].decode() for name in (b"run", b"at", b"text"))
+                    for piece in reader.take(run, int(at), text):
+                        yield piece
+                if outcome is not None:
+                    self._outcome = outcome
+                    for piece in reader.end(cast("GenerateResult", await self.result(timeout_s))):
+                        yield piece
+                    return
+        finally:
+            await self._store.inbox.unfollow(channel)
+            if not self._is_ours:
+                await self._store.inbox.unfollow(result_key(self.id))
+
+    async def _next_entries(
+        self, last_id: str, timeout_s: float | None
+    ) -> tuple[list[tuple[bytes, dict[bytes, bytes]]], Outcome | None]:
+        """Wait for pieces behind the last one, or for the end of the job."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    self._note.clear()
+                    with contextlib.suppress(BrokerUnavailableError):  # it may come back before the timeout
+                        entries = await self._store.read_stream(self.id, last_id)
+                        outcome = self._told() or await self._look()
+                        if entries or outcome is not None:
+                            return entries, outcome
+                    await self._hear()
+        except TimeoutError:
+            raise ResultTimeoutError(self.id, float(timeout_s or 0)) from None
+
     async def state(self) -> JobState:
         """Say where the job is."""
         outcome, record = await self._store.look(self.id)
@@ -195,7 +253,7 @@ class AsyncJob(Generic[T]):
         if self._is_ours:  # nothing can have been missed: the inbox was open before the job was sent
             await self._hear()
         else:
-            await self._store.inbox.follow(self.id)
+            await self._store.inbox.follow(self.id, result_key(self.id))
         try:
             while True:
                 if (outcome := self._told() or await self._look()) is not None:
@@ -203,7 +261,7 @@ class AsyncJob(Generic[T]):
                 await self._hear()
         finally:
             if not self._is_ours:
-                await self._store.inbox.unfollow(self.id)
+                await self._store.inbox.unfollow(result_key(self.id))
 
     def _told(self) -> Outcome | None:
         payload, self._note.payload = self._note.payload, None  # it may be forgotten before the next look

@@ -181,6 +181,7 @@ class GenerateRequest(_Request, GenerationOptions):
         prompt: the user's turn to answer.
         system_prompt: how to answer.
         history: earlier turns, oldest first.
+        stream: the text can be read while it is generated.
         sent_at: when the request left its sender, Unix seconds on its clock.
         deadline: after this the request is not worth computing, Unix seconds.
     """
@@ -188,6 +189,7 @@ class GenerateRequest(_Request, GenerationOptions):
     prompt: str = Field(min_length=1)
     system_prompt: str | None = None
     history: tuple[Message, ...] = ()
+    stream: bool = False
 
     @field_validator("history", mode="before")
     @classmethod

@@ -1,0 +1,119 @@
+"""Text that is read while it is generated.
+
+A worker appends what is new to a Redis stream of the job and notes it on a channel of the same name; its
+readers take what they have not seen. The stored result closes the stream: it holds the whole text, so a
+reader that missed pieces (they are few and expire) gets them from there.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from penstock.errors import StreamRestartedError
+from penstock.result import FinishReason, GenerateResult, Usage
+
+OnRestart = Literal["hide", "show"]
+
+STREAM_TTL_S: Final = 3600
+"""How long the last piece of a stream can be read."""
+MAX_PIECES: Final = 10_000
+"""Kept pieces of a stream; a reader that is further behind gets the rest when the job has ended."""
+
+# KEYS: stream, which is also the channel's name.
+# ARGV: run, characters of it before the piece, piece, most pieces, time to live in seconds.
+# Returns how many readers heard of it.
+APPEND: Final = """
+redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[4], '*', 'run', ARGV[1], 'at', ARGV[2], 'text', ARGV[3])
+redis.call('EXPIRE', KEYS[1], ARGV[5])
+return redis.call('PUBLISH', KEYS[1], '')
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A part of an answer, in the order of the text.
+
+    Attributes:
+        text: what is new, whole characters; may be empty on the last piece and where a run begins again.
+        is_restart: the worker was lost and another one begins again: what came before is void. Only where
+            the caller asked to see it.
+        finish_reason: on the last piece, else None: `stop` if the model or a stop string ended it, `length`
+            if a limit did.
+        usage: on the last piece, else None: tokens of prompt and answer.
+    """
+
+    text: str
+    is_restart: bool = False
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+def stream_key(job_id: str) -> str:
+    """Return the stream, and the channel, of a job's pieces."""
+    return f"penstock:stream:{job_id}"
+
+
+class Reader:
+    """Makes one text of the pieces of one job, whoever wrote them.
+
+    Pieces come at least once and in the order of a run; a run is one time that a worker generated. A worker that
+    was thought dead may go on writing beside the one that took over, so an earlier run is not read again.
+
+    Args:
+        job_id: for errors.
+        on_restart: `hide` leaves out what a later run repeats; `show` tells of the restart.
+    """
+
+    def __init__(self, job_id: str, on_restart: OnRestart) -> None:
+        self._job_id, self._on_restart = job_id, on_restart
+        self._runs: list[str] = []
+        self._n_read = 0  # characters of this run
+        self._text = ""  # all that the caller has
+
+    def take(self, run: str, at: int, text: str) -> list[Piece]:
+        """Return what an entry of the stream adds for the caller: at most a restart, and a piece.
+
+        Raises:
+            StreamRestartedError: restarts are to be hidden, and a later run says something else.
+        """
+        found = []
+        if run not in self._runs:
+            found = self._restart() if self._runs else []
+            self._runs.append(run)
+        elif run != self._runs[-1]:
+            return []
+        if at > self._n_read:
+            return found  # pieces between were dropped; the end of the job brings all
+        new = text[self._n_read - at :]
+        self._n_read += len(new)
+        new = self._unseen(new, self._n_read - len(new))
+        return [*found, Piece(text=new)] if new else found
+
+    def end(self, result: GenerateResult) -> list[Piece]:
+        """Return what the stored result adds: the rest of the text, finish reason and usage.
+
+        Raises:
+            StreamRestartedError: as `take`.
+        """
+        found = []
+        if not result.text.startswith(self._text):
+            if self._on_restart == "hide":
+                raise StreamRestartedError(self._job_id)
+            found = self._restart()
+        rest = self._unseen(result.text, 0)
+        return [*found, Piece(text=rest, finish_reason=result.finish_reason, usage=result.usage)]
+
+    def _restart(self) -> list[Piece]:
+        self._n_read = 0
+        if self._on_restart == "hide":
+            return []
+        self._text = ""
+        return [Piece(text="", is_restart=True)]
+
+    def _unseen(self, text: str, at: int) -> str:
+        """Return what goes beyond the caller's text, of a text that begins `at` characters into the run."""
+        seen = self._text[at : at + len(text)]
+        if not text.startswith(seen):
+            raise StreamRestartedError(self._job_id)
+        unseen = text[len(seen) :]
+        self._text += unseen
+        return unseen

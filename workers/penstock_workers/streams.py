@@ -1,0 +1,114 @@
+"""Pieces of text on their way to readers: those of all jobs together, at most every 50 ms."""
+
+import logging
+import threading
+import time
+from typing import Final
+from uuid import uuid4
+
+import redis
+
+from penstock.broker import connect_sync
+from penstock.stream import APPEND, MAX_PIECES, STREAM_TTL_S, stream_key
+
+logger = logging.getLogger(__name__)
+
+COALESCE_S: Final = 0.05
+"""Pieces that come within this time travel together; a first one does not wait."""
+
+
+class Stream:
+    """The text of one job, as far as it is there. Made by `Streams.open`."""
+
+    def __init__(self, job_id: str, streams: "Streams") -> None:
+        self.job_id, self._streams = job_id, streams
+        self.run = uuid4().hex[:12]  # tells a reader that another worker begins again
+        self.n_sent = 0
+        self.waiting = ""
+        self._unread_since: float | None = None
+
+    def write(self, piece: str) -> None:
+        """Add a piece; does not wait for Redis."""
+        self._streams.add(self, piece)
+
+    def is_unread(self, longer_than_s: float) -> bool:
+        """Whether nobody has listened to the last pieces for this long, in seconds."""
+        since = self._unread_since
+        return since is not None and time.monotonic() - since > longer_than_s
+
+    def sent(self, n_characters: int, n_readers: int) -> None:
+        """Note that a piece is with Redis, and how many heard of it."""
+        self.n_sent += n_characters
+        if n_readers:
+            self._unread_since = None
+        elif self._unread_since is None:
+            self._unread_since = time.monotonic()
+
+
+class Streams(threading.Thread):
+    """Writes the pieces of all jobs of a process, in one round trip at a time.
+
+    Redis out of reach: pieces wait and become one. What was sent and not answered is sent again, readers know
+    by its place that they have it.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(name="streams", daemon=True)
+        self._url = url
+        self._lock = threading.Lock()
+        self._dirty: dict[Stream, None] = {}
+        self._wake = threading.Event()
+
+    def open(self, job_id: str) -> Stream:
+        """Begin the text of a job."""
+        return Stream(job_id, self)
+
+    def add(self, stream: Stream, piece: str) -> None:
+        """Queue a piece of a stream."""
+        with self._lock:
+            stream.waiting += piece
+            self._dirty[stream] = None
+        self._wake.set()
+
+    def close(self, stream: Stream) -> None:
+        """Forget a stream whose job is over; what it has not sent is in the result."""
+        with self._lock:
+            self._dirty.pop(stream, None)
+
+    def run(self) -> None:
+        """Write until the process ends."""
+        self._redis = connect_sync(self._url)
+        is_away = False
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            try:
+                self._send()
+                is_away = False
+            except (redis.RedisError, OSError) as error:
+                if not is_away:
+                    logger.warning("streamed text waits for Redis: %s", type(error).__name__)
+                is_away = True
+                self._wake.set()
+                time.sleep(1.0)
+            time.sleep(COALESCE_S)
+
+    def _send(self) -> None:
+        with self._lock:
+            pieces = {stream: stream.waiting for stream in self._dirty}
+        with self._redis.pipeline(transaction=False) as pipe:
+            for stream, piece in pieces.items():
+                arguments = (stream.run, stream.n_sent, piece, MAX_PIECES, STREAM_TTL_S)
+                pipe.eval(APPEND, 1, stream_key(stream.job_id), *arguments)
+            answers = pipe.execute(raise_on_error=False)
+        failures = [answer for answer in answers if isinstance(answer, Exception)]
+        with self._lock:
+            for (stream, piece), n_readers in zip(pieces.items(), answers, strict=True):
+                if isinstance(n_readers, Exception):
+                    continue
+                stream.sent(len(piece), n_readers)
+                stream.waiting = stream.waiting[len(piece) :]
+                if not stream.waiting:
+                    self._dirty.pop(stream, None)
+        if failures:
+            raise failures[0]
