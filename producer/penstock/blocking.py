@@ -223,7 +223,7 @@ class Client:
 
     def _iterate(self, items: AsyncIterator[S]) -> Iterator[S]:
         async def next_item() -> tuple[S, ...]:
-            return tuple([item]) if (item := await anext(items, None)) is not None else ()
+            return (item,) if (item := await anext(items, None)) is not None else ()
 
         async def leave() -> None:
             await cast("AsyncGenerator[S]", items).aclose()

@@ -55,8 +55,8 @@ def stream_key(job_id: str) -> str:
 class Reader:
     """Makes one text of the pieces of one job, whoever wrote them.
 
-    Pieces come at least once and in the order of a run; a run is one time that a worker generated. A worker that
-    was thought dead may go on writing beside the one that took over, so an earlier run is not read again.
+    Pieces come at least once and in the order of a run; a run is one time that a worker generated. A worker
+    that was thought dead may write on beside the one that took over: an earlier run is not read again.
 
     Args:
         job_id: for errors.
