@@ -22,6 +22,7 @@ from penstock.errors import (
     ResultExpiredError,
     ResultTimeoutError,
     ResultTooLargeError,
+    StreamRestartedError,
     TooManyTextsError,
     TransportError,
     UnknownJobError,
@@ -34,6 +35,7 @@ from penstock.job import AsyncJob, JobState
 from penstock.registry import ModelInfo
 from penstock.request import Message
 from penstock.result import GenerateResult, Timings, Usage
+from penstock.stream import Piece
 
 __all__ = [
     "AsyncClient",
@@ -57,12 +59,14 @@ __all__ = [
     "ModelLoadError",
     "OutOfMemoryError",
     "PenstockError",
+    "Piece",
     "RequestError",
     "RequestTooLargeError",
     "ResultDecodeError",
     "ResultExpiredError",
     "ResultTimeoutError",
     "ResultTooLargeError",
+    "StreamRestartedError",
     "Timings",
     "TooManyTextsError",
     "TransportError",

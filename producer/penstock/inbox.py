@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from penstock.broker import redis_errors
-from penstock.store import reply_channel
+from penstock.store import reply_channel, result_key
 
 LOOK_AGAIN_S: Final = 5.0
 """How long a waiter trusts the notes alone; bounds what a lost note costs."""
@@ -40,7 +40,6 @@ class Inbox:
         self._url = url
         self._pubsub = results.pubsub()
         self._notes: weakref.WeakValueDictionary[str, Note] = weakref.WeakValueDictionary()
-        self._followed: dict[str, str] = {}
         self._listener: asyncio.Task[None] | None = None
         self._opening = asyncio.Lock()
         self._is_asked = False
@@ -62,25 +61,22 @@ class Inbox:
         """Return the note that is set when the job may have ended; forgotten with its last holder."""
         return self._notes.setdefault(job_id, Note())
 
-    async def follow(self, job_id: str, channel: str) -> Note:
-        """Like `expect`, for what is noted on a channel of the job's own."""
-        self._followed[channel] = job_id
+    async def follow(self, job_id: str) -> Note:
+        """Like `expect`, for a job whose notes go to another client."""
         with redis_errors(self._url):
-            await self._pubsub.subscribe(channel)
+            await self._pubsub.subscribe(result_key(job_id))
         return self.expect(job_id)
 
-    async def unfollow(self, channel: str) -> None:
+    async def unfollow(self, job_id: str) -> None:
         """Undo `follow`."""
-        self._followed.pop(channel, None)
         with contextlib.suppress(RedisError, OSError):
-            await self._pubsub.unsubscribe(channel)
+            await self._pubsub.unsubscribe(result_key(job_id))
 
     async def close(self) -> None:
         """Stop listening."""
-        if self._listener is not None:
-            self._listener.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._listener
+        while self._listener is not None and not self._listener.done():
+            self._listener.cancel()  # again: one that meets the end of a connection gets lost on its way
+            await asyncio.wait([self._listener], timeout=0.1)
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]  # redis-py's own gap
 
     async def _listen(self) -> None:
@@ -124,7 +120,7 @@ class Inbox:
             name, _, payload = data.partition(b"\n")
             job_id = name.decode()
         else:
-            job_id = self._followed.get(channel, "")
+            job_id = channel.removeprefix(result_key(""))
         if (note := self._notes.get(job_id)) is not None:
             note.payload = payload or None
             note.set()

@@ -169,32 +169,20 @@ class AsyncJob(Generic[T]):
     async def pieces(
         self, *, on_restart: OnRestart = "hide", timeout_s: float | None = RESULT_TIMEOUT_S
     ) -> AsyncIterator[Piece]:
-        """Read the text of a generation job that streams; see `AsyncClient.stream`.
-
-        Can be called again, and by whoever knows the id: it begins with the first piece that is kept.
-        """
+        """Read the text of a generation job of this client that streams; see `AsyncClient.stream`."""
         reader, last_id = Reader(self.id, on_restart), "-"
-        channel = stream_key(self.id)
-        await self._store.inbox.follow(self.id, channel)
-        if not self._is_ours:
-            await self._store.inbox.follow(self.id, result_key(self.id))
-        try:
-            while True:
-                entries, outcome = await self._next_entries(last_id, timeout_s)
-                for entry_id, fields in entries:
-                    last_id = f"({entry_id.decode()}"
-                    run, at, text = (fields[name].decode() for name in (b"run", b"at", b"text"))
-                    for piece in reader.take(run, int(at), text):
-                        yield piece
-                if outcome is not None:
-                    self._outcome = outcome
-                    for piece in reader.end(cast("GenerateResult", await self.result(timeout_s))):
-                        yield piece
-                    return
-        finally:
-            await self._store.inbox.unfollow(channel)
-            if not self._is_ours:
-                await self._store.inbox.unfollow(result_key(self.id))
+        while True:
+            entries, outcome = await self._next_entries(last_id, timeout_s)
+            for entry_id, fields in entries:
+                last_id = f"({entry_id.decode()}"
+                run, at, text = (fields[name].decode() for name in (b"run", b"at", b"text"))
+                for piece in reader.take(run, int(at), text):
+                    yield piece
+            if outcome is not None:
+                self._outcome = outcome
+                for piece in reader.end(cast("GenerateResult", await self.result(timeout_s))):
+                    yield piece
+                return
 
     async def _next_entries(
         self, last_id: str, timeout_s: float | None
@@ -253,7 +241,7 @@ class AsyncJob(Generic[T]):
         if self._is_ours:  # nothing can have been missed: the inbox was open before the job was sent
             await self._hear()
         else:
-            await self._store.inbox.follow(self.id, result_key(self.id))
+            await self._store.inbox.follow(self.id)
         try:
             while True:
                 if (outcome := self._told() or await self._look()) is not None:
@@ -261,7 +249,7 @@ class AsyncJob(Generic[T]):
                 await self._hear()
         finally:
             if not self._is_ours:
-                await self._store.inbox.unfollow(result_key(self.id))
+                await self._store.inbox.unfollow(self.id)
 
     def _told(self) -> Outcome | None:
         payload, self._note.payload = self._note.payload, None  # it may be forgotten before the next look

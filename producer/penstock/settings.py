@@ -159,6 +159,8 @@ class WorkerSettings(_Section):
     """How often a job is given to a worker before it is dead-lettered."""
     drain_s: float = Field(default=30.0, ge=0)
     """How long running jobs may take to end after SIGTERM, seconds."""
+    reader_timeout_s: float = Field(default=30.0, gt=0)
+    """A streamed answer that nobody has listened to for so long, in seconds, is not generated to its end."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe log lines that are shown."""
 

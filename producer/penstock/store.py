@@ -5,6 +5,7 @@
 | `celery-task-meta-<id>` | string | the result record of `codec.encode_meta` | worker, `Job.cancel` |
 | `penstock:job:<id>` | string | `sent`, or the status the job ended with | sender, worker, `Job.cancel` |
 | `penstock:reply:<client>` | channel | ids of jobs that ended, small results behind | worker, `Job.cancel` |
+| `penstock:stream:<id>` | stream | pieces of text: see `penstock.stream` | worker |
 | `penstock:cancelled` | sorted set, channel | ids of cancelled jobs, by when | `Job.cancel` |
 
 A job whose id nobody was told has no record until it ends: its sender is the only one who can ask.

@@ -1,7 +1,7 @@
 """Text that is read while it is generated.
 
-A worker appends what is new to a Redis stream of the job and notes it on a channel of the same name; its
-readers take what they have not seen. The stored result closes the stream: it holds the whole text, so a
+A worker appends what is new to a Redis stream of the job and notes it on the reply channel of its sender, who
+takes what he has not seen. The stored result closes the stream: it holds the whole text, so a
 reader that missed pieces (they are few and expire) gets them from there.
 """
 
@@ -18,13 +18,12 @@ STREAM_TTL_S: Final = 3600
 MAX_PIECES: Final = 10_000
 """Kept pieces of a stream; a reader that is further behind gets the rest when the job has ended."""
 
-# KEYS: stream, which is also the channel's name.
-# ARGV: run, characters of it before the piece, piece, most pieces, time to live in seconds.
-# Returns how many readers heard of it.
+# KEYS: stream. ARGV: run, characters of it before the piece, piece, most pieces, time to live in seconds,
+# channel for the note, note. Returns how many heard of it.
 APPEND: Final = """
 redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[4], '*', 'run', ARGV[1], 'at', ARGV[2], 'text', ARGV[3])
 redis.call('EXPIRE', KEYS[1], ARGV[5])
-return redis.call('PUBLISH', KEYS[1], '')
+return redis.call('PUBLISH', ARGV[6], ARGV[7])
 """
 
 
@@ -48,7 +47,7 @@ class Piece:
 
 
 def stream_key(job_id: str) -> str:
-    """Return the stream, and the channel, of a job's pieces."""
+    """Return the stream of a job's pieces; also the channel of their notes, if the job names no other."""
     return f"penstock:stream:{job_id}"
 
 

@@ -15,6 +15,7 @@ import redis
 from penstock import AsyncClient, BrokerUnavailableError, Client, JobState
 from penstock.broker import ANSWER_TIMEOUT_S
 from penstock.inbox import LOOK_AGAIN_S
+from penstock.store import record_key
 from penstock_workers.local_redis import free_port
 from tests.deployment import Server
 from tests.eventually import eventually
@@ -173,4 +174,4 @@ def test_results_may_be_kept_elsewhere(own: Server, tmp_path: Path) -> None:
                 redis.Redis.from_url(other.results_url) as there,
             ):
                 assert here.dbsize() == 0
-                assert there.dbsize() == 4
+                assert there.get(record_key(waiting.id)) == b"REVOKED"

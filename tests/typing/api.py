@@ -31,12 +31,14 @@ from penstock import (
     ModelLoadError,
     OutOfMemoryError,
     PenstockError,
+    Piece,
     RequestError,
     RequestTooLargeError,
     ResultDecodeError,
     ResultExpiredError,
     ResultTimeoutError,
     ResultTooLargeError,
+    StreamRestartedError,
     Timings,
     TooManyTextsError,
     TransportError,
@@ -118,6 +120,11 @@ def generate(client: Client) -> None:
     job = client.submit_generate("What is my name?", model="chat", history=plain_turns, stop=["END", "\n"])
     assert_type(job, Job[GenerateResult])
     assert_type(job.result(), GenerateResult)
+    for piece in client.stream("Who are you?", model="chat", on_restart="show", timeout_s=30, seed=1):
+        assert_type(piece, Piece)
+        assert_type(piece.text, str)
+        assert_type(piece.is_restart, bool)
+        assert_type(piece.usage, Usage | None)
 
 
 def jobs(client: Client) -> None:
@@ -179,6 +186,8 @@ async def twins() -> None:
         assert_type(await answer.cancel(), bool)
         assert_type(answer.usage, Usage | None)
         await answer.forget()
+        async for piece in client.stream("a", model="chat"):
+            assert_type(piece, Piece)
         parts = client.embed_many((str(n) for n in range(1000)), model="minilm", progress=False)
         assert_type(parts, AsyncIterator[Vectors])
         async for part in parts:
@@ -245,7 +254,7 @@ def faults_of_redis(error: TransportError) -> None:
 def other_ends(error: PenstockError) -> None:
     """What else may end a call."""
     match error:
-        case JobCancelledError() | ResultExpiredError() | UnknownJobError():
+        case JobCancelledError() | ResultExpiredError() | StreamRestartedError() | UnknownJobError():
             assert_type(error.job_id, str)
         case DeadlineExceededError():
             assert_type((error.job_id, error.late_s), tuple[str, float])

@@ -17,6 +17,7 @@ from penstock_workers.cancelled import Cancelled
 from penstock_workers.lifecycle import Lifecycle
 from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
 from penstock_workers.serving import Serving
+from penstock_workers.streams import Streams
 from penstock_workers.tasks import register_tasks
 
 POOL: Final = "penstock_workers.pool:TaskPool"
@@ -31,9 +32,10 @@ def build_app(settings: Settings) -> Celery:
     app = Celery("penstock", broker=celery_url(_checked(settings.broker_url)))
     app.penstock_settings, app.penstock_serving = settings, Serving()
     app.penstock_cancelled = Cancelled(_checked(settings.results_url))
+    app.penstock_streams = Streams(_checked(settings.results_url), settings.worker.reader_timeout_s)
     app.conf.update(_configuration(settings))
     app.steps["worker"].add(Lifecycle)
-    register_tasks(app, app.penstock_serving, app.penstock_cancelled)
+    register_tasks(app, app.penstock_serving, app.penstock_cancelled, app.penstock_streams)
 
     def is_alive() -> bool:
         return not app.penstock_serving.is_stalled(settings.worker.stall_s)

@@ -115,6 +115,7 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
     def start(self, worker: Any) -> None:
         """Load the models; the process ends if one cannot be loaded."""
         worker.app.penstock_cancelled.start()
+        worker.app.penstock_streams.start()
         pool = getattr(self._settings.pools, self._pool)
         # OpenMP and the tokenizers take all cores unless they are told before they load.
         os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(pool.threads)

@@ -30,7 +30,7 @@ from redis.exceptions import (
 )
 
 from penstock.codec import MAX_RESULT_BYTES
-from penstock.errors import ResultTooLargeError
+from penstock.errors import JobCancelledError, ResultTooLargeError
 from penstock.store import END_JOB, end_job_arguments, record_key
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,12 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no types
     def on_chord_part_return(self, *args: Any, **options: Any) -> None:
         """Count a part of a chord, again if Redis was away: a chord waits for ever for a part not counted."""
         self._ensure_retryable(super().on_chord_part_return, *args, **options)
+
+    def store_result(self, task_id: str, result: object, state: str, *args: Any, **options: Any) -> Any:
+        """Store how a job ended; one that its worker found unwanted ended as if its caller had cancelled it."""
+        if isinstance(result, JobCancelledError):
+            state = states.REVOKED
+        return super().store_result(task_id, result, state, *args, **options)
 
     def _store_result(
         self,

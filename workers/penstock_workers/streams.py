@@ -3,12 +3,15 @@
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 from uuid import uuid4
 
 import redis
 
 from penstock.broker import connect_sync
+from penstock.store import is_reply_channel
 from penstock.stream import APPEND, MAX_PIECES, STREAM_TTL_S, stream_key
 
 logger = logging.getLogger(__name__)
@@ -20,8 +23,8 @@ COALESCE_S: Final = 0.05
 class Stream:
     """The text of one job, as far as it is there. Made by `Streams.open`."""
 
-    def __init__(self, job_id: str, streams: "Streams") -> None:
-        self.job_id, self._streams = job_id, streams
+    def __init__(self, job_id: str, channel: str, streams: "Streams") -> None:
+        self.job_id, self.channel, self._streams = job_id, channel, streams
         self.run = uuid4().hex[:12]  # tells a reader that another worker begins again
         self.n_sent = 0
         self.waiting = ""
@@ -31,10 +34,10 @@ class Stream:
         """Add a piece; does not wait for Redis."""
         self._streams.add(self, piece)
 
-    def is_unread(self, longer_than_s: float) -> bool:
-        """Whether nobody has listened to the last pieces for this long, in seconds."""
+    def is_unread(self) -> bool:
+        """Whether nobody has listened to the last pieces for longer than readers are waited for."""
         since = self._unread_since
-        return since is not None and time.monotonic() - since > longer_than_s
+        return since is not None and time.monotonic() - since > self._streams.reader_timeout_s
 
     def sent(self, n_characters: int, n_readers: int) -> None:
         """Note that a piece is with Redis, and how many heard of it."""
@@ -50,18 +53,29 @@ class Streams(threading.Thread):
 
     Redis out of reach: pieces wait and become one. What was sent and not answered is sent again, readers know
     by its place that they have it.
+
+    Args:
+        url: of the result store.
+        reader_timeout_s: how long pieces may go unheard before a stream is unread, seconds.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, reader_timeout_s: float) -> None:
         super().__init__(name="streams", daemon=True)
-        self._url = url
+        self._url, self.reader_timeout_s = url, reader_timeout_s
         self._lock = threading.Lock()
         self._dirty: dict[Stream, None] = {}
         self._wake = threading.Event()
 
-    def open(self, job_id: str) -> Stream:
-        """Begin the text of a job."""
-        return Stream(job_id, self)
+    @contextmanager
+    def open(self, job_id: str, reply_to: str | None) -> Iterator[Stream]:
+        """Begin the text of a job; what is not sent when it is over is in the job's result."""
+        channel = str(reply_to) if is_reply_channel(reply_to) else stream_key(job_id)
+        stream = Stream(job_id, channel, self)
+        try:
+            yield stream
+        finally:
+            with self._lock:
+                self._dirty.pop(stream, None)
 
     def add(self, stream: Stream, piece: str) -> None:
         """Queue a piece of a stream."""
@@ -69,11 +83,6 @@ class Streams(threading.Thread):
             stream.waiting += piece
             self._dirty[stream] = None
         self._wake.set()
-
-    def close(self, stream: Stream) -> None:
-        """Forget a stream whose job is over; what it has not sent is in the result."""
-        with self._lock:
-            self._dirty.pop(stream, None)
 
     def run(self) -> None:
         """Write until the process ends."""
@@ -99,7 +108,8 @@ class Streams(threading.Thread):
         with self._redis.pipeline(transaction=False) as pipe:
             for stream, piece in pieces.items():
                 arguments = (stream.run, stream.n_sent, piece, MAX_PIECES, STREAM_TTL_S)
-                pipe.eval(APPEND, 1, stream_key(stream.job_id), *arguments)
+                note = (stream.channel, stream.job_id)
+                pipe.eval(APPEND, 1, stream_key(stream.job_id), *arguments, *note)
             answers = pipe.execute(raise_on_error=False)
         failures = [answer for answer in answers if isinstance(answer, Exception)]
         with self._lock:

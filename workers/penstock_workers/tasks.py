@@ -14,6 +14,7 @@ from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
 from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
 from penstock_workers.batching import HandBackError, HasTokens, Work
 from penstock_workers.serving import ServedEmbedder, ServedGenerator, Serving
+from penstock_workers.streams import Streams
 
 HEADER_BYTES: Final = 1 << 16  # room for all of a result that is not its array
 
@@ -26,14 +27,18 @@ class Delivery:
         job_id: the job.
         priority: of its message; senders that are not ours may give any, or none.
         is_unwanted: says whether nobody waits for its answer any more.
+        reply_to: whom to tell of its text while it is generated.
+        streams: where that text goes.
     """
 
     job_id: str
     priority: Priority
     is_unwanted: Callable[[], bool]
+    reply_to: str | None
+    streams: Streams
 
 
-def register_tasks(app: Celery, serving: Serving, cancelled: Container[str]) -> None:
+def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], streams: Streams) -> None:
     """Give the app its tasks; they find their models in `serving`, and pass by jobs that were cancelled."""
 
     def add(kind: type[Request], answer: Callable[[Delivery, Any, Serving], Result]) -> None:
@@ -55,7 +60,11 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str]) -> 
             if late_s > 0:
                 raise DeadlineExceededError(job_id, late_s)
             delivery = Delivery(
-                job_id=job_id, priority=_priority(self), is_unwanted=lambda: job_id in cancelled
+                job_id=job_id,
+                priority=_priority(self),
+                is_unwanted=lambda: job_id in cancelled,
+                reply_to=self.request.reply_to,
+                streams=streams,
             )
             try:
                 return answer(delivery, request, serving)
@@ -107,15 +116,24 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
 
 
 def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> GenerateResult:
-    """Answer a request, in a batch with those of other jobs."""
+    """Answer a request, in a batch with those of other jobs.
+
+    Raises:
+        HandBackError: the model will not answer any more.
+    """
     arrived, clock = time.time(), time.perf_counter()
     served = serving.find(request.model, ServedGenerator)
     prompt = served.engine.prepare(request)
     prepared_s = time.perf_counter() - clock
-    work = served.batcher.submit(
-        delivery.job_id, [prompt], request.deadline, is_unwanted=delivery.is_unwanted
-    )
-    (answer,) = work.wait()
+    with delivery.streams.open(delivery.job_id, delivery.reply_to) as stream:
+        work = served.batcher.submit(
+            delivery.job_id,
+            [prompt],
+            request.deadline,
+            is_unwanted=lambda: delivery.is_unwanted() or stream.is_unread(),
+            listen=(lambda _, piece: stream.write(piece)) if request.stream else None,
+        )
+        (answer,) = work.wait()
     return GenerateResult(
         model=request.model,
         text=answer.text,
