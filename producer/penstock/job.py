@@ -214,8 +214,8 @@ class AsyncJob(Generic[T]):
         """Take the job back; whoever waits for it gets `JobCancelledError`.
 
         Returns:
-            True if it had not ended. A job that still waits is then never computed; what a worker has
-            begun runs to its end, and its result is dropped.
+            True if it had not ended. A job that still waits is then never computed; of what a worker has
+            begun, no further batch and no further step.
         """
         return await self._store.end(self.id, JobCancelledError(self.id), must_be_sent=self._is_recorded)
 

@@ -369,6 +369,42 @@ def test_stop_string_across_tokens_cuts_the_text(llama: Generator) -> None:
     assert first.n_tokens < whole.n_tokens
 
 
+def test_stop_token_ends_an_answer(llama: Generator) -> None:
+    """A stop token of the call ends its row as the model's own would, and no other row."""
+    whole = llama.prepare(request(max_new_tokens=20))
+    tokens = _tokens_of(llama, whole)
+    end = next(token for n, token in enumerate(tokens) if n > 3 and token not in tokens[:n])
+
+    stopped, unstopped = answers(
+        llama, [llama.prepare(request(max_new_tokens=20, stop_token_ids=[end])), whole]
+    )
+
+    assert (stopped.finish_reason, stopped.n_tokens) == ("stop", tokens.index(end))
+    assert stopped.text == make_tokenizer().decode(tokens[: tokens.index(end)])
+    assert unstopped.n_tokens == 20
+
+
+@pytest.mark.parametrize("stop", [[], ["wheel", "e"]], ids=str)
+def test_pieces_are_the_answer(llama: Generator, stop: list[str]) -> None:
+    """The pieces that a listener hears are the answer's text, whatever bytes a model says."""
+    prompts = sixteen(llama, stop=stop, temperature=2.0, seed=3)
+    decoding = llama.decoding(max_rows=8)
+    heard: dict[Any, list[str]] = {}
+    for prompt in prompts:
+        pieces: list[str] = []
+        row = llama.row(prompt, on_piece=pieces.append)
+        heard[row] = pieces
+        decoding.add(row)
+
+    outcomes: dict[Any, Any] = {}
+    while not decoding.is_idle:
+        outcomes |= dict(decoding.step())
+
+    assert ["".join(heard[row]) for row in heard] == [outcomes[row].text for row in heard]
+    assert max(map(len, heard.values())) > 4
+    assert [outcomes[row] for row in heard] == answers(llama, prompts)
+
+
 def test_answer_ends_with_a_whole_character(tmp_path: Path) -> None:
     """A limit that falls inside a character leaves none of its bytes behind."""
     generator = load(make_folder(tmp_path))

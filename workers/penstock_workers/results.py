@@ -72,7 +72,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no types
         self._ensure_retryable(super().on_chord_part_return, *args, **options)
 
     def store_result(self, task_id: str, result: object, state: str, *args: Any, **options: Any) -> Any:
-        """Store how a job ended; one that its worker found unwanted ended as if its caller had cancelled it."""
+        """Store how a job ended; one that was found unwanted ended as if its caller had cancelled it."""
         if isinstance(result, JobCancelledError):
             state = states.REVOKED
         return super().store_result(task_id, result, state, *args, **options)

@@ -122,6 +122,11 @@ class RowCache(Cache):
         """What is allocated for keys and values, bytes."""
         return sum(t.nbytes for _, t in self._tensors())
 
+    @property
+    def n_cells(self) -> int:
+        """What is allocated, in tokens."""
+        return self.grid.n_places * self.grid.n_columns
+
     @staticmethod
     def cells(n_rows: int, width: int) -> int:
         """Return what a cache that has grown to this shape allocates at most, in tokens."""
@@ -144,8 +149,7 @@ class RowCache(Cache):
         grid, n_ours, n_theirs = self.grid, self.grid.n_rows, other.grid.n_rows
         width = max(grid.width, other.grid.width)
         if n_ours + n_theirs > grid.n_places or width > grid.end:
-            n_places = max(grid.n_places, n_ours + n_theirs + (n_ours + n_theirs) // 4)
-            self._lay_out(n_places, width + width // 8 + _SPARE_COLUMNS, width=width)
+            self._lay_out_spaciously(n_ours + n_theirs, width)
         start, rows = grid.end - width, slice(n_ours, n_ours + n_theirs)
         for (_, tensor), (_, new) in zip(self._tensors(), other._tensors(), strict=True):
             tensor[:n_ours, :, start : grid.start] = 0  # whatever was there once, it may have been NaN
@@ -170,6 +174,11 @@ class RowCache(Cache):
             for index, state in states.items():
                 states[index] = None if state is None else state[list(order)]
         self.grid.n_rows, self.grid.start = len(order), self.grid.end - width
+        if 2 * self.cells(len(order), width) < self.n_cells:
+            self._lay_out_spaciously(len(order), width)
+
+    def _lay_out_spaciously(self, n_rows: int, width: int) -> None:
+        self._lay_out(n_rows + n_rows // 4, width + width // 8 + _SPARE_COLUMNS, width=width)
 
     def _lay_out(self, n_places: int, n_columns: int, *, width: int | None = None) -> None:
         """Give every layer new tensors, with what is in use as the last of `width` columns from 0 on."""

@@ -174,6 +174,11 @@ class Batch:
         return self._cache.bytes_per_token if isinstance(self._cache, RowCache) else 0
 
     @property
+    def n_cells(self) -> int:
+        """What the cache has allocated, in tokens; 0 where it is not ours."""
+        return self._cache.n_cells if isinstance(self._cache, RowCache) else 0
+
+    @property
     def has_states(self) -> bool:
         """Whether layers keep a state that every token changes, besides or instead of keys and values."""
         return any(self._cache.is_linear)

@@ -126,7 +126,10 @@ class Decoding(Generic[A]):
     @property
     def cache_bytes(self) -> int:
         """What the cache has allocated."""
-        return sum(batch.n_bytes for batch in (self._batch, self._long and self._long[1]) if batch)
+        return sum(batch.n_bytes for batch in self._batches())
+
+    def _batches(self) -> list[Batch]:
+        return [batch for batch in (self._batch, self._long and self._long[1]) if batch]
 
     def step(self) -> list[Outcome[A]]:
         """Let who is over go, give each running row a token, let newcomers in.
@@ -249,7 +252,7 @@ class Decoding(Generic[A]):
             if n_rows > min(self._max_rows, row.company, *(other.company for other in running), 1 << 30):
                 left.append(row)
                 break
-            if not self._fits(running, row):  # nobody overtakes whoever waits for memory
+            if not self._fits(running, [*group, row]):  # nobody overtakes whoever waits for memory
                 left.append(row)
                 break
             n_group = len(group) + 1
@@ -275,12 +278,15 @@ class Decoding(Generic[A]):
             if not row.is_over():
                 yield row
 
-    def _fits(self, running: Sequence[Row[A]], row: Row[A]) -> bool:
+    def _fits(self, running: Sequence[Row[A]], group: Sequence[Row[A]]) -> bool:
+        """Say whether the last one of a group may enter beside all that run, the group's others counted."""
         if not running:
             return True
-        width = max(other.n_final for other in (*running, row))
-        own = row.n_ids  # its prompt is there twice while it joins
-        return RowCache.cells(len(running) + 1, width) + own <= self.budget_tokens
+        width = max(row.n_final for row in (*running, *group))
+        # Prompts are there twice while they join.
+        own = RowCache.cells(len(group), max(row.n_ids for row in group))
+        held = sum(batch.n_cells for batch in self._batches())
+        return max(RowCache.cells(len(running) + 1, width), held) + own <= self.budget_tokens
 
     def sweep(self) -> None:
         """Forget waiting rows that are over: one that nobody wants holds no memory."""

@@ -61,25 +61,27 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    free = [_meminfo_bytes()]
-    # A container's limit, in either version of control groups; a limit that is none is huge or "max".
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free.append(int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text()))
-        except (OSError, ValueError):
-            continue
-    return max(0, min(free))
+    return max(0, min(_available_bytes(), _left_to_container_bytes()))
 
 
-_CGROUP = Path("/sys/fs/cgroup")
-
-
-def _meminfo_bytes() -> int:
+def _available_bytes() -> int:
     info = Path("/proc/meminfo")
     if info.exists():
-        line = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
+        return _field(info, "MemAvailable:") * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _left_to_container_bytes() -> int:
+    """Return what a control group of version 2 still allows; huge where there is none or no limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        # Files that the system keeps in memory count as used, and give way.
+        return int(limit) - int(used) + _field(group / "memory.stat", "file")
+    except (OSError, ValueError):
+        return 1 << 62
+
+
+def _field(file: Path, name: str) -> int:
+    fields = (line.split() for line in file.read_text().splitlines())
+    return next(int(value) for key, value, *_ in fields if key == name)

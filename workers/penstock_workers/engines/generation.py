@@ -103,15 +103,16 @@ class Generator:
         if sharing is None:
             raise ModelLoadError(name, "its logits in a batch differ from those of a text alone")
         self.sharing = sharing
-        logger.info("model %s answers requests in batches: %s", name, sharing)
+        level = logging.INFO if sharing.joins else logging.WARNING
+        logger.log(level, "requests to model %s share forward passes: %s", name, sharing)
 
     @classmethod
     def load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:
         """Load the model that `model.source` names.
 
         Raises:
-            ModelLoadError: the files are missing, damaged or no causal language model, or the model
-                cannot answer several requests at a time.
+            ModelLoadError: the files are missing, damaged or no causal language model, or the model gives
+                other logits token by token.
         """
         source = resolve_source(name, model)
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # has no annotations

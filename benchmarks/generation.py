@@ -1,0 +1,383 @@
+"""Do requests that come and go cost what a batch formed beforehand costs?
+
+A random Llama of 32 million parameters (no download, no real text) answers prompts of 8 to 128 tokens with
+64 tokens each, greedily, in this process, on one thread per core. Ours is the worker's scheduler, with its
+thread and its queue; peers are transformers' `generate` on a batch that is formed beforehand, `generate`
+one by one, and transformers' own continuous batching. Ways take turns; medians are compared.
+
+Run: python -m benchmarks.generation [--quick] [--json FILE] [--plot FILE]
+"""
+
+import logging
+import os
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LlamaConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.report import Figure, Report, Row, arguments, finish
+from penstock_workers.engines.causal_lm import Sharing, find_sharing
+from penstock_workers.engines.decoding import Decoding
+from penstock_workers.engines.decoding import Row as Line
+from penstock_workers.engines.sampling import Sampling, Trail
+from penstock_workers.scheduling import Scheduler
+
+N_NEW = 64
+GREEDY = Sampling(
+    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, seed=1
+)
+HOT = replace(GREEDY, temperature=1.0, top_p=0.9)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt and what is wanted of it."""
+
+    ids: tuple[int, ...]
+    n_new: int = N_NEW
+    sampling: Sampling = GREEDY
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.ids)
+
+
+@dataclass
+class Times:
+    """When one request of a stream was answered, seconds after it came."""
+
+    first: list[float] = field(default_factory=list)
+    last: list[float] = field(default_factory=list)
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    logging.disable(logging.WARNING)
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # not annotated
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = make_model()
+    n_rounds = 1 if options.quick else 5
+    rows, figures = throughput(model, n_rounds=n_rounds, with_64=not options.quick)
+    for part in (
+        step_overhead(model, n_rounds=5 if options.quick else 15),
+        arrivals(model, n_requests=8 if options.quick else 60),
+        equality(n_requests=60 if options.quick else 200),
+        endurance(n_requests=500 if options.quick else 10_000),
+    ):
+        rows += part[0]
+        figures |= part[1]
+    finish(Report(name="generation", rows=rows, figures=figures), options)
+
+
+def make_model(**fields: Any) -> PreTrainedModel:
+    """Return a random Llama; no token ends an answer."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 2048,
+        "eos_token_id": None,
+    }
+    make: Any = AutoModelForCausalLM.from_config  # not annotated
+    model: PreTrainedModel = make(LlamaConfig(**sizes | fields)).eval().requires_grad_(False)
+    model.generation_config = GenerationConfig(pad_token_id=0)  # type: ignore[no-untyped-call]  # not annotated
+    return model
+
+
+def make_asks(n: int, *, seed: int = 1, vocab: int = 8192) -> list[Ask]:
+    """Return prompts of 8 to 128 random tokens."""
+    dice = random.Random(seed)
+    return [Ask(tuple(dice.randrange(1, vocab) for _ in range(dice.randrange(8, 129)))) for _ in range(n)]
+
+
+def start(model: PreTrainedModel, *, max_rows: int) -> Scheduler[Ask, Line[list[int]], list[int]]:
+    """Start a worker's scheduler; its answers are tokens."""
+    return Scheduler("benchmark", make_decoding(model, max_rows=max_rows), make_line)
+
+
+def make_decoding(model: PreTrainedModel, *, max_rows: int, budget: int = 1 << 20) -> Decoding[list[int]]:
+    """Return an empty batch."""
+    return Decoding("benchmark", model, Sharing.CONTINUOUS, max_rows=max_rows, budget_tokens=budget)
+
+
+def make_line(
+    ask: Ask,
+    /,
+    *,
+    is_over: Callable[[], bool] = lambda: False,
+    on_start: Callable[[], None] = lambda: None,
+    on_piece: Callable[[str], None] | None = None,
+) -> Line[list[int]]:
+    """Return a row that ends after the tokens that were asked for; a piece is a token."""
+    trail = Trail(sampling=ask.sampling, prompt=ask.ids)
+
+    def take(token: int) -> list[int] | None:
+        if on_piece:
+            on_piece(str(token))
+        return trail.tokens if len(trail.tokens) == ask.n_new else None
+
+    return Line(trail, ask.n_new, take=take, is_over=is_over, on_start=on_start)
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, asks: Sequence[Ask]) -> list[list[int]]:
+    """Answer a batch with transformers' own loop, padded on the left."""
+    width, n_new = max(ask.n_tokens for ask in asks), max(ask.n_new for ask in asks)
+    ids = torch.tensor([[0] * (width - ask.n_tokens) + list(ask.ids) for ask in asks])
+    mask = torch.tensor([[0] * (width - ask.n_tokens) + [1] * ask.n_tokens for ask in asks])
+    peer: Any = model  # its `generate` is not annotated
+    out = peer.generate(ids, attention_mask=mask, max_new_tokens=n_new, do_sample=False)
+    return [row[: ask.n_new] for row, ask in zip(out[:, width:].tolist(), asks, strict=True)]
+
+
+def generate_continuous(model: PreTrainedModel, asks: Sequence[Ask]) -> list[list[int]]:
+    """Answer with transformers' continuous batching."""
+    untyped: Any = GenerationConfig  # not annotated
+    config = untyped(max_new_tokens=N_NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    peer: Any = model  # not annotated
+    try:
+        out = peer.generate_batch(
+            [list(ask.ids) for ask in asks], generation_config=config, progress_bar=False
+        )
+    finally:
+        model.set_attn_implementation("sdpa")  # it leaves another one behind
+    return [list(one.generated_tokens) for one in out.values()]
+
+
+def throughput(
+    model: PreTrainedModel, *, n_rounds: int, with_64: bool
+) -> tuple[list[Row], dict[str, Figure]]:
+    """Compare whole batches."""
+    schedulers = {n: start(model, max_rows=n) for n in (16, 64)}
+    asks = make_asks(64)
+
+    def ours(n: int) -> list[list[int]]:
+        works = [schedulers[n].submit(str(i), [ask], None) for i, ask in enumerate(asks[:n])]
+        return [work.wait()[0] for work in works]
+
+    ways: dict[str, tuple[int, Callable[[], list[list[int]]]]] = {
+        "penstock, 16 at once": (16, lambda: ours(16)),
+        "transformers generate, static batch of 16": (16, lambda: generate(model, asks[:16])),
+        "transformers generate, one by one": (2, lambda: [generate(model, [a])[0] for a in asks[:2]]),
+        "transformers continuous batching, 16 at once": (16, lambda: generate_continuous(model, asks[:16])),
+    }
+    if with_64:
+        ways["penstock, 64 at once"] = (64, lambda: ours(64))
+        ways["transformers generate, static batch of 64"] = (64, lambda: generate(model, asks))
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(n_rounds + 1):  # the first is a warm-up
+        for name, (n, way) in ways.items():
+            began = time.perf_counter()
+            answers = way()
+            speeds[name].append(n * N_NEW / (time.perf_counter() - began))
+            assert [len(answer) for answer in answers] == [N_NEW] * n
+    rows = [Row(way=name, unit="tokens/s", values=values[1:]) for name, values in speeds.items()]
+    median = {row.way: row.median for row in rows}
+    static = [
+        median[f"penstock, {n} at once"] / median[f"transformers generate, static batch of {n}"]
+        for n in ((16, 64) if with_64 else (16,))
+    ]
+    mine, theirs = median["penstock, 16 at once"], median["transformers continuous batching, 16 at once"]
+    return rows, {
+        "vs_static_batch": Figure(value=min(static), unit="x", goal=0.9),
+        "vs_transformers_cb": Figure(value=mine / theirs, unit="x", goal=3.0),
+        "vs_one_by_one": Figure(value=mine / median["transformers generate, one by one"], unit="x"),
+    }
+
+
+@torch.inference_mode()
+def step_overhead(model: PreTrainedModel, *, n_rounds: int) -> tuple[list[Row], dict[str, Figure]]:
+    """Compare a decode step, sampling and bookkeeping included, with the bare forward pass."""
+    width, rows, ratios = 64, [], []
+    for n in (1, 2, 4, 8, 16, 32, 64):
+        asks = [Ask(ids=tuple(range(1, width + 1)), n_new=1 << 20)] * n
+        decoding = make_decoding(model, max_rows=n, budget=1 << 60)
+        for ask in asks:
+            decoding.add(make_line(ask))
+        while decoding.n_running < n:
+            decoding.step()
+        cache = DynamicCache(config=model.config)
+        ids = torch.tensor([ask.ids for ask in asks])
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        bare, ours = [], []
+        for i in range(n_rounds + 1):
+            token, at = torch.ones(n, 1, dtype=torch.long), width + i
+            mask, positions = torch.ones(n, at + 1, dtype=torch.long), torch.full((n, 1), at)
+            began = time.perf_counter()
+            model(
+                input_ids=token,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            middle = time.perf_counter()
+            decoding.step()
+            bare.append(middle - began)
+            ours.append(time.perf_counter() - middle)
+        for way, seconds in (("penstock", ours), ("bare forward", bare)):
+            rows.append(Row(way=f"one step of {n}, {way}", unit="ms", values=[1e3 * s for s in seconds[1:]]))
+        ratios.append(statistics.median(ours[1:]) / statistics.median(bare[1:]))
+    return rows, {"step_overhead": Figure(value=max(ratios), unit="x", goal=1.1, at_most=True)}
+
+
+def arrivals(model: PreTrainedModel, *, n_requests: int) -> tuple[list[Row], dict[str, Figure]]:
+    """Let requests arrive at random, at half of what batches of 16 sustain; seconds to first and last."""
+    asks = make_asks(n_requests, seed=2)
+    began = time.perf_counter()
+    generate(model, asks[:16])
+    capacity = min(16, n_requests) / (time.perf_counter() - began)
+    dice, now, at = random.Random(3), 0.0, []
+    for _ in asks:
+        now += dice.expovariate(capacity / 2)
+        at.append(now)
+    found = {
+        "penstock": stream_ours(model, asks, at),
+        "static batches of up to 16": stream_formed(model, asks, at, most=16),
+    }
+    if n_requests <= 8:  # one by one falls behind without end
+        found["one by one"] = stream_formed(model, asks, at, most=1)
+    rows = []
+    for way, times in found.items():
+        rows.append(Row(way=f"arrivals, {way}: first token", unit="s", values=times.first))
+        rows.append(Row(way=f"arrivals, {way}: last token", unit="s", values=times.last))
+    mine, theirs = found["penstock"], found["static batches of up to 16"]
+    return rows, {
+        "first_token_vs_static": Figure(
+            value=statistics.median(theirs.first) / statistics.median(mine.first), unit="x", goal=1.0
+        ),
+        "last_token_vs_static": Figure(
+            value=statistics.median(theirs.last) / statistics.median(mine.last), unit="x", goal=1.0
+        ),
+    }
+
+
+def stream_ours(model: PreTrainedModel, asks: Sequence[Ask], at: Sequence[float]) -> Times:
+    """Send each request when its time has come."""
+    scheduler, times, began = start(model, max_rows=16), Times(), time.perf_counter()
+    first: dict[int, float] = {}
+    threads = []
+    for index, (ask, when) in enumerate(zip(asks, at, strict=True)):
+        time.sleep(max(0.0, began + when - time.perf_counter()))
+
+        def listen(_: int, __: str, index: int = index, when: float = when) -> None:
+            first.setdefault(index, time.perf_counter() - began - when)
+
+        work = scheduler.submit(str(index), [ask], None, listen)
+
+        def wait(work: Any = work, when: float = when) -> None:
+            work.wait()
+            times.last.append(time.perf_counter() - began - when)
+
+        threads.append(threading.Thread(target=wait))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    times.first = list(first.values())
+    return times
+
+
+def stream_formed(model: PreTrainedModel, asks: Sequence[Ask], at: Sequence[float], *, most: int) -> Times:
+    """Answer whoever waits, in batches; all of an answer is there when its batch is."""
+    times, began = Times(), time.perf_counter()
+    left = list(zip(asks, at, strict=True))
+    while left:
+        time.sleep(max(0.0, began + left[0][1] - time.perf_counter()))
+        now = time.perf_counter() - began
+        batch = [one for one in left if one[1] <= now][:most]
+        left = left[len(batch) :]
+        generate(model, [ask for ask, _ in batch])
+        now = time.perf_counter() - began
+        times.last += [now - when for _, when in batch]
+    times.first = times.last
+    return times
+
+
+def equality(*, n_requests: int) -> tuple[list[Row], dict[str, Figure]]:
+    """Count answers that company changes, among requests that come and go at random."""
+    # Small, with large weights: decisive logits, so that rounding does not choose between tokens.
+    model = make_model(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    differ: dict[str, float] = {}
+    for name, sampling in (("greedy", GREEDY), ("seeded", HOT)):
+        dice = random.Random(4)
+        asks = [
+            replace(ask, n_new=dice.randrange(1, N_NEW), sampling=replace(sampling, seed=index))
+            for index, ask in enumerate(make_asks(n_requests, seed=5, vocab=1024))
+        ]
+        lines, decoding = [make_line(ask) for ask in asks], make_decoding(model, max_rows=16)
+        coming = list(lines)
+        while coming or not decoding.is_idle:
+            while coming and (dice.random() < 0.2 or decoding.is_idle):
+                decoding.add(coming.pop(0))
+            decoding.step()
+        differ[name] = sum(
+            line.trail.tokens != (generate(model, [ask])[0] if name == "greedy" else alone(model, ask))
+            for line, ask in zip(lines, asks, strict=True)
+        )
+    return [], {
+        "greedy_different_from_generate": Figure(value=differ["greedy"], unit="", goal=0, at_most=True),
+        "seeded_different_from_alone": Figure(value=differ["seeded"], unit="", goal=0, at_most=True),
+    }
+
+
+def alone(model: PreTrainedModel, ask: Ask) -> list[int]:
+    """Answer one request in a batch of its own."""
+    line, decoding = make_line(ask), make_decoding(model, max_rows=1)
+    decoding.add(line)
+    while not decoding.is_idle:
+        decoding.step()
+    return line.trail.tokens
+
+
+def endurance(*, n_requests: int) -> tuple[list[Row], dict[str, Figure]]:
+    """Send many short requests through a small cache; watch what it allocates and what is left behind."""
+    model = make_model(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    _, bytes_per_token = find_sharing(model)
+    budget, dice = 1000, random.Random(6)
+    decoding, most, grown = make_decoding(model, max_rows=32, budget=budget), 0, []
+    asks = [
+        Ask(tuple(range(1, dice.randrange(2, 24))), n_new=dice.randrange(1, 6)) for _ in range(n_requests)
+    ]
+    for tenth in range(10):
+        for ask in asks[tenth::10]:
+            decoding.add(make_line(ask))
+        while not decoding.is_idle:
+            decoding.step()
+            most = max(most, decoding.cache_bytes)
+        grown.append(resident_bytes())
+    return [Row(way="resident memory after each tenth", unit="MiB", values=[b / 2**20 for b in grown])], {
+        "cache_vs_budget": Figure(value=most / (budget * bytes_per_token), unit="x", goal=1.0, at_most=True),
+        "growth_mib": Figure(value=(grown[-1] - grown[1]) / 2**20, unit="MiB", goal=4.0, at_most=True),
+    }
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory."""
+    with open("/proc/self/statm") as file:  # noqa: PTH123  a path object adds nothing here
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    main()
