@@ -275,7 +275,7 @@ def stream_ours(model: PreTrainedModel, asks: Sequence[Ask], at: Sequence[float]
         def listen(_: int, __: str, index: int = index, when: float = when) -> None:
             first.setdefault(index, time.perf_counter() - began - when)
 
-        work = scheduler.submit(str(index), [ask], None, listen)
+        work = scheduler.submit(str(index), [ask], None, listen=listen)
 
         def wait(work: Any = work, when: float = when) -> None:
             work.wait()
