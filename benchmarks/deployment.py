@@ -17,15 +17,18 @@ START_LIMIT_S = 300
 
 
 @contextmanager
-def deployed(models: str, *, processes: int = 2, threads: int = 1) -> Iterator[Client]:
+def deployed(
+    models: str, *, processes: int = 2, threads: int = 1, port: int | None = None
+) -> Iterator[Client]:
     """Run a stack and yield a client of it.
 
     Args:
         models: the `[models.*]` tables of the configuration.
         processes: worker processes of the CPU pool.
         threads: torch threads in each.
+        port: of its Redis on 127.0.0.1, queues in database 0, results in 1; None takes a free one.
     """
-    port = free_port()
+    port = port or free_port()
     url = f"redis://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "benchmark.toml"
