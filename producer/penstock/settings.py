@@ -103,7 +103,7 @@ class CpuPool(_Section):
     processes: Processes = AUTO
     """Worker processes that `penstock up` starts; auto: what cores and memory allow."""
     threads: Threads = AUTO
-    """Torch threads in each process; auto: one for embedding alone, up to eight for generation."""
+    """Torch threads in each process; auto: one for embedding alone, up to four for generation."""
 
 
 class GpuPool(CpuPool):

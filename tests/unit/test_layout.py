@@ -44,10 +44,10 @@ def write(root: Path, files: dict[str, str]) -> Path:
         ({"m": MINILM}, {"cpu_threads": "3"}, Layout(processes=5, threads=3)),
         ({"m": MINILM}, {"cpu_threads": "64"}, Layout(processes=1, threads=64)),
         ({"m": MINILM}, {"cpu_processes": "3"}, Layout(processes=3, threads=1)),
-        ({"m": MINILM, "c": CHAT}, {}, Layout(processes=2, threads=8)),
-        ({"m": MINILM, "c": CHAT}, {"cpu_processes": "4"}, Layout(processes=4, threads=4)),
+        ({"m": MINILM, "c": CHAT}, {}, Layout(processes=4, threads=4)),
+        ({"m": MINILM, "c": CHAT}, {"cpu_processes": "8"}, Layout(processes=8, threads=2)),
         ({"c": CHAT}, {"cpu_processes": "64"}, Layout(processes=64, threads=1)),
-        ({"c": CHAT}, {"cpu_processes": "0"}, Layout(processes=0, threads=8)),
+        ({"c": CHAT}, {"cpu_processes": "0"}, Layout(processes=0, threads=4)),
     ],
     ids=str,
 )
@@ -91,7 +91,8 @@ def test_a_worker_alone_counts_its_own_models() -> None:
     found = settings({"m": MINILM, "c": CHAT})
 
     assert choose_threads(found, "cpu", [found.models["m"]], LARGE) == 1
-    assert choose_threads(found, "cpu", found.models.values(), LARGE) == 8
+    assert choose_threads(found, "cpu", found.models.values(), LARGE) == 4
+    assert choose_threads(found, "cpu", found.models.values(), Machine(cores=2, memory_bytes=1)) == 1
 
 
 def test_trial_of_the_gpu_pool_leaves_the_cores_to_the_other() -> None:

@@ -14,8 +14,10 @@ from penstock.settings import AUTO, ModelSettings, Settings
 from penstock_workers.engines.source import resolve_source
 
 POOLS: Final[tuple[PoolName, ...]] = ("gpu", "cpu")
-MAX_THREADS: Final = 8
+MAX_THREADS: Final = 4
 """Threads of a process that generates: a decode step waits for memory, which few cores saturate."""
+GENERATING_PROCESSES: Final = 2
+"""That share the cores at least, where text is generated: docs/operations.md has what was measured."""
 PROCESS_BYTES: Final = 512 << 20
 """A process without its weights: measured 350 MiB beside others of its kind, 500 MiB alone."""
 WEIGHTS_FACTOR: Final = 2
@@ -130,8 +132,8 @@ def choose_threads(
         return int(wanted.threads)
     if on_cards(settings, pool) or all(model.task == "embed" for model in models):
         return 1
-    share = machine.cores if wanted.processes == AUTO else machine.cores // max(wanted.processes, 1)
-    return max(1, min(share, MAX_THREADS))
+    processes = GENERATING_PROCESSES if wanted.processes == AUTO else max(wanted.processes, 1)
+    return max(1, min(machine.cores // processes, MAX_THREADS))
 
 
 def choose_layouts(settings: Settings, machine: Machine) -> Mapping[PoolName, Layout]:
