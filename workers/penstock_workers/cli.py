@@ -1,4 +1,4 @@
-"""The command line: `penstock up`, `worker`, `status`, `queues`, `dead`, `config`, `demo`."""
+"""The command line: `penstock up`, `worker`, `status`, `queues`, `dead`, `config`, `tune`, `demo`."""
 
 import asyncio
 import json
@@ -247,6 +247,34 @@ def _counts_here(settings: Settings) -> dict[str, int]:
 def env() -> None:
     """Print .env.example: every variable, its meaning and its default."""
     click.echo(sample_environment(), nl=False)
+
+
+@cli.command()
+@_deployment
+@click.option("--pool", type=click.Choice(["cpu", "gpu"]), default="cpu", help="Hardware; cpu by default.")
+@click.option("--model", "models", multiple=True, help="Measure only this model; repeatable.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=1),
+    default=60,
+    help="About how long to measure, loading included; 60 by default.",
+)
+def tune(
+    config: Path | None, assignments: tuple[str, ...], pool: str, models: tuple[str, ...], seconds: float
+) -> None:
+    """Measure which processes, threads and batches embed fastest on this machine. Needs no Redis."""
+    require_engines()
+    from penstock_workers import tune as tuning
+
+    settings, name = Deployment(config, assignments).loaded.settings, cast("PoolName", pool)
+    names = tuning.choose_names(settings, name, models)
+    layouts = tuning.candidates(settings, name, names)
+    found = tuning.measure(settings, name, names, layouts, seconds)
+    best = tuning.choose_best(found)
+    click.echo("\n".join(tuning.table(found, best)))
+    if missed := [str(layout) for layout in layouts if layout not in {one.layout for one in found}]:
+        click.echo(f"not measured, --seconds was too short: {', '.join(missed)}")
+    click.echo(f"\n# for the configuration\n{tuning.snippet(name, best)}", nl=False)
 
 
 @cli.command()

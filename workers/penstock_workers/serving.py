@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 from penstock.errors import UnknownModelError, WrongTaskError
 from penstock.registry import ModelInfo
 from penstock.settings import ModelSettings
-from penstock_workers.batching import Batcher, cut_by_count, cut_by_tokens
+from penstock_workers.batching import Batcher, Cut, cut_by_count, cut_by_tokens
 
 if TYPE_CHECKING:  # torch loads with the first model, not with the app
     import numpy as np
@@ -87,16 +87,7 @@ def load_model(name: str, model: ModelSettings, device: "torch.device") -> Serve
                 batching=embedder.batching,
             ),
             engine=embedder,
-            batcher=Batcher(
-                name,
-                embedder.run,
-                cut_by_tokens(
-                    model.max_batch_tokens or _batch_tokens(device, is_padded=embedder.is_padded),
-                    is_padded=embedder.is_padded,
-                    # accelerators have attention kernels that keep no scores
-                    n_heads=embedder.n_heads if device.type == "cpu" else None,
-                ),
-            ),
+            batcher=Batcher(name, embedder.run, cut_texts(model, embedder, device)),
         )
     from penstock_workers.engines.generation import Generator
 
@@ -105,6 +96,16 @@ def load_model(name: str, model: ModelSettings, device: "torch.device") -> Serve
         info=_describe(name, model, None, generator.context_window, generator.dtype),
         engine=generator,
         batcher=Batcher(name, generator.generate, cut_by_count(model.max_batch_size)),
+    )
+
+
+def cut_texts(model: ModelSettings, engine: "Embedder", device: "torch.device") -> Cut:
+    """Return how the batches of an embedding model are cut."""
+    return cut_by_tokens(
+        model.max_batch_tokens or _batch_tokens(device, is_padded=engine.is_padded),
+        is_padded=engine.is_padded,
+        # accelerators have attention kernels that keep no scores
+        n_heads=engine.n_heads if device.type == "cpu" else None,
     )
 
 
