@@ -9,10 +9,10 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -27,7 +27,27 @@ CONFIG_VARIABLE = "PENSTOCK_CONFIG"
 _SEPARATOR = "__"
 _MODEL_NAME = re.compile(r"[a-z0-9]([a-z0-9-]|_(?!_)){0,63}")
 
+AUTO: Final = "auto"
+Count = int | Literal["auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _count_from(low: int) -> PlainValidator:
+    """Check a count of 256 at most. Not a union: pydantic names a union's branches in the error's key."""
+
+    def check(value: object) -> Count:
+        if value == AUTO:
+            return AUTO
+        text = str(value)  # variables are texts
+        if not (re.fullmatch(r"\d{1,3}", text, re.ASCII) and low <= int(text) <= 256):
+            raise ValueError(f"auto, or a number from {low} to 256")
+        return int(text)
+
+    return PlainValidator(check)
+
+
+Processes = Annotated[Count, _count_from(0)]
+Threads = Annotated[Count, _count_from(1)]
 
 
 class _Section(BaseModel):
@@ -80,10 +100,10 @@ class CpuPool(_Section):
 
     device: Literal["cpu"] = "cpu"
     """Processors only; CUDA is never touched."""
-    processes: int = Field(default=2, ge=0, le=256)
-    """Worker processes that `penstock up` starts."""
-    threads: int = Field(default=1, ge=1, le=256)
-    """Torch threads in each process."""
+    processes: Processes = AUTO
+    """Worker processes that `penstock up` starts; auto: what cores and memory allow."""
+    threads: Threads = AUTO
+    """Torch threads in each process; auto: one for embedding alone, up to four for generation."""
 
 
 class GpuPool(CpuPool):
@@ -91,8 +111,10 @@ class GpuPool(CpuPool):
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # type: ignore[assignment]  # wider than a CPU pool's
     """auto: CUDA, else MPS, else no start; cpu is allowed, for trying the routing without a card."""
-    processes: int = Field(default=0, ge=0, le=256)
-    """Worker processes that `penstock up` starts."""
+    processes: Processes = AUTO
+    """Worker processes that `penstock up` starts, each on the next card; auto: one for each card."""
+    threads: Threads = AUTO
+    """Torch threads in each process; auto: one, since the card computes."""
 
 
 class Pools(_Section):

@@ -69,6 +69,19 @@ def test_config_show_has_a_line_per_value() -> None:
     assert lines[0].split() == ["redis.broker_url", "=", "redis://me:***@r:6379/0", "(argument)"]
 
 
+def test_config_show_tells_what_auto_means_here() -> None:
+    """The numbers that `penstock up` would take stand beside `auto`, for pools that serve a model."""
+    model = ("--set", "models.m.task=embed", "--set", "models.m.source=bundled:minilm")
+
+    rows = shown(*model)
+    lines = run("config", "show", *model).output
+
+    assert rows["pools.cpu.threads"] == {"value": "auto", "origin": "default", "here": 1}
+    assert rows["pools.cpu.processes"]["here"] >= 1  # type: ignore[operator]  # a number
+    assert "here" not in rows["pools.gpu.processes"]
+    assert "auto, here 1 " in lines
+
+
 def test_config_env_is_the_sample_file() -> None:
     """`penstock config env > .env` is how one starts."""
     assert run("config", "env").output == sample_environment()

@@ -184,13 +184,28 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         "FILE: models.chat.generation.temperature = '3': Input should be less than or equal to 2",
         "FILE: models.chat.generation.top_p = '0': Input should be greater than 0",
         "FILE: models.chat.task = 'sing': Input should be 'embed' or 'generate'",
-        "FILE: pools.cpu.processes = '-1': Input should be greater than or equal to 0",
-        "FILE: pools.cpu.threads = '0': Input should be greater than or equal to 1",
+        "FILE: pools.cpu.processes = '-1': auto, or a number from 0 to 256",
+        "FILE: pools.cpu.threads = '0': auto, or a number from 1 to 256",
         "FILE: redis.broker_url = 'http://r': a URL like redis://HOST:6379/0 or rediss://HOST:6379/0",
         "FILE: redis.colour: Extra inputs are not permitted",
         "PENSTOCK_FLOWER__PRT: no setting PRT; is PORT meant?",
         "PENSTOCK_WORKER__STALL_S: worker.stall_s = '0': Input should be greater than 0",
     ]
+
+
+@pytest.mark.parametrize("value", ["257", "1.0", "true", '"two"', '""', '"Auto"', "-0"])
+def test_counts_of_a_pool_are_checked(tmp_path: Path, value: str) -> None:
+    """One line names the key, the value and what is allowed."""
+    (line,) = problems(tmp_path, f"[pools.gpu]\nthreads = {value}\n")
+
+    quoted = {"true": "True", "-0": "0"}.get(value, value.strip('"'))
+    assert line == f"FILE: pools.gpu.threads = '{quoted}': auto, or a number from 1 to 256"
+
+
+@pytest.mark.parametrize(("text", "count"), [("auto", "auto"), ("0", 0), ("256", 256)])
+def test_counts_of_a_pool_are_numbers_or_auto(tmp_path: Path, text: str, count: object) -> None:
+    """A variable's text becomes a number."""
+    assert load(tmp_path, POOLS__CPU__PROCESSES=text).settings.pools.cpu.processes == count
 
 
 def test_bad_argument_is_told_as_one() -> None:

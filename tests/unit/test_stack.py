@@ -15,7 +15,7 @@ MODELS: dict[str, Any] = {
     "minilm": {"task": "embed", "source": "a", "pools": ["gpu", "cpu"]},
     "chat": {"task": "generate", "source": "b", "pools": ["cpu"]},
 }
-BROKER = {"redis.broker_url": "redis://me:pw@r:6379/0"}
+BROKER = {"redis.broker_url": "redis://me:pw@r:6379/0", "pools.gpu.processes": "0"}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def option(command: Any, name: str) -> str:
 
 def test_redis_is_started_where_no_broker_is_configured() -> None:
     """Without a broker URL the stack brings its own Redis, before the workers, and tells them where."""
-    stack = plan()
+    stack = plan({"pools.gpu.processes": "0"})
 
     redis, *workers = stack.children
     port = option(redis.command, "--port")
@@ -69,8 +69,9 @@ def test_redis_is_started_where_no_broker_is_configured() -> None:
 
 def test_own_redis_keeps_its_data_where_it_is_told(tmp_path: Path) -> None:
     """`penstock up` keeps its queue over a restart; the demo keeps nothing."""
-    kept = plan(redis_folder=tmp_path / "redis").children[0].command
-    forgotten = plan().children[0].command
+    no_cards = {"pools.gpu.processes": "0"}
+    kept = plan(no_cards, redis_folder=tmp_path / "redis").children[0].command
+    forgotten = plan(no_cards).children[0].command
 
     assert option(kept, "--dir") == str(tmp_path / "redis")
     assert option(kept, "--appendonly") == "yes"
@@ -103,6 +104,18 @@ def test_pools_get_their_processes() -> None:
     assert option(cpu.command, "-n") == "cpu-1@%h"
 
 
+def test_workers_get_the_numbers_that_auto_stands_for() -> None:
+    """Children read counts, not `auto`, so that a restarted one has the layout of the others."""
+    stack = plan(BROKER)
+
+    layout = stack.layouts["cpu"]
+    assert len(stack.children) == layout.processes >= 1
+    for child in stack.children:
+        assert child.environment["PENSTOCK_POOLS__CPU__PROCESSES"] == str(layout.processes)
+        assert child.environment["PENSTOCK_POOLS__CPU__THREADS"] == str(layout.threads)
+        assert child.environment["PENSTOCK_POOLS__GPU__PROCESSES"] == "0"
+
+
 def test_workers_get_the_configuration_of_the_command_line(tmp_path: Path) -> None:
     """Children read the same file, and what `--set` changed."""
     config = tmp_path / "folder" / ".." / "penstock.toml"
@@ -129,7 +142,10 @@ def test_pool_without_models_gets_no_worker() -> None:
     [
         ({}, {}),
         (MODELS, {"pools.cpu.processes": "0", "pools.gpu.processes": "0"}),
-        ({"minilm": {"task": "embed", "source": "a", "pools": ["gpu"]}}, {}),
+        (
+            {"minilm": {"task": "embed", "source": "a", "pools": ["gpu"]}},
+            {"pools.cpu.processes": "1", "pools.gpu.processes": "0"},
+        ),
     ],
     ids=["no models", "no processes", "models of a pool without processes"],
 )

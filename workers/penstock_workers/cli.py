@@ -1,4 +1,4 @@
-"""The command line: `penstock up`, `worker`, `status`, `queues`, `dead`, `config`, `demo`."""
+"""The command line: `penstock up`, `worker`, `status`, `queues`, `dead`, `config`, `tune`, `demo`."""
 
 import asyncio
 import json
@@ -15,15 +15,18 @@ import click
 from penstock.errors import ConfigError, PenstockError
 from penstock.request import PoolName
 from penstock.settings import (
+    AUTO,
     CONFIG_VARIABLE,
     Loaded,
+    Settings,
     effective_values,
     load_settings,
     sample_environment,
     variable_name,
 )
+from penstock_workers.layout import choose_layouts, read_machine
 from penstock_workers.queues import DeadJob, Queues, table
-from penstock_workers.stack import plan_stack, require_engines, worker_command, worker_queues
+from penstock_workers.stack import has_engines, plan_stack, require_engines, worker_command, worker_queues
 from penstock_workers.status import read_status
 from penstock_workers.supervisor import Supervisor
 
@@ -80,6 +83,8 @@ def up(config: Path | None, assignments: tuple[str, ...]) -> None:
         environment=deployment.environment,
         redis_folder=DATA_FOLDER / "redis",
     )
+    for pool, layout in stack.layouts.items():
+        click.echo(f"penstock | {pool + ':':8} {layout}")
     click.echo(f'penstock | clients: Client("{stack.broker_url}")')
     click.echo(f"penstock | status:  {variable_name('redis.broker_url')}={stack.broker_url} penstock status")
     if stack.flower_url:
@@ -206,21 +211,70 @@ def config() -> None:
 @_deployment
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
-    """Print the effective values and where each came from; secrets are masked."""
-    values = effective_values(Deployment(config, assignments).loaded)
+    """Print the effective values and where each came from; secrets are masked.
+
+    What `auto` means on this machine is told for the pools that serve a model.
+    """
+    loaded = Deployment(config, assignments).loaded
+    values = effective_values(loaded)
+    here = _counts_here(loaded.settings)
     if as_json:
-        rows = {key: {"value": value, "origin": origin} for key, value, origin in values}
+        rows = {
+            key: {"value": value, "origin": origin} | ({"here": here[key]} if key in here else {})
+            for key, value, origin in values
+        }
         click.echo(json.dumps(rows, indent=2, default=str))
         return
     width = max(len(key) for key, _, _ in values)
     for key, value, origin in values:
-        click.echo(f"{key:{width}} = {value!s:40} ({origin})")
+        text = f"{value}, here {here[key]}" if key in here else str(value)
+        click.echo(f"{key:{width}} = {text:40} ({origin})")
+
+
+def _counts_here(settings: Settings) -> dict[str, int]:
+    """Return what `auto` is on this machine, by dotted key; nothing where models cannot run."""
+    if not has_engines():
+        return {}
+    counts = [
+        (f"pools.{pool}.{field}", getattr(getattr(settings.pools, pool), field), getattr(layout, field))
+        for pool, layout in choose_layouts(settings, read_machine()).items()
+        for field in ("processes", "threads")
+    ]
+    return {key: here for key, value, here in counts if value == AUTO}
 
 
 @config.command()
 def env() -> None:
     """Print .env.example: every variable, its meaning and its default."""
     click.echo(sample_environment(), nl=False)
+
+
+@cli.command()
+@_deployment
+@click.option("--pool", type=click.Choice(["cpu", "gpu"]), default="cpu", help="Hardware; cpu by default.")
+@click.option("--model", "models", multiple=True, help="Measure only this model; repeatable.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=1),
+    default=60,
+    help="About how long to measure, loading included; 60 by default.",
+)
+def tune(
+    config: Path | None, assignments: tuple[str, ...], pool: str, models: tuple[str, ...], seconds: float
+) -> None:
+    """Measure which processes, threads and batches embed fastest on this machine. Needs no Redis."""
+    require_engines()
+    from penstock_workers import tune as tuning
+
+    settings, name = Deployment(config, assignments).loaded.settings, cast("PoolName", pool)
+    names = tuning.choose_names(settings, name, models)
+    layouts = tuning.candidates(settings, name, names)
+    found = tuning.measure(settings, name, names, layouts, seconds)
+    best = tuning.choose_best(found)
+    click.echo("\n".join(tuning.table(found, best)))
+    if missed := [str(layout) for layout in layouts if layout not in {one.layout for one in found}]:
+        click.echo(f"not measured, --seconds was too short: {', '.join(missed)}")
+    click.echo(f"\n# for the configuration\n{tuning.snippet(name, best)}", nl=False)
 
 
 @cli.command()

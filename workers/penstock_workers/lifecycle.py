@@ -32,6 +32,7 @@ from penstock.registry import (
 )
 from penstock.request import PoolName
 from penstock.settings import Settings
+from penstock_workers.layout import announce_threads, choose_threads, read_machine
 from penstock_workers.serving import Serving, load_model
 
 logger = logging.getLogger(__name__)
@@ -117,14 +118,14 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
         worker.app.penstock_cancelled.start()
         worker.app.penstock_streams.start()
         pool = getattr(self._settings.pools, self._pool)
-        # OpenMP and the tokenizers take all cores unless they are told before they load.
-        os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(pool.threads)
-        os.environ["TOKENIZERS_PARALLELISM"] = "true" if pool.threads > 1 else "false"
+        models = [self._settings.models[name] for name in self._names]
+        n_threads = choose_threads(self._settings, self._pool, models, read_machine())
+        announce_threads(n_threads)
         # torch, and the file that knows it, load here: the app itself imports without.
         from penstock_workers.engines.device import choose_device, limit_threads
 
         with _or_exit():
-            limit_threads(pool.threads)
+            limit_threads(n_threads)
             device = choose_device(self._pool, pool.device)
             self._heartbeat = Heartbeat(self._settings, self._serving, self._pool, str(device), self._names)
             self._heartbeat.start()
@@ -133,7 +134,9 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
                 self._serving.models[name] = load_model(name, self._settings.models[name], device)
                 seconds = time.perf_counter() - began
                 self._heartbeat.loaded(name, seconds)
-                logger.info("model %s loaded in %.1f s on %s", name, seconds, device)
+                logger.info(
+                    "model %s loaded in %.1f s on %s, torch threads: %d", name, seconds, device, n_threads
+                )
 
     def stop(self, worker: Any) -> None:
         """Take the process out of the registry."""

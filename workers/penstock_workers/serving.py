@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 from penstock.errors import UnknownModelError, WrongTaskError
 from penstock.registry import ModelInfo
 from penstock.settings import ModelSettings
-from penstock_workers.batching import Batcher, cut_by_tokens
+from penstock_workers.batching import Batcher, Cut, cut_by_tokens
 from penstock_workers.scheduling import Scheduler
 
 if TYPE_CHECKING:  # torch loads with the first model, not with the app
@@ -86,16 +86,7 @@ def load_model(name: str, model: ModelSettings, device: "torch.device") -> Serve
         return ServedEmbedder(
             info=_describe(name, model, embedder.dim, embedder.max_tokens, embedder.dtype, embedder.batching),
             engine=embedder,
-            batcher=Batcher(
-                name,
-                embedder.run,
-                cut_by_tokens(
-                    model.max_batch_tokens or _batch_tokens(device, is_padded=embedder.is_padded),
-                    is_padded=embedder.is_padded,
-                    # accelerators have attention kernels that keep no scores
-                    n_heads=embedder.n_heads if device.type == "cpu" else None,
-                ),
-            ),
+            batcher=Batcher(name, embedder.run, cut_texts(model, embedder, device)),
         )
     from penstock_workers.engines.generation import Generator
 
@@ -104,6 +95,16 @@ def load_model(name: str, model: ModelSettings, device: "torch.device") -> Serve
         info=_describe(name, model, None, generator.context_window, generator.dtype, str(generator.sharing)),
         engine=generator,
         batcher=Scheduler(name, generator.decoding(max_rows=model.max_batch_size), generator.row),
+    )
+
+
+def cut_texts(model: ModelSettings, engine: "Embedder", device: "torch.device") -> Cut:
+    """Return how the batches of an embedding model are cut."""
+    return cut_by_tokens(
+        model.max_batch_tokens or _batch_tokens(device, is_padded=engine.is_padded),
+        is_padded=engine.is_padded,
+        # accelerators have attention kernels that keep no scores
+        n_heads=engine.n_heads if device.type == "cpu" else None,
     )
 
 

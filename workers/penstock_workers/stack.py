@@ -13,6 +13,7 @@ from penstock.codec import queue_name
 from penstock.errors import ConfigError
 from penstock.request import PoolName
 from penstock.settings import CONFIG_VARIABLE, Loaded, Settings, variable_name
+from penstock_workers.layout import Layout, choose_layouts, read_machine
 from penstock_workers.local_redis import free_port, is_ready, local_redis_command
 from penstock_workers.supervisor import Child
 
@@ -27,11 +28,13 @@ class Stack:
         children: for the supervisor.
         broker_url: where clients connect, with its password.
         flower_url: the monitoring page; None if none is started.
+        layouts: worker processes by pool.
     """
 
     children: tuple[Child, ...]
     broker_url: str
     flower_url: str | None
+    layouts: Mapping[PoolName, Layout]
 
 
 def plan_stack(
@@ -58,6 +61,10 @@ def plan_stack(
     require_engines()
     settings = loaded.settings
     variables = dict(environment) | ({CONFIG_VARIABLE: str(config.resolve())} if config else {})
+    layouts = choose_layouts(settings, read_machine())
+    for pool, layout in layouts.items():
+        variables[variable_name(f"pools.{pool}.processes")] = str(layout.processes)
+        variables[variable_name(f"pools.{pool}.threads")] = str(layout.threads)
     children: list[Child] = []
     broker_url = settings.broker_url
     if "redis.broker_url" not in loaded.origins:
@@ -74,7 +81,7 @@ def plan_stack(
                 is_ready=lambda: is_ready(broker_url),
             )
         )
-    workers = _workers(settings, variables)
+    workers = _workers(settings, layouts, variables)
     if not workers:
         raise ConfigError(["nothing to start: no pool with processes serves a model"])
     flower = _flower(settings, variables) if with_flower else []
@@ -82,6 +89,7 @@ def plan_stack(
         children=(*children, *workers, *flower),
         broker_url=broker_url,
         flower_url=f"http://{settings.flower.address}:{settings.flower.port}" if flower else None,
+        layouts=layouts,
     )
 
 
@@ -109,13 +117,18 @@ def worker_queues(settings: Settings, pool: PoolName, models: tuple[str, ...] = 
     return [queue_name(pool, name) for name in models or served]
 
 
+def has_engines() -> bool:
+    """Say whether this machine can run models."""
+    return importlib.util.find_spec("sentence_transformers") is not None
+
+
 def require_engines() -> None:
     """Refuse a machine that has the client alone.
 
     Raises:
         ConfigError: what to install.
     """
-    if importlib.util.find_spec("sentence_transformers") is None:
+    if not has_engines():
         raise ConfigError(["this machine cannot run models yet: pip install 'penstock[workers]'"])
 
 
@@ -127,19 +140,26 @@ def worker_command(settings: Settings, queues: list[str], node: str) -> list[str
     return [*command, *options, "--without-gossip", "--without-mingle"]
 
 
-def _workers(settings: Settings, variables: Mapping[str, str]) -> list[Child]:
-    pools: tuple[PoolName, ...] = ("gpu", "cpu")
+def _workers(
+    settings: Settings, layouts: Mapping[PoolName, Layout], variables: Mapping[str, str]
+) -> list[Child]:
     return [
         Child(
-            name=f"{pool}-{number}",
-            command=worker_command(settings, worker_queues(settings, pool), f"{pool}-{number}"),
-            environment=variables,
+            name=f"{pool}-{number + 1}",
+            command=worker_command(settings, worker_queues(settings, pool), f"{pool}-{number + 1}"),
+            environment={**variables, **_card(layout, number)},
             stage=1,
         )
-        for pool in pools
-        if any(pool in model.pools for model in settings.models.values())
-        for number in range(1, getattr(settings.pools, pool).processes + 1)
+        for pool, layout in layouts.items()
+        for number in range(layout.processes)
     ]
+
+
+def _card(layout: Layout, number: int) -> Mapping[str, str]:
+    """Let a process see one card: torch takes the first that it sees."""
+    if not layout.cards:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": layout.cards[number % len(layout.cards)]}
 
 
 def _flower(settings: Settings, variables: Mapping[str, str]) -> list[Child]:

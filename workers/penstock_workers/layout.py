@@ -1,0 +1,211 @@
+"""How many worker processes fit this machine, and how many threads each has, where `auto` leaves it to us."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from penstock.errors import ConfigError, ModelLoadError
+from penstock.request import PoolName
+from penstock.settings import AUTO, ModelSettings, Settings
+from penstock_workers.engines.source import resolve_source
+
+POOLS: Final[tuple[PoolName, ...]] = ("gpu", "cpu")
+MAX_THREADS: Final = 4
+"""Threads of a process that generates: a decode step waits for memory, which few cores saturate."""
+GENERATING_PROCESSES: Final = 2
+"""That share the cores at least, where text is generated: docs/operations.md has what was measured."""
+PROCESS_BYTES: Final = 512 << 20
+"""A process without its weights: measured 350 MiB beside others of its kind, 500 MiB alone."""
+WEIGHTS_FACTOR: Final = 2
+"""Memory over files: float32 of 16-bit files, or float32 and a bfloat16 copy."""
+UNSEEN_WEIGHTS_BYTES: Final = 1 << 30
+"""Taken for a model that is not downloaded yet."""
+
+_CARDS: Final = """
+import os, torch
+n = torch.cuda.device_count()
+names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n)))).split(",")[:n]
+print(*names or ["mps"] * torch.backends.mps.is_available())
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What this process may use of the machine.
+
+    Attributes:
+        cores: whole cores, at least one.
+        memory_bytes: what is available now, and the control groups allow.
+    """
+
+    cores: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The worker processes of a pool.
+
+    Attributes:
+        processes: how many; 0 for a pool without a card.
+        threads: torch threads in each.
+        cards: what CUDA calls those that the processes share out among them; empty: nothing to share out.
+    """
+
+    processes: int
+    threads: int
+    cards: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{_count(self.processes, 'process', 'es')} of {_count(self.threads, 'thread', 's')}"
+
+
+def _count(n: int, noun: str, plural: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else plural}"
+
+
+def read_machine(root: Path = Path("/")) -> Machine:
+    """Read affinity, control groups (version 2) and free memory.
+
+    Args:
+        root: where `proc` and `sys` are.
+
+    Source: kernel.org, Control Group v2, `cpu.max` and `memory.max`; proc(5), MemAvailable.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = [len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1]
+    for text in _limits(root, "cpu.max"):
+        quota, period = text.split()
+        cores.append(max(1, int(quota) // int(period)))
+    memory = [_available_bytes(root / "proc/meminfo"), *map(int, _limits(root, "memory.max"))]
+    return Machine(cores=min(cores), memory_bytes=min(memory))
+
+
+def _limits(root: Path, name: str) -> Iterator[str]:
+    """Yield what our control group and those above it say, where they limit at all."""
+    groups, mounted = root / "proc/self/cgroup", root / "sys/fs/cgroup"
+    lines = groups.read_text().splitlines() if groups.exists() else []
+    for path in (line.removeprefix("0::/") for line in lines if line.startswith("0::/")):
+        for group in (mounted / path, *(mounted / path).parents):
+            if group.is_relative_to(mounted) and (group / name).exists():
+                text = (group / name).read_text()
+                if not text.startswith("max"):
+                    yield text
+
+
+def _available_bytes(meminfo: Path) -> int:
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def announce_threads(n_threads: int) -> None:
+    """Tell OpenMP and the tokenizers, which take all cores unless they are told before they load."""
+    os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(n_threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if n_threads > 1 else "false"
+
+
+def pss_bytes(pid: int | None = None) -> int | None:
+    """Return the memory of a process (None: this one), shared pages divided among those that share them.
+
+    Linux alone tells; None elsewhere. Source: proc_pid_smaps(5), Pss.
+    """
+    rollup = Path(f"/proc/{pid or 'self'}/smaps_rollup")
+    if not rollup.exists():
+        return None
+    (line,) = (line for line in rollup.read_text().splitlines() if line.startswith("Pss:"))
+    return int(line.split()[1]) << 10
+
+
+def choose_threads(
+    settings: Settings, pool: PoolName, models: Iterable[ModelSettings], machine: Machine
+) -> int:
+    """Return how many threads a process has that serves these models."""
+    wanted = getattr(settings.pools, pool)
+    if wanted.threads != AUTO:
+        return int(wanted.threads)
+    if on_cards(settings, pool) or all(model.task == "embed" for model in models):
+        return 1
+    processes = GENERATING_PROCESSES if wanted.processes == AUTO else max(wanted.processes, 1)
+    return max(1, min(machine.cores // processes, MAX_THREADS))
+
+
+def choose_layouts(settings: Settings, machine: Machine) -> Mapping[PoolName, Layout]:
+    """Return the layout of each pool that serves a model.
+
+    Raises:
+        ConfigError: torch cannot be asked for cards.
+    """
+    return {
+        pool: _choose_layout(settings, pool, models, machine)
+        for pool in POOLS
+        if (models := {name: model for name, model in settings.models.items() if pool in model.pools})
+    }
+
+
+def _choose_layout(
+    settings: Settings, pool: PoolName, models: Mapping[str, ModelSettings], machine: Machine
+) -> Layout:
+    wanted = getattr(settings.pools, pool)
+    threads = choose_threads(settings, pool, models.values(), machine)
+    if on_cards(settings, pool):
+        if wanted.processes in (0, 1):
+            return Layout(processes=wanted.processes, threads=threads)
+        cards = find_cards()
+        # A device that was asked for by name and is not there: the worker that is started says so.
+        at_least = 0 if wanted.device == AUTO else 1
+        processes = max(len(cards), at_least) if wanted.processes == AUTO else wanted.processes
+        return Layout(processes=processes, threads=threads, cards=() if cards == ("mps",) else cards)
+    if wanted.processes != AUTO:
+        return Layout(processes=wanted.processes, threads=threads)
+    if pool == "gpu":  # a trial of the routing, which should leave the machine to the other pool
+        return Layout(processes=1, threads=threads)
+    fit = machine.memory_bytes // process_bytes(models)
+    return Layout(processes=max(1, min(machine.cores // threads, fit)), threads=threads)
+
+
+def on_cards(settings: Settings, pool: PoolName) -> bool:
+    """Say whether a pool computes on cards."""
+    return pool == "gpu" and settings.pools.gpu.device != "cpu"
+
+
+def find_cards() -> tuple[str, ...]:
+    """Return what CUDA calls the cards it may use, or ("mps",), or nothing.
+
+    Raises:
+        ConfigError: torch cannot be asked.
+    """
+    # In a process of its own: torch is large, and a process that has touched CUDA cannot fork.
+    done = subprocess.run([sys.executable, "-c", _CARDS], capture_output=True, text=True, check=False)  # noqa: S603  # our own interpreter
+    if done.returncode:
+        reason = (done.stderr.splitlines() or ["no reason"])[-1]
+        raise ConfigError([f"pools.gpu.processes: torch cannot be asked for cards: {reason}"])
+    return tuple(done.stdout.split())
+
+
+def process_bytes(models: Mapping[str, ModelSettings]) -> int:
+    """Estimate the memory of a process on processors that serves these models."""
+    return PROCESS_BYTES + WEIGHTS_FACTOR * sum(_weights_bytes(name, model) for name, model in models.items())
+
+
+def _weights_bytes(name: str, model: ModelSettings) -> int:
+    # No torch in it, but a quarter of a second.
+    from huggingface_hub import snapshot_download
+
+    try:
+        source = resolve_source(name, model)
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(source, revision=model.revision, local_files_only=True))
+    except (ModelLoadError, OSError, ValueError):  # nothing on this disk; the worker tells what is wrong
+        return UNSEEN_WEIGHTS_BYTES
+    for pattern in ("*.safetensors", "*.bin"):
+        if found := sum(file.stat().st_size for file in folder.rglob(pattern)):
+            return found
+    return UNSEEN_WEIGHTS_BYTES
