@@ -110,11 +110,11 @@ def cut_texts(model: ModelSettings, engine: "Embedder", device: "torch.device") 
 
 def _batch_tokens(device: "torch.device", *, is_padded: bool) -> int:
     # Measured on a processor with all-MiniLM-L6-v2, one thread: padded, 180 texts/s by 512 tokens, 171 by
-    # 1,024, 150 by 2,048, since activations then stay in its caches; packed, 237, 243 and 256, 267 by 4,096.
-    # Accelerators want far more: the default of TEI.
+    # 1,024, 150 by 2,048, since activations then stay in its caches; packed, 237, 243 and 256. Two processes
+    # at once: packed, 511, 528 and 494. Accelerators want far more: the default of TEI.
     if device.type != "cpu":
         return 16_384
-    return 512 if is_padded else 2048
+    return 512 if is_padded else 1024
 
 
 def _describe(
