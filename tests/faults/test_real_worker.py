@@ -47,7 +47,7 @@ def test_a_killed_worker_s_jobs_are_answered_by_another(own: Server, tmp_path: P
 
 def test_a_hung_model_ends_its_process_and_another_answers(own: Server, tmp_path: Path) -> None:
     """A forward pass that shows no sign of life ends the worker; its job goes to the next one."""
-    hung = start(tmp_path, own, PENSTOCK_WORKER__STALL_S="0.05")
+    hung = start(tmp_path, own, PENSTOCK_WORKER__STALL_S="0.01")
     with Client(own.broker_url) as client:
         job = client.submit_embed(LONG_TEXTS, model="minilm")
         code = hung.wait(60)
@@ -65,7 +65,7 @@ def test_a_job_that_ends_every_worker_is_given_up(own: Server, tmp_path: Path) -
     """After `max_deliveries` the caller gets `WorkerLostError`, and `penstock dead` holds the job."""
     with redis.Redis.from_url(own.results_url) as store:
         client = Client(own.broker_url)
-        worker = start(tmp_path, own, PENSTOCK_WORKER__STALL_S="0.05")
+        worker = start(tmp_path, own, PENSTOCK_WORKER__STALL_S="0.01")
         job = client.submit_embed(LONG_TEXTS, model="minilm")
         worker.wait(60)
         for _ in range(2):
@@ -74,7 +74,7 @@ def test_a_job_that_ends_every_worker_is_given_up(own: Server, tmp_path: Path) -
                 own,
                 toml=TOML,
                 queues="cpu.minilm",
-                environment={**LEASES, "PENSTOCK_WORKER__STALL_S": "0.05"},
+                environment={**LEASES, "PENSTOCK_WORKER__STALL_S": "0.01"},
             )
             deadline = time.monotonic() + 40
             while worker.process.poll() is None and time.monotonic() < deadline:
