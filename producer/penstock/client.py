@@ -150,7 +150,7 @@ class AsyncClient:
             **options: see `EmbedOptions`.
 
         Returns:
-            float32 (or `precision`), shape (n_texts, dim), C-contiguous, maybe read-only.
+            float32 (or see `precision`), shape (n_texts, dim), C-contiguous, maybe read-only.
 
         Raises:
             RequestError: the request cannot be served as it is; nothing was sent.

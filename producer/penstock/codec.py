@@ -32,7 +32,7 @@ SERIALIZER = "penstock"
 MAGIC = b"PNS\x01"
 PREAMBLE = struct.Struct("<4sI")  # magic with the version, length of the header in bytes
 ALIGNMENT = 64  # buffers start at a multiple: numpy and any SIMD code read them in place
-DTYPES: Mapping[str, np.dtype[Any]] = {"<f4": np.dtype("<f4"), "<f2": np.dtype("<f2")}
+DTYPES: Mapping[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("<f4", "<f2", "|i1", "|u1")}
 MAX_RESULT_BYTES = 512 << 20
 """Redis' own limit of one string: `proto-max-bulk-len`, 512 MB by default."""
 
@@ -123,7 +123,7 @@ def encode_meta(meta: Any) -> bytes:
     """Serialize what Celery stores for a job; arrays follow the JSON header as raw buffers.
 
     Raises:
-        TypeError: an array that is neither float32 nor float16, or an object that is not ours.
+        TypeError: an array of a dtype that is not in `DTYPES`, or an object that is not ours.
         ResultTooLargeError: more bytes than Redis takes in one string.
     """
     arrays: list[NDArray[Any]] = []
@@ -132,7 +132,9 @@ def encode_meta(meta: Any) -> bytes:
         if isinstance(value, np.ndarray):
             little = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
             if little.dtype.str not in DTYPES:
-                raise TypeError(f"arrays of dtype {value.dtype} are not sent, only float32 and float16")
+                raise TypeError(
+                    f"arrays of dtype {value.dtype} are not sent, only float32, float16, int8 and uint8"
+                )
             arrays.append(little)
             return {"__array__": len(arrays) - 1, "dtype": little.dtype.str, "shape": list(little.shape)}
         if type(value).__name__ in _RECORDS:
@@ -239,7 +241,7 @@ def encode_failure(job_id: str, error: PenstockError) -> bytes:
 def _view(payload: bytes, start: int, record: Mapping[str, Any]) -> NDArray[Any]:
     dtype, shape = DTYPES.get(record.get("dtype", "")), record.get("shape")
     if dtype is None:
-        raise ResultDecodeError(f"dtype {record.get('dtype')!r}; {' and '.join(DTYPES)} are read here")
+        raise ResultDecodeError(f"dtype {record.get('dtype')!r}; {', '.join(DTYPES)} are read here")
     if not isinstance(shape, list) or len(shape) > 4 or not all(type(n) is int and n >= 0 for n in shape):
         raise ResultDecodeError(f"shape {str(shape)[:80]}")
     count = math.prod(shape)

@@ -133,7 +133,7 @@ class AsyncJob(Generic[T]):
             timeout_s: how long to wait, seconds; None waits for as long as it takes.
 
         Returns:
-            Vectors, float32 or float16, shape (n_texts, dim), of an embedding job; else the answer.
+            Vectors, see `penstock.result.Vectors`, of an embedding job; else the answer.
 
         Raises:
             ResultTimeoutError: it did not come in time; the job goes on.

@@ -11,7 +11,7 @@ A model stays known when its workers are gone: its jobs are accepted and wait.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
@@ -49,6 +49,9 @@ class ModelInfo:
         dtype: number format that it computes in.
         batching: how texts or requests share forward passes, as the engine calls it: `packed` end to end or
             `padded` to the longest; for generation see `engines.causal_lm.Sharing`.
+        int8_ranges: lowest and highest values behind its int8 vectors, for each dimension, or one for all; an
+            int8 v stands for lowest + (v + 128.5) * (highest - lowest) / 255. The latter are for vectors of
+            unit length, and sqrt(dim / truncate_dim) times as wide for those that were cut and normalised.
     """
 
     name: str
@@ -60,6 +63,7 @@ class ModelInfo:
     deadline_s: float | None
     dtype: str
     batching: str = ""
+    int8_ranges: tuple[tuple[float, ...], ...] | None = None
 
     def to_json(self) -> str:
         """Return the registry's form."""
@@ -68,7 +72,7 @@ class ModelInfo:
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """Read the registry's form; fields of a later version are left out."""
-        return cls(**_known(cls, json.loads(text), pools=tuple))
+        return cls(**_known(cls, json.loads(text), pools=tuple, int8_ranges=_rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +235,10 @@ def _is_file(name: str) -> bool:
     return name in ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 
 
-def _known(cls: type[Any], fields: Mapping[str, Any], **convert: type) -> dict[str, Any]:
+def _rows(values: Sequence[Sequence[float]] | None) -> tuple[tuple[float, ...], ...] | None:
+    return None if values is None else tuple(map(tuple, values))
+
+
+def _known(cls: type[Any], fields: Mapping[str, Any], **convert: Callable[[Any], Any]) -> dict[str, Any]:
     known = {name: value for name, value in fields.items() if name in cls.__dataclass_fields__}
-    return known | {name: kind(known[name]) for name, kind in convert.items()}
+    return known | {name: kind(known[name]) for name, kind in convert.items() if name in known}

@@ -28,7 +28,7 @@ MAX_REQUEST_BYTES = 16 << 20
 
 Task = Literal["embed", "generate"]
 PoolName = Literal["gpu", "cpu"]
-Precision = Literal["float32", "float16"]
+Precision = Literal["float32", "float16", "int8", "binary", "ubinary"]
 Truncation = Literal["error", "oldest_turns"]
 
 
@@ -145,7 +145,9 @@ class EmbedRequest(_Request):
         prompt: put before each text; wins over `prompt_name`.
         normalize_embeddings: give rows unit L2 length, whatever the model does.
         truncate_dim: keep the first dimensions only (Matryoshka).
-        precision: dtype of the array that comes back.
+        precision: `float32`, `float16`; `int8`: each dimension in 256 steps of the model's range
+            (`ModelInfo.int8_ranges`); `ubinary`: signs, eight dimensions in each uint8, the first in the
+            highest bit; `binary`: the same less 128, int8. Cut and normalised before.
         sent_at: when the request left its sender, Unix seconds on its clock.
         deadline: after this the request is not worth computing, Unix seconds.
     """

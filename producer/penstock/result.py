@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FinishReason = Literal["stop", "length"]
-Vectors = NDArray[np.float32] | NDArray[np.float16]
+Vectors = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.int8] | NDArray[np.uint8]
+"""Shape (n_texts, dim); where eight dimensions share a byte (n_texts, dim / 8, rounded up)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +47,9 @@ class EmbedResult:
 
     Attributes:
         model: the name it is served under.
-        vectors: float32 or float16, shape (n_texts, dim), rows in the order of the texts.
-        usage: tokens after truncation to the model's length limit, special tokens included.
+        vectors: see `Vectors`; rows in the order of the texts.
+        usage: tokens after truncation to the model's length limit, special tokens included; those of texts
+            whose vectors were in the worker's cache count as if they had been computed.
         timings: where the time went.
     """
 

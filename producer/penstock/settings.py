@@ -117,6 +117,8 @@ class ModelSettings(_Section):
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run Python that comes with the model; a hub model then needs a full commit as its revision."""
+    int8_ranges: Path | None = None
+    """File of numpy, float, shape (2, dim): lowest and highest value of each dimension, for int8 vectors."""
     max_texts: int = Field(default=4096, ge=1, le=100_000)
     """Texts in one embedding job."""
     max_batch_tokens: int | None = Field(default=None, ge=16)

@@ -5,6 +5,7 @@ version's files here, and leaves the old ones for `test_golden.py` to read for e
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -59,6 +60,16 @@ EMBED_RESULT: Final = EmbedResult(
     usage=Usage(prompt_tokens=11),
     timings=TIMINGS,
 )
+_COMPACT: Final = {
+    "float16": np.array([[0.0, -1.5, 65504.0]], dtype=np.float16),
+    "int8": np.array([[-128, 0, 127], [1, 2, 3]], dtype=np.int8),
+    "binary": np.array([[-128, 127]], dtype=np.int8),
+    "ubinary": np.array([[0, 255], [128, 1]], dtype=np.uint8),
+}
+COMPACT_RESULTS: Final = {
+    precision: replace(EMBED_RESULT, vectors=vectors) for precision, vectors in _COMPACT.items()
+}
+"""An embedding result in each precision but float32."""
 GENERATE_RESULT: Final = GenerateResult(
     model="chat",
     text="Ada. Grüße 🌊",
@@ -75,6 +86,10 @@ def recordings() -> dict[str, bytes]:
         "message-embed-v1.json": _message(EMBED_REQUEST, "gpu.minilm", Priority.DEFAULT),
         "message-generate-v1.json": _message(GENERATE_REQUEST, "cpu.chat", Priority.INTERACTIVE),
         "result-embed-v1.bin": _result(EMBED_RESULT),
+        **{
+            f"result-embed-{precision}-v1.bin": _result(result)
+            for precision, result in COMPACT_RESULTS.items()
+        },
         "result-generate-v1.bin": _result(GENERATE_RESULT),
         "failure-v1.bin": encode_failure(JOB_ID, FAILURE),
     }

@@ -61,9 +61,9 @@ def test_nul_and_a_megabyte_are_texts_like_others(client: Client) -> None:
             "no option of that name",
         ),
         (
-            lambda c: c.embed(["a"], model="minilm", precision="int8"),
+            lambda c: c.embed(["a"], model="minilm", precision="int4"),
             InvalidOptionError,
-            "'float32' or 'float16'",
+            "'binary' or 'ubinary'",
         ),
         (lambda c: c.embed(["a"], model="minilm", truncate_dim=999), InvalidOptionError, "at most 384"),
         (lambda c: c.embed(["a"], model="minilm", prompt_name="nope"), InvalidOptionError, "prompts here"),

@@ -33,6 +33,28 @@ def test_half_precision_is_the_same_direction(client: Client) -> None:
     assert np.allclose(half.astype(np.float32), whole, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype", "columns"),
+    [("int8", np.int8, 64), ("binary", np.int8, 8), ("ubinary", np.uint8, 8)],
+)
+def test_quantized_vectors_come_back(client: Client, precision: str, dtype: type, columns: int) -> None:
+    """Each precision has its dtype and width, and keeps what it can of the vectors."""
+    options = {"model": "minilm", "truncate_dim": 64, "normalize_embeddings": True}
+    found = client.embed(TEXTS, precision=precision, **options)  # type: ignore[arg-type]  # Literals
+
+    plain = client.embed(TEXTS, **options)  # type: ignore[arg-type]  # the same
+    assert (found.dtype, found.shape) == (dtype, (len(TEXTS), columns))
+    if precision == "int8":
+        ranges = client.models()["minilm"].int8_ranges
+        assert ranges is not None
+        low, high = np.array(ranges) * np.sqrt(384 / 64)
+        back = low + (found + 128.5) * (high - low) / 255
+        assert ((back * plain).sum(axis=1) / np.linalg.norm(back, axis=1)).min() > 0.999
+    else:
+        signs = np.unpackbits(found.view(np.uint8) ^ (0x80 if precision == "binary" else 0), axis=1)
+        assert (signs == (plain > 0)).mean() > 0.97  # a batch of another shape rounds otherwise
+
+
 def test_truncated_vectors_are_the_first_dimensions(client: Client) -> None:
     """`truncate_dim` keeps the first dimensions; `normalize_embeddings` gives them unit length again."""
     short = client.embed(["a text"], model="minilm", truncate_dim=64, normalize_embeddings=True)

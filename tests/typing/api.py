@@ -48,7 +48,7 @@ from penstock import (
     WrongTaskError,
 )
 
-Vectors = NDArray[np.float32] | NDArray[np.float16]
+Vectors = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.int8] | NDArray[np.uint8]
 
 HISTORY = [Message(role="user", content="My name is Ada."), Message(role="assistant", content="Hello, Ada.")]
 
@@ -65,7 +65,7 @@ def embed(client: Client) -> None:
             prompt="query: ",
             normalize_embeddings=True,
             truncate_dim=128,
-            precision="float16",
+            precision="binary",
             priority="interactive",
             deadline_s=2.5,
         ),
@@ -76,7 +76,10 @@ def embed(client: Client) -> None:
     assert_type(job.result(), Vectors)
     assert_type(client.submit_many([["a"], ["b", "c"]], model="minilm", truncate_dim=64), list[Job[Vectors]])
     assert_type(job.result(timeout_s=30), Vectors)
-    assert_type(job.result().dtype, np.dtype[np.float32] | np.dtype[np.float16])
+    assert_type(
+        job.result().dtype,
+        np.dtype[np.float32] | np.dtype[np.float16] | np.dtype[np.int8] | np.dtype[np.uint8],
+    )
 
 
 def embed_many(client: Client, lines: Iterator[str]) -> None:

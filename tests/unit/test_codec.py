@@ -81,11 +81,11 @@ def sent(request: Request, priority: Priority = Priority.DEFAULT) -> dict[str, A
 # Results
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8, np.uint8])
 @pytest.mark.parametrize("shape", [(0, 384), (1, 384), (3, 5), (4096, 384)])
 def test_vectors_come_back(dtype: type, shape: tuple[int, int]) -> None:
     """What a worker stores is what a caller gets: dtype, shape and every number."""
-    vectors = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    vectors = (100 * np.random.default_rng(0).random(shape)).astype(dtype)
 
     back = fetched(stored(vectors))
 
@@ -138,7 +138,8 @@ def test_vectors_are_contiguous_aligned_and_read_only(n_texts: int) -> None:
     [
         np.ones((2, 2), dtype=np.float64),
         np.ones((2, 2), dtype=np.int32),
-        np.ones((2, 2), dtype=np.uint8),
+        np.ones((2, 2), dtype=np.uint16),
+        np.ones((2, 2), dtype=bool),
         np.array([["a"]], dtype=object),
         np.array([["a"]]),
         np.ones(2, dtype=[("x", "<f4")]),
@@ -146,8 +147,8 @@ def test_vectors_are_contiguous_aligned_and_read_only(n_texts: int) -> None:
     ids=lambda array: str(array.dtype),
 )
 def test_other_dtypes_are_refused(array: NDArray[Any]) -> None:
-    """Only float32 and float16 travel; objects never do."""
-    with pytest.raises(TypeError, match="only float32 and float16"):
+    """Only the precisions' dtypes travel; objects never do."""
+    with pytest.raises(TypeError, match="only float32, float16, int8 and uint8"):
         encode_meta({"result": array})
 
 

@@ -49,6 +49,17 @@ def test_recorded_vectors_are_read() -> None:
     )
 
 
+@pytest.mark.parametrize("precision", sorted(make.COMPACT_RESULTS))
+def test_recorded_compact_vectors_are_read(precision: str) -> None:
+    """The same holds for each other precision."""
+    result = decode_outcome(make.JOB_ID, recorded(f"result-embed-{precision}-v1.bin")).result
+
+    expected = make.COMPACT_RESULTS[precision].vectors
+    assert isinstance(result, EmbedResult)
+    assert result.vectors.dtype == expected.dtype
+    assert np.array_equal(result.vectors, expected)
+
+
 def test_recorded_answer_is_read() -> None:
     """An answer that was stored before an upgrade is fetched after it."""
     assert decode_outcome(make.JOB_ID, recorded("result-generate-v1.bin")).result == make.GENERATE_RESULT

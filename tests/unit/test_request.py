@@ -140,7 +140,11 @@ def test_every_option_is_in_the_tables() -> None:
         ("truncate_dim", 0, "truncate_dim is 0; input should be greater than or equal to 1"),
         ("truncate_dim", True, "truncate_dim is True; input should be a valid integer"),
         ("truncate_dim", "8", "truncate_dim is '8'; input should be a valid integer"),
-        ("precision", "int8", "precision is 'int8'; input should be 'float32' or 'float16'"),
+        (
+            "precision",
+            "int4",
+            "precision is 'int4'; input should be 'float32', 'float16', 'int8', 'binary' or 'ubinary'",
+        ),
         ("normalize_embeddings", 1, "normalize_embeddings is 1; input should be a valid boolean"),
         ("normalize_embeddings", "true", "normalize_embeddings is 'true'; input should be a valid boolean"),
         ("model", "", "model is ''; string should have at least 1 character"),

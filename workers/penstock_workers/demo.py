@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from penstock.client import AsyncClient
 from penstock.errors import PenstockError, WorkerError
 from penstock.request import Message
+from penstock.result import Vectors
 from penstock.settings import Loaded
 from penstock_workers.stack import Stack, plan_stack
 from penstock_workers.status import judge
@@ -135,7 +135,7 @@ async def _search(
     texts = [passage.text for passage in corpus]
     say(f"embedding {len(texts)} passages of {len({p.file for p in corpus})} documents ...")
     began = time.perf_counter()
-    parts: list[NDArray[np.floating]] = []
+    parts: list[Vectors] = []
     async for vectors in client.embed_many(texts, model=EMBEDDER, progress=True):
         parts.append(vectors)
     index = np.concatenate(parts)  # (n_passages, dim)

@@ -1,7 +1,7 @@
 """What one worker process serves: an engine and a batcher for each of its models."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from penstock.errors import UnknownModelError, WrongTaskError
@@ -84,7 +84,10 @@ def load_model(name: str, model: ModelSettings, device: "torch.device") -> Serve
 
         embedder = Embedder.load(name, model, device)
         return ServedEmbedder(
-            info=_describe(name, model, embedder.dim, embedder.max_tokens, embedder.dtype, embedder.batching),
+            info=replace(
+                _describe(name, model, embedder.dim, embedder.max_tokens, embedder.dtype, embedder.batching),
+                int8_ranges=_announce_ranges(embedder.int8_ranges),
+            ),
             engine=embedder,
             batcher=Batcher(
                 name,
@@ -114,6 +117,11 @@ def _batch_tokens(device: "torch.device", *, is_padded: bool) -> int:
     if device.type != "cpu":
         return 16_384
     return 512 if is_padded else 2048
+
+
+def _announce_ranges(ranges: "NDArray[np.float32] | None") -> tuple[tuple[float, ...], ...] | None:
+    # nine digits are all of a float32
+    return None if ranges is None else tuple(tuple(float(f"{x:.9g}") for x in row) for row in ranges)
 
 
 def _describe(

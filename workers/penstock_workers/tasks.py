@@ -13,6 +13,7 @@ from penstock.errors import DeadlineExceededError, PenstockError, ResultTooLarge
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
 from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
 from penstock_workers.batching import HandBackError, HasTokens, Work
+from penstock_workers.engines.formats import row_bytes
 from penstock_workers.serving import ServedEmbedder, ServedGenerator, Serving
 
 HEADER_BYTES: Final = 1 << 16  # room for all of a result that is not its array
@@ -85,7 +86,7 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
     """
     arrived, clock = time.time(), time.perf_counter()
     served = serving.find(request.model, ServedEmbedder)
-    n_bytes = len(request.texts) * (request.truncate_dim or served.engine.dim) * 4
+    n_bytes = len(request.texts) * row_bytes(served.engine.dim, request)
     if n_bytes > MAX_RESULT_BYTES - HEADER_BYTES:
         raise ResultTooLargeError(n_bytes, MAX_RESULT_BYTES - HEADER_BYTES)
     texts = served.engine.prepare(request)

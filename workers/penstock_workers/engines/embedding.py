@@ -19,6 +19,7 @@ from penstock.result import Vectors
 from penstock.settings import ModelSettings
 from penstock_workers.engines.attention import upload
 from penstock_workers.engines.device import has_fast_bfloat16
+from penstock_workers.engines.formats import are_unit, choose_ranges, form, read_ranges
 from penstock_workers.engines.packed import Packed
 from penstock_workers.engines.products import use_bfloat16
 from penstock_workers.engines.source import explain_failure, resolve_source
@@ -81,6 +82,7 @@ class Embedder:
         max_tokens: longer texts are cut, as `encode` does.
         dtype: format of the matrix products; unless it is float16, everything else is float32.
         n_heads: of its attention, where that is known.
+        int8_ranges: see `formats.form`; None before `load`.
     """
 
     def __init__(self, name: str, model: SentenceTransformer) -> None:
@@ -91,6 +93,8 @@ class Embedder:
         self.dim = int(model.get_embedding_dimension() or 0)
         self.max_tokens = model.max_seq_length
         self.dtype = "float32"
+        self.int8_ranges: NDArray[np.float32] | None = None
+        self._has_int8 = False
         self._tokenizing = threading.Lock()  # fast tokenizers refuse two threads that change their settings
 
     @classmethod
@@ -105,6 +109,7 @@ class Embedder:
             engine._model.half()
             engine.dtype = "float16"
         plain = engine._probe()
+        engine._choose_ranges(model, plain)
         engine._pack(plain)
         if model.dtype == "bfloat16" or (model.dtype == "auto" and has_fast_bfloat16(device)):
             engine._reduce(plain, is_forced=model.dtype == "bfloat16")
@@ -124,11 +129,9 @@ class Embedder:
         """Tokenize a request's texts; safe to call in many threads.
 
         Raises:
-            InvalidOptionError: the model has no prompt of that name, or fewer dimensions.
+            InvalidOptionError: the model has no prompt of that name, or cannot give vectors of that form.
         """
-        if request.truncate_dim is not None and request.truncate_dim > self.dim:
-            raise InvalidOptionError("truncate_dim", str(request.truncate_dim), f"at most {self.dim}")
-        prompt = self._prompt(request)
+        prompt = self.check(request)
         encoded: list[Encoded] = []
         for start in range(0, len(request.texts), TOKENIZE_AT_ONCE):
             with self._tokenizing:
@@ -137,6 +140,19 @@ class Embedder:
                 )
             encoded += _unpad(padded)
         return encoded
+
+    def check(self, request: EmbedRequest) -> str | None:
+        """Return the prompt that goes before each text.
+
+        Raises:
+            InvalidOptionError: see `prepare`.
+        """
+        if request.truncate_dim is not None and request.truncate_dim > self.dim:
+            raise InvalidOptionError("truncate_dim", str(request.truncate_dim), f"at most {self.dim}")
+        if request.precision == "int8" and not (self._has_int8 or request.normalize_embeddings):
+            allowed = "this model's vectors are of any length: with normalize_embeddings, or its int8_ranges"
+            raise InvalidOptionError("precision", "'int8'", allowed)
+        return self._prompt(request)
 
     def run(
         self, batch: Sequence[Encoded]
@@ -165,14 +181,9 @@ class Embedder:
                     yield index, vector
 
     def finish(self, request: EmbedRequest, vectors: Sequence[NDArray[np.float32]]) -> Vectors:
-        """Return a request's vectors in the form it asked for, shape (n_texts, dim)."""
-        if not vectors:
-            return np.zeros((0, request.truncate_dim or self.dim), dtype=request.precision)
-        found = np.stack(vectors)[:, : request.truncate_dim]
-        if request.normalize_embeddings:
-            # Source: torch.nn.functional.normalize, which `encode` uses: norms are clamped to 1e-12.
-            found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
-        return np.ascontiguousarray(found, dtype=request.precision)
+        """Return a request's vectors in the form it asked for; see `formats.form`."""
+        found = np.stack(vectors) if vectors else np.zeros((0, self.dim), dtype=np.float32)
+        return form(found, request, self.int8_ranges)
 
     def _prompt(self, request: EmbedRequest) -> str | None:
         prompts: dict[str | None, str] = self._model.prompts
@@ -208,6 +219,15 @@ class Embedder:
             )
             for key in texts[0].features
         }
+
+    def _choose_ranges(self, model: ModelSettings, plain: NDArray[np.float32]) -> None:
+        """Settle what int8 vectors mean, for as long as the model is the same."""
+        self.int8_ranges, self._has_int8 = choose_ranges(plain), are_unit(plain)
+        if model.int8_ranges is not None:
+            try:
+                self.int8_ranges, self._has_int8 = read_ranges(model.int8_ranges, self.dim), True
+            except (OSError, ValueError) as error:
+                raise ModelLoadError(self.name, f"int8_ranges: {error}") from error
 
     def _pack(self, plain: NDArray[np.float32]) -> None:
         """Leave padding out, if that changes no vector of the probe, and no text sees its neighbours."""
