@@ -91,6 +91,8 @@ class WorkerInfo:
         load_s: how long each model took to load, seconds.
         memory_bytes: resident memory of the process.
         units_per_s: measured speed by model: tokens of texts, or new tokens, per second of computing.
+        cache_hits: texts by model that were answered without computing, where vectors are cached.
+        cache_misses: texts by model that were computed, where vectors are cached.
         note: why it is not ready, else empty.
     """
 
@@ -105,6 +107,8 @@ class WorkerInfo:
     load_s: Mapping[str, float] = field(default_factory=dict)
     memory_bytes: int = 0
     units_per_s: Mapping[str, float] = field(default_factory=dict)
+    cache_hits: Mapping[str, int] = field(default_factory=dict)
+    cache_misses: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
 
     def to_json(self) -> str:

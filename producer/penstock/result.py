@@ -17,7 +17,7 @@ class Timings:
 
     Attributes:
         queued_s: from the sender's clock to the worker's: in the queue, and any difference of the clocks.
-        prepared_s: checking and tokenizing.
+        prepared_s: checking and tokenizing; with a cache of vectors, asking it, and waiting for other jobs.
         batched_s: waiting for a place in a batch.
         computed_s: from the first forward pass that held a part of the job to the last one's end.
     """

@@ -124,6 +124,17 @@ class Pools(_Section):
     gpu: GpuPool = GpuPool()
 
 
+class CacheSettings(_Section):
+    """Vectors of one model that are kept in the result store."""
+
+    ttl_s: int = Field(default=7 * 86400, ge=1, le=365 * 86400)
+    """How long a vector is kept after it was computed, seconds."""
+    max_bytes: int = Field(default=256 << 20, ge=1 << 16)
+    """What its vectors may take of the result store; those that nobody has asked for longest go first."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Format they are kept in; float16 halves them, at about three decimal digits."""
+
+
 class ModelSettings(_Section):
     """One model that the workers serve."""
 
@@ -141,6 +152,8 @@ class ModelSettings(_Section):
     """Run Python that comes with the model; a hub model then needs a full commit as its revision."""
     int8_ranges: Path | None = None
     """File of numpy, float, shape (2, dim): lowest and highest value of each dimension, for int8 vectors."""
+    cache: CacheSettings | None = None
+    """Keep an embedding model's vectors, and compute equal texts once; none: no."""
     max_texts: int = Field(default=4096, ge=1, le=100_000)
     """Texts in one embedding job."""
     max_batch_tokens: int | None = Field(default=None, ge=16)

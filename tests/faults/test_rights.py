@@ -20,6 +20,7 @@ from penstock.registry import BEAT
 from penstock.settings import load_settings
 from penstock.store import END_JOB
 from penstock_workers.app import build_app
+from penstock_workers.cache import CLAIM, STORE
 from penstock_workers.local_redis import free_port, local_redis_command, wait_until_ready
 from tests.deployment import BUNDLED, ROOT, Server, WorkerProcess
 from tests.eventually import eventually
@@ -36,7 +37,7 @@ app = Celery(broker=sys.argv[1])
 for options in ({}, {"priority": 9}, {"countdown": 60}):
     app.send_task("penstock.embed", kwargs={}, queue="cpu.minilm", **options)
 """
-TOML = BUNDLED.split("[models.chat]")[0]
+TOML = BUNDLED.split("[models.chat]")[0] + "cache = {}\n"
 
 
 class GuardedServer(Server):
@@ -254,7 +255,7 @@ def test_nobody_comes_in_without_a_name(guarded: GuardedServer) -> None:
 
 def test_workers_may_run_every_command_of_every_script(guarded: GuardedServer) -> None:
     """Also those of rare paths: a takeover that is refused a command would lose jobs."""
-    texts = [*(text for name, text in scripts().items() if name != "revive"), END_JOB, BEAT]
+    texts = [*(text for name, text in scripts().items() if name != "revive"), END_JOB, BEAT, CLAIM, STORE]
     called = {name for text in texts for name in re.findall(r"redis\.p?call\('(\w+)'", text)}
     called |= {"RPUSH", "LPUSH"}  # chosen at run time
     called -= {"ZREMRANGEBYRANK", "EXPIRE"}  # of cancelling, which is the callers' business

@@ -131,7 +131,7 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
             self._heartbeat.start()
             for name in self._names:
                 began = time.perf_counter()
-                self._serving.models[name] = load_model(name, self._settings.models[name], device)
+                self._serving.models[name] = load_model(name, self._settings, device)
                 seconds = time.perf_counter() - began
                 self._heartbeat.loaded(name, seconds)
                 logger.info(
@@ -228,6 +228,8 @@ class Heartbeat(threading.Thread):
             load_s=dict(self._load_s),
             memory_bytes=_memory_bytes(),
             units_per_s=self._serving.speeds(),
+            cache_hits={name: cache.n_hits for name, cache in self._serving.caches().items()},
+            cache_misses={name: cache.n_misses for name, cache in self._serving.caches().items()},
             note="a forward pass does not end" if state == "stalled" else "",
         )
         self._redis.eval(BEAT, 1, WORKERS_KEY, info.id, info.to_json())

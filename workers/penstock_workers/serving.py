@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from penstock.errors import UnknownModelError, WrongTaskError
 from penstock.registry import ModelInfo
-from penstock.settings import ModelSettings
+from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching import Batcher, Cut, cut_by_tokens
+from penstock_workers.cache import VectorCache
 from penstock_workers.scheduling import Scheduler
 
 if TYPE_CHECKING:  # torch loads with the first model, not with the app
@@ -22,11 +23,12 @@ if TYPE_CHECKING:  # torch loads with the first model, not with the app
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedEmbedder:
-    """An embedding model and the batches it is fed."""
+    """An embedding model, the batches it is fed, and what is kept of its answers."""
 
     info: ModelInfo
     engine: "Embedder"
     batcher: "Batcher[Encoded, NDArray[np.float32]]"
+    cache: VectorCache | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +74,19 @@ class Serving:
         measured = {name: served.batcher.tokens_per_s for name, served in self.models.items()}
         return {name: round(speed, 1) for name, speed in measured.items() if speed is not None}
 
+    def caches(self) -> Mapping[str, VectorCache]:
+        """Return the caches by model, where vectors are cached."""
+        embedders = {name: one for name, one in self.models.items() if isinstance(one, ServedEmbedder)}
+        return {name: embedder.cache for name, embedder in embedders.items() if embedder.cache is not None}
 
-def load_model(name: str, model: ModelSettings, device: "torch.device") -> Served:
+
+def load_model(name: str, settings: Settings, device: "torch.device") -> Served:
     """Load a model and start its batcher.
 
     Raises:
         ModelLoadError: one line that says why.
     """
+    model = settings.models[name]
     if model.task == "embed":
         from penstock_workers.engines.embedding import Embedder
 
@@ -89,6 +97,7 @@ def load_model(name: str, model: ModelSettings, device: "torch.device") -> Serve
                 int8_ranges=_announce_ranges(embedder.int8_ranges),
             ),
             engine=embedder,
+            cache=_open_cache(embedder, settings),
             batcher=Batcher(name, embedder.run, cut_texts(model, embedder, device)),
         )
     from penstock_workers.engines.generation import Generator
@@ -118,6 +127,20 @@ def _batch_tokens(device: "torch.device", *, is_padded: bool) -> int:
     if device.type != "cpu":
         return 16_384
     return 512 if is_padded else 1024
+
+
+def _open_cache(embedder: "Embedder", settings: Settings) -> VectorCache | None:
+    cache = settings.models[embedder.name].cache
+    if cache is None:
+        return None
+    return VectorCache(
+        embedder.name,
+        embedder.fingerprint,
+        embedder.dim,
+        cache,
+        url=settings.results_url,
+        lease_s=settings.worker.lease_s,
+    )
 
 
 def _announce_ranges(ranges: "NDArray[np.float32] | None") -> tuple[tuple[float, ...], ...] | None:

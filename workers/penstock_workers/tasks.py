@@ -9,10 +9,11 @@ from celery import Celery
 from celery.exceptions import Ignore, Reject
 
 from penstock.codec import MAX_RESULT_BYTES, TASK_NAMES, decode_request
-from penstock.errors import DeadlineExceededError, PenstockError, ResultTooLargeError
+from penstock.errors import DeadlineExceededError, JobCancelledError, PenstockError, ResultTooLargeError
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
 from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
-from penstock_workers.batching import HandBackError, HasTokens, Work
+from penstock_workers.batching import PATIENCE_S, HandBackError, Work
+from penstock_workers.cache import Embedded
 from penstock_workers.engines.formats import row_bytes
 from penstock_workers.serving import ServedEmbedder, ServedGenerator, Serving
 from penstock_workers.streams import Streams
@@ -98,21 +99,40 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
     n_bytes = len(request.texts) * row_bytes(served.engine.dim, request)
     if n_bytes > MAX_RESULT_BYTES - HEADER_BYTES:
         raise ResultTooLargeError(n_bytes, MAX_RESULT_BYTES - HEADER_BYTES)
-    texts = served.engine.prepare(request)
-    prepared_s = time.perf_counter() - clock
-    work = served.batcher.submit(
-        delivery.job_id,
-        texts,
-        request.deadline,
-        priority=delivery.priority,
-        is_unwanted=delivery.is_unwanted,
-    )
-    vectors = served.engine.finish(request, work.wait())
+    works: list[Work[Any, Any]] = []
+
+    def compute(texts: list[str]) -> list[Embedded]:
+        items = served.engine.prepare(request.model_copy(update={"texts": texts}))
+        work = served.batcher.submit(
+            delivery.job_id,
+            items,
+            request.deadline,
+            priority=delivery.priority,
+            is_unwanted=delivery.is_unwanted,
+        )
+        works.append(work)
+        return [
+            Embedded(vector=vector, n_tokens=item.n_tokens)
+            for vector, item in zip(work.wait(), items, strict=True)
+        ]
+
+    if served.cache is None:
+        answers = compute(request.texts)
+    else:
+        answers = served.cache.embed(
+            request.texts,
+            served.engine.check(request),
+            compute,
+            patience_s=PATIENCE_S[delivery.priority],
+            check=lambda: _check_wanted(delivery, request),
+        )
+    waited_s = sum(work.batched_s + work.computed_s for work in works)
+    prepared_s = max(0.0, time.perf_counter() - clock - waited_s)
     return EmbedResult(
         model=request.model,
-        vectors=vectors,
-        usage=Usage(prompt_tokens=_count(texts)),
-        timings=_timings(request, arrived, prepared_s, work),
+        vectors=served.engine.finish(request, [answer.vector for answer in answers]),
+        usage=Usage(prompt_tokens=sum(answer.n_tokens for answer in answers)),
+        timings=_timings(request, arrived, prepared_s, works),
     )
 
 
@@ -140,18 +160,22 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
         text=answer.text,
         finish_reason=answer.finish_reason,
         usage=Usage(prompt_tokens=prompt.n_tokens, completion_tokens=answer.n_tokens),
-        timings=_timings(request, arrived, prepared_s, work),
+        timings=_timings(request, arrived, prepared_s, [work]),
     )
 
 
-def _count(items: Sequence[HasTokens]) -> int:
-    return sum(item.n_tokens for item in items)
+def _check_wanted(delivery: Delivery, request: Request) -> None:
+    """Raise when nobody waits for a job any more."""
+    if request.deadline is not None and (late_s := time.time() - request.deadline) > 0:
+        raise DeadlineExceededError(delivery.job_id, late_s)
+    if delivery.is_unwanted():
+        raise JobCancelledError(delivery.job_id)
 
 
-def _timings(request: Request, arrived: float, prepared_s: float, work: Work[Any, Any]) -> Timings:
+def _timings(request: Request, arrived: float, prepared_s: float, works: Sequence[Work[Any, Any]]) -> Timings:
     return Timings(
         queued_s=max(0.0, arrived - request.sent_at) if request.sent_at else 0.0,
         prepared_s=prepared_s,
-        batched_s=work.batched_s,
-        computed_s=work.computed_s,
+        batched_s=sum(work.batched_s for work in works),
+        computed_s=sum(work.computed_s for work in works),
     )

@@ -1,5 +1,6 @@
 """Text to vectors: sentence-transformers' semantics, batches of our own."""
 
+import hashlib
 import logging
 import threading
 import time
@@ -83,6 +84,7 @@ class Embedder:
         dtype: format of the matrix products; unless it is float16, everything else is float32.
         n_heads: of its attention, where that is known.
         int8_ranges: see `formats.form`; None before `load`.
+        fingerprint: differs if anything does that decides vectors; empty where none are cached.
     """
 
     def __init__(self, name: str, model: SentenceTransformer) -> None:
@@ -95,6 +97,7 @@ class Embedder:
         self.dtype = "float32"
         self.int8_ranges: NDArray[np.float32] | None = None
         self._has_int8 = False
+        self.fingerprint = ""
         self._tokenizing = threading.Lock()  # fast tokenizers refuse two threads that change their settings
 
     @classmethod
@@ -105,6 +108,8 @@ class Embedder:
             ModelLoadError: one line that says why.
         """
         engine = cls(name, _load(name, model, device))
+        if model.cache is not None:
+            engine.fingerprint = _fingerprint(engine._model, model)
         if model.dtype == "float16":
             engine._model.half()
             engine.dtype = "float16"
@@ -302,6 +307,19 @@ def _load(name: str, model: ModelSettings, device: torch.device) -> SentenceTran
         )
     except Exception as error:  # whatever the library meets in foreign files, the start fails in one line
         raise explain_failure(name, error) from error
+
+
+def _fingerprint(model: SentenceTransformer, settings: ModelSettings) -> str:
+    """Hash what was loaded; takes less than a second for a gigabyte of weights."""
+    # The files' names are not enough: a folder's model may be trained further in place.
+    tokenizer = getattr(getattr(model, "tokenizer", None), "backend_tokenizer", None)
+    parts = (settings.source, settings.revision, settings.dtype, model.max_seq_length, model)
+    found = hashlib.sha256(repr(parts).encode())
+    found.update(tokenizer.to_str().encode() if tokenizer is not None else b"")
+    for key, value in model.state_dict().items():
+        found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _unpad(padded: dict[str, Any]) -> list[Encoded]:

@@ -1,0 +1,255 @@
+"""Vectors that were computed before, and texts that are being computed: each once, wherever it is asked.
+
+| key (result store) | type | holds |
+| --- | --- | --- |
+| `penstock:vec:<model>:<text>` | string | `vec1`, number of tokens, vector; or `c`, a claim and its weight |
+| `penstock:vec:<model>` | sorted set | keys of vectors, by when they were last asked for |
+| `penstock:vec:claim:<id>` | string | lives as long as a job computes what it claimed |
+
+Both names are hashes, of everything that decides the numbers: the model's weights, modules and tokenizer;
+prompt and text. Vectors are whole and as the model gives them, so that every form is made from one entry.
+
+A job claims what it does not find, computes and stores it, and only then waits for what others claimed:
+nobody waits with a claim, so no two wait for each other. A claim that is not renewed is void.
+"""
+
+import hashlib
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from struct import Struct
+from typing import Any, Final
+
+import numpy as np
+import redis
+from numpy.typing import NDArray
+
+from penstock.broker import connect_sync
+from penstock.settings import CacheSettings
+
+logger = logging.getLogger(__name__)
+
+KEY: Final = "penstock:vec"
+AT_ONCE: Final = 256
+"""Texts in one round trip: Redis serves nobody else meanwhile."""
+OVERHEAD_BYTES: Final = 400
+"""What Redis needs for an entry besides the vector, its name twice; 270 to 310 were measured, Valkey 9."""
+CLAIM_S: Final = 600
+"""After how long a claimed text is free again, whatever its holder does."""
+AWAY_S: Final = 5.0
+"""How long a cache that is out of reach is not asked again."""
+MAX_WAIT_S: Final = 0.05
+STRETCH: Final = 10
+"""A job waits for others up to this many times as heavy as it is, and computes what heavier ones have
+claimed: one text does not wait for a bulk load."""
+
+_HEAD: Final = Struct("<4sI")
+_MARK: Final = b"vec1"
+
+# KEYS: vectors in use, claim, texts.  ARGV: claim's ms, weight, heaviest to wait for, text's claim in ms.
+# Returns for each text its vector, 1 where the caller has to compute it, 0 where another does.
+# A Redis that is full answers what it has: hence pcall. What cannot be claimed is computed all the same.
+CLAIM: Final = """
+local time, answers, claimed = redis.call('TIME'), {}, false
+local values = redis.call('MGET', unpack(KEYS, 3))
+for i, value in ipairs(values) do
+  local key = KEYS[i + 2]
+  if value and value:sub(1, 1) == 'v' then
+    redis.pcall('ZADD', KEYS[1], 'XX', time[1] + time[2] / 1e6, key)
+    answers[i] = value
+  else
+    local claim, weight = (value or ''):match('^c(%S+) (%S+)$')
+    if claim and tonumber(weight) <= tonumber(ARGV[3]) and redis.call('EXISTS', claim) == 1 then
+      answers[i] = 0
+    else
+      redis.pcall('SET', key, 'c' .. KEYS[2] .. ' ' .. ARGV[2], 'PX', ARGV[4])
+      answers[i], claimed = 1, true
+    end
+  end
+end
+if claimed then redis.pcall('SET', KEYS[2], '1', 'PX', ARGV[1]) end
+return answers
+"""
+
+# KEYS: vectors in use, texts.  ARGV: life in ms, most entries, vectors.
+# Room is made first, some at a time, and each entry is noted before it is written: none escapes the bound.
+STORE: Final = """
+local time = redis.call('TIME')
+local excess = redis.call('ZCARD', KEYS[1]) + #KEYS - 1 - ARGV[2]
+if excess > 0 then
+  for _, key in ipairs(redis.call('ZRANGE', KEYS[1], 0, math.min(excess, 1000) - 1)) do
+    redis.call('DEL', key)
+    redis.call('ZREM', KEYS[1], key)
+  end
+end
+for i = 2, #KEYS do
+  redis.call('ZADD', KEYS[1], time[1] + time[2] / 1e6, KEYS[i])
+  redis.call('SET', KEYS[i], ARGV[i + 1], 'PX', ARGV[1])
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+return 1
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedded:
+    """One text's answer.
+
+    Attributes:
+        vector: as the model gives it, float32, shape (dim,).
+        n_tokens: real tokens, prompt and special ones counted.
+    """
+
+    vector: NDArray[np.float32]
+    n_tokens: int
+
+
+class VectorCache:
+    """One model's cache, for all threads of a process. Redis' troubles cost a line in the log, and the time.
+
+    Args:
+        name: the model's, for the log.
+        fingerprint: of all that decides its numbers besides prompt and text.
+        dim: width of a vector.
+        settings: how long, how much, how exact.
+        url: the result store's.
+        lease_s: after how long a silent process has lost its claims.
+
+    Attributes:
+        n_hits: texts that were answered without computing, since the process started.
+        n_misses: texts that were computed.
+    """
+
+    def __init__(
+        self, name: str, fingerprint: str, dim: int, settings: CacheSettings, *, url: str, lease_s: float
+    ) -> None:
+        self._name, self._dim, self._dtype = name, dim, np.dtype(settings.dtype).newbyteorder("<")
+        self._model_key = (
+            f"{KEY}:{hashlib.sha256(f'{fingerprint} {settings.dtype}'.encode()).hexdigest()[:16]}"
+        )
+        self._life_ms, self._lease_ms = settings.ttl_s * 1000, int(lease_s * 1000)
+        entry_bytes = _HEAD.size + dim * self._dtype.itemsize + OVERHEAD_BYTES
+        self._max_entries = max(1, settings.max_bytes // entry_bytes)
+        self._redis = connect_sync(url, answer_timeout_s=5)
+        self._claim_script = self._redis.register_script(CLAIM)
+        self._store_script = self._redis.register_script(STORE)
+        self._away_until = 0.0
+        self._claims: set[str] = set()
+        self._counting = threading.Lock()
+        self.n_hits = self.n_misses = 0
+        threading.Thread(target=self._renew, name=f"cache-{name}", daemon=True).start()
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        prompt: str | None,
+        compute: Callable[[list[str]], Sequence[Embedded]],
+        *,
+        patience_s: float,
+        check: Callable[[], None],
+    ) -> list[Embedded]:
+        """Return the answers of `texts` in their order, from here, from elsewhere, or computed.
+
+        Args:
+            texts: of a job; equal ones are computed once.
+            prompt: put before each.
+            compute: gives those that are nowhere.
+            patience_s: after how long such a job is due; with the number of texts, its weight.
+            check: raises when the job must not be waited for any more.
+        """
+        keys = [self._key(prompt, text) for text in texts]
+        wanted = dict(zip(keys, texts, strict=True))
+        missing, found = list(wanted), dict[str, Embedded]()
+        weight, n_computed, wait_s = patience_s * len(wanted), 0, 0.002
+        while missing:
+            with self._claim(missing, weight) as (stored, mine):
+                found |= stored
+                if mine:
+                    computed = compute([wanted[key] for key in mine])
+                    found |= zip(mine, computed, strict=True)
+                    n_computed += len(mine)
+                    self._store(mine, computed)
+            if missing := [key for key in missing if key not in found]:
+                check()
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, MAX_WAIT_S)
+        with self._counting:
+            self.n_misses += n_computed
+            self.n_hits += len(texts) - n_computed
+        return [found[key] for key in keys]
+
+    @contextmanager
+    def _claim(self, keys: Sequence[str], weight: float) -> Iterator[tuple[dict[str, Embedded], list[str]]]:
+        """Return what is stored, and what is the caller's to compute; the rest is under way elsewhere."""
+        claim = f"{KEY}:claim:{uuid.uuid4().hex}"
+        arguments = (self._lease_ms, weight, STRETCH * weight, CLAIM_S * 1000)
+        found: dict[str, Embedded] = {}
+        mine: list[str] = []
+        self._claims.add(claim)
+        try:
+            for start in range(0, len(keys), AT_ONCE):
+                part = keys[start : start + AT_ONCE]
+                values = self._ask(self._claim_script, keys=[self._model_key, claim, *part], args=arguments)
+                for key, value in zip(part, values or [1] * len(part), strict=True):
+                    if isinstance(value, bytes) and (answer := self._read(value)) is not None:
+                        found[key] = answer
+                    elif value != 0:
+                        mine.append(key)
+            yield found, mine
+        finally:
+            self._claims.discard(claim)
+            if mine:
+                self._ask(self._redis.delete, claim)
+
+    def _store(self, keys: Sequence[str], answers: Sequence[Embedded]) -> None:
+        kept = [
+            (key, self._write(answer))
+            for key, answer in zip(keys, answers, strict=True)
+            if self._dtype.itemsize == 4 or np.abs(answer.vector).max() <= np.finfo(np.float16).max
+        ]
+        at_once = min(AT_ONCE, self._max_entries)
+        for start in range(0, len(kept), at_once):
+            part = kept[start : start + at_once]
+            keys = [self._model_key, *(key for key, _ in part)]
+            values = (value for _, value in part)
+            if not self._ask(self._store_script, keys=keys, args=[self._life_ms, self._max_entries, *values]):
+                return  # each part would cost a line
+
+    def _ask(self, order: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Return Redis' answer, or None if it gives none."""
+        if time.monotonic() < self._away_until:
+            return None
+        try:
+            return order(*arguments, **options)
+        except (redis.RedisError, OSError) as error:
+            if not isinstance(error, redis.ResponseError):
+                self._away_until = time.monotonic() + AWAY_S
+            logger.warning(
+                "vectors of %s are not cached: %s: %s", self._name, type(error).__name__, str(error)[:200]
+            )
+            return None
+
+    def _renew(self) -> None:
+        """Keep the claims of running jobs, until the process dies."""
+        while True:
+            time.sleep(self._lease_ms / 3000)
+            for claim in tuple(self._claims):
+                self._ask(self._redis.pexpire, claim, self._lease_ms)
+
+    def _key(self, prompt: str | None, text: str) -> str:
+        words = hashlib.sha256(b"" if prompt is None else b"%d " % len(prompt) + prompt.encode())
+        words.update(b"\0" + text.encode())
+        return f"{self._model_key}:{words.hexdigest()}"
+
+    def _write(self, answer: Embedded) -> bytes:
+        return _HEAD.pack(_MARK, answer.n_tokens) + answer.vector.astype(self._dtype).tobytes()
+
+    def _read(self, value: bytes) -> Embedded | None:
+        if len(value) != _HEAD.size + self._dim * self._dtype.itemsize or not value.startswith(_MARK):
+            return None  # not ours, or of another version: it is computed, and replaced
+        vector = np.frombuffer(value, self._dtype, offset=_HEAD.size).astype(np.float32, copy=False)
+        return Embedded(vector=vector, n_tokens=_HEAD.unpack_from(value)[1])
