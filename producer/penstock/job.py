@@ -240,6 +240,8 @@ class AsyncJob(Generic[T]):
     async def _wait(self) -> Outcome:
         if self._is_ours:  # nothing can have been missed: the inbox was open before the job was sent
             await self._hear()
+        elif (outcome := await self._look()) is not None:  # most that are asked for by id have ended
+            return outcome
         else:
             await self._store.inbox.follow(self.id)
         try:
