@@ -1,7 +1,8 @@
 """What an answer may be: response formats as masks over a model's vocabulary, computed by llguidance.
 
 None of it runs without bound. llguidance counts the work of compiling a grammar and of each token's mask, and
-gives up: measured, compiling ends within 0.3 s and a mask within 0.03 s, whatever the format.
+gives up: of a dozen formats made to be costly, with a vocabulary of 150,000, the worst took 0.3 s to compile
+and 0.04 s for a token, one core.
 """
 
 import json
@@ -71,7 +72,8 @@ class Grammars:
                         eos_token=self._end_ids,
                     )
                 except Exception as error:
-                    raise InvalidFormatError(f"the model's tokenizer takes no formats: {error}") from error
+                    problem = " ".join(str(error).split())[:_MOST_PROBLEM_CHARACTERS]
+                    raise InvalidFormatError(f"the model's tokenizer takes no formats: {problem}") from error
             return self._ours
 
 
