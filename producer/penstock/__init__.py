@@ -8,7 +8,9 @@ from penstock.errors import (
     ConfigError,
     DeadlineExceededError,
     EngineError,
+    IncompleteOutputError,
     InputTooLongError,
+    InvalidFormatError,
     InvalidMessageError,
     InvalidOptionError,
     InvalidTextError,
@@ -33,7 +35,7 @@ from penstock.errors import (
 )
 from penstock.job import AsyncJob, JobState
 from penstock.registry import ModelInfo
-from penstock.request import Message
+from penstock.request import Message, ResponseFormat
 from penstock.result import GenerateResult, Timings, Usage
 from penstock.stream import Piece
 
@@ -47,7 +49,9 @@ __all__ = [
     "DeadlineExceededError",
     "EngineError",
     "GenerateResult",
+    "IncompleteOutputError",
     "InputTooLongError",
+    "InvalidFormatError",
     "InvalidMessageError",
     "InvalidOptionError",
     "InvalidTextError",
@@ -62,6 +66,7 @@ __all__ = [
     "Piece",
     "RequestError",
     "RequestTooLargeError",
+    "ResponseFormat",
     "ResultDecodeError",
     "ResultExpiredError",
     "ResultTimeoutError",

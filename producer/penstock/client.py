@@ -34,6 +34,7 @@ from penstock.request import (
     Priority,
     PriorityName,
     Request,
+    ResponseFormat,
     Task,
     Truncation,
     new_job_id,
@@ -82,6 +83,7 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     truncation: Truncation | None
+    response_format: ResponseFormat | None
     priority: PriorityName
     deadline_s: float | None
 

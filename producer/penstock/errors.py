@@ -7,6 +7,7 @@ PenstockError
 │   ├── UnknownModelError
 │   ├── WrongTaskError
 │   ├── InvalidOptionError
+│   ├── InvalidFormatError
 │   ├── InvalidTextError
 │   ├── TooManyTextsError
 │   ├── RequestTooLargeError
@@ -22,6 +23,7 @@ PenstockError
 │   ├── BrokerUnavailableError
 │   ├── BrokerRefusedError
 │   └── ResultTimeoutError
+├── IncompleteOutputError
 ├── StreamRestartedError
 ├── JobCancelledError
 ├── DeadlineExceededError
@@ -91,6 +93,17 @@ class InvalidOptionError(RequestError):
 
     def __str__(self) -> str:
         return f"{self.option} is {self.value}; {self.allowed}"
+
+
+class InvalidFormatError(RequestError):
+    """No answer can follow the response format, the worker cannot read it, or it is too complex."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"response_format cannot be followed: {self.problem}"
 
 
 class InvalidTextError(RequestError):
@@ -254,6 +267,21 @@ class ResultTimeoutError(TransportError):
 
     def __str__(self) -> str:
         return f"job {self.job_id} has no result after {self.timeout_s:g} s"
+
+
+class IncompleteOutputError(PenstockError):
+    """The length limit ended an answer before its response format did; `text` is what there is of it."""
+
+    def __init__(self, n_tokens: int, text: str) -> None:
+        super().__init__(n_tokens, text)
+        self.n_tokens, self.text = n_tokens, text
+
+    def __str__(self) -> str:
+        return f"the answer is incomplete: {self.n_tokens} tokens do not yet follow response_format"
+
+    def __repr__(self) -> str:
+        # Celery logs it and sends it to Flower: no word of the answer.
+        return f"IncompleteOutputError({self.n_tokens}, {len(self.text)} characters)"
 
 
 class StreamRestartedError(PenstockError):

@@ -4,13 +4,23 @@ pydantic models, not dataclasses: the same classes read keyword arguments, queue
 configuration file, and each range stands in one place.
 """
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NotRequired, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+    with_config,
+)
 from pydantic_core import ErrorDetails
+from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
 
 from penstock.errors import (
     InvalidMessageError,
@@ -25,6 +35,10 @@ MAX_TEXT_BYTES = 1 << 20
 """One text or prompt, in UTF-8."""
 MAX_REQUEST_BYTES = 16 << 20
 """All texts of a request together, in UTF-8; Redis and Celery copy a message several times."""
+MAX_FORMAT_BYTES = 64 << 10
+"""A response format, as JSON in UTF-8."""
+MAX_FORMAT_DEPTH = 64
+"""Objects and lists inside each other in a response format."""
 
 Task = Literal["embed", "generate"]
 PoolName = Literal["gpu", "cpu"]
@@ -50,6 +64,53 @@ class Message(BaseModel):
 
     role: Literal["system", "user", "assistant"]
     content: str
+
+
+_exact = with_config(ConfigDict(extra="forbid", strict=True))
+
+
+@_exact
+class PlainFormat(TypedDict):
+    """Any text, as without a format, or any JSON object."""
+
+    type: Literal["text", "json_object"]
+
+
+@_exact
+class NamedSchema(TypedDict):
+    """A JSON schema as OpenAI wraps it; all but the schema is without effect, and it is always strict."""
+
+    schema: dict[str, Any]
+    name: NotRequired[str]
+    description: NotRequired[str]
+    strict: NotRequired[bool | None]
+
+
+@_exact
+class JsonSchemaFormat(TypedDict):
+    """JSON that follows a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+@_exact
+class RegexFormat(TypedDict):
+    """Text that a regular expression matches as a whole, in Rust's syntax: no look-around, no references."""
+
+    type: Literal["regex"]
+    pattern: Annotated[str, Field(min_length=1)]
+
+
+@_exact
+class ChoiceFormat(TypedDict):
+    """One of some texts."""
+
+    type: Literal["choice"]
+    choices: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+
+
+ResponseFormat = PlainFormat | JsonSchemaFormat | RegexFormat | ChoiceFormat
 
 
 class GenerationOptions(BaseModel):
@@ -184,6 +245,8 @@ class GenerateRequest(_Request, GenerationOptions):
         system_prompt: how to answer.
         history: earlier turns, oldest first.
         stream: the text can be read while it is generated.
+        response_format: what the answer has to be; it alone then says where the answer ends, so a call that
+            sets `stop` or `stop_token_ids` too is refused.
         sent_at: when the request left its sender, Unix seconds on its clock.
         deadline: after this the request is not worth computing, Unix seconds.
     """
@@ -192,11 +255,26 @@ class GenerateRequest(_Request, GenerationOptions):
     system_prompt: str | None = None
     history: tuple[Message, ...] = ()
     stream: bool = False
+    response_format: Annotated[ResponseFormat, Field(discriminator="type")] | None = None
 
     @field_validator("history", mode="before")
     @classmethod
     def _take_lists_of_turns(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("response_format", mode="before")
+    @classmethod
+    def _is_plain(cls, wanted: object) -> object:
+        _check_format(wanted)
+        return wanted
+
+    @model_validator(mode="after")
+    def _ends_one_way(self) -> Self:
+        if self.response_format and self.response_format["type"] != "text":
+            for name in ("stop", "stop_token_ids"):
+                if getattr(self, name):
+                    raise InvalidOptionError(name, "set", "response_format says where the answer ends")
+        return self
 
     @model_validator(mode="after")
     def _within_limits(self) -> Self:
@@ -239,6 +317,24 @@ def _check_bytes(texts: Sequence[str]) -> None:
             raise RequestTooLargeError(f"text {index}", n_bytes, MAX_TEXT_BYTES)
     if total > MAX_REQUEST_BYTES:
         raise RequestTooLargeError("the request", total, MAX_REQUEST_BYTES)
+
+
+def _check_format(wanted: object) -> None:
+    too_deep = InvalidOptionError("response_format", "too deep", f"at most {MAX_FORMAT_DEPTH} levels")
+    try:
+        n_bytes = len(json.dumps(wanted, ensure_ascii=False, allow_nan=False).encode())
+    except RecursionError:
+        raise too_deep from None
+    except (TypeError, ValueError):  # a lone surrogate is a ValueError too
+        raise InvalidOptionError("response_format", "set", "it has to be plain JSON in UTF-8") from None
+    if n_bytes > MAX_FORMAT_BYTES:
+        raise RequestTooLargeError("response_format", n_bytes, MAX_FORMAT_BYTES)
+    level: list[object] = [wanted]
+    for _ in range(MAX_FORMAT_DEPTH):
+        nested = [node for node in level if isinstance(node, dict | list)]
+        level = [item for node in nested for item in (node.values() if isinstance(node, dict) else node)]
+    if level:
+        raise too_deep
 
 
 def _explain(detail: ErrorDetails) -> PenstockError:

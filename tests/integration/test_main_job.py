@@ -1,13 +1,25 @@
 """The main job through a real worker: texts in, arrays and answers out."""
 
 import asyncio
+import json
+import re
 import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from penstock import AsyncClient, Client, JobState, Message
+from penstock import (
+    AsyncClient,
+    Client,
+    GenerateResult,
+    IncompleteOutputError,
+    InvalidFormatError,
+    Job,
+    JobState,
+    Message,
+    ResponseFormat,
+)
 from tests.deployment import Server, WorkerProcess
 
 TEXTS = ["A penstock feeds a turbine.", "你好，世界", "", "x" * 5000, "A penstock feeds a turbine."]
@@ -84,6 +96,50 @@ def test_every_priority_is_served(client: Client, priority: str) -> None:
     vectors = client.embed(["a"], model="minilm", priority=priority)  # type: ignore[arg-type]  # a Literal
 
     assert vectors.shape == (1, 384)
+
+
+def test_answers_follow_their_formats(client: Client) -> None:
+    """Requests with and without formats share the model; each gets what it gets alone."""
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 10}, "known": {"type": "boolean"}},
+        "required": ["name", "known"],
+        "additionalProperties": False,
+    }
+    wanted: list[ResponseFormat | None] = [
+        {"type": "json_schema", "json_schema": {"name": "who", "schema": schema}},
+        {"type": "choice", "choices": ["Ada", "Grace"]},
+        {"type": "regex", "pattern": "[0-9]{4}"},
+        None,
+    ]
+
+    def ask(response_format: ResponseFormat | None) -> Job[GenerateResult]:
+        return client.submit_generate(
+            "Who are you?", model="chat", temperature=1.0, seed=5, response_format=response_format
+        )
+
+    alone = [ask(each).result().text for each in wanted]
+    together = [job.result().text for job in [ask(each) for each in wanted * 3]]
+
+    assert together == alone * 3
+    assert list(json.loads(alone[0])) == ["name", "known"]
+    assert alone[1] in ("Ada", "Grace")
+    assert re.fullmatch("[0-9]{4}", alone[2])
+
+
+def test_a_format_that_fails_is_a_typed_error(client: Client) -> None:
+    """An impossible format and one that the limit cuts are told apart, and no one else suffers."""
+    impossible: ResponseFormat = {"type": "json_schema", "json_schema": {"schema": {"enum": []}}}
+    long: ResponseFormat = {"type": "regex", "pattern": "a{99}"}
+    free = client.submit_generate("Who are you?", model="chat")
+
+    with pytest.raises(InvalidFormatError, match="Unsatisfiable"):
+        client.generate("?", model="chat", response_format=impossible)
+    with pytest.raises(IncompleteOutputError) as caught:
+        client.generate("?", model="chat", max_new_tokens=3, response_format=long)
+
+    assert caught.value.text.startswith("a")
+    assert free.result().finish_reason == "stop"
 
 
 def test_generation_uses_system_prompt_and_history(client: Client) -> None:

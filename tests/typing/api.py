@@ -19,7 +19,9 @@ from penstock import (
     DeadlineExceededError,
     EngineError,
     GenerateResult,
+    IncompleteOutputError,
     InputTooLongError,
+    InvalidFormatError,
     InvalidMessageError,
     InvalidOptionError,
     InvalidTextError,
@@ -34,6 +36,7 @@ from penstock import (
     Piece,
     RequestError,
     RequestTooLargeError,
+    ResponseFormat,
     ResultDecodeError,
     ResultExpiredError,
     ResultTimeoutError,
@@ -52,6 +55,12 @@ from penstock import (
 
 Vectors = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.int8] | NDArray[np.uint8]
 
+FORMATS: list[ResponseFormat] = [
+    {"type": "json_object"},
+    {"type": "json_schema", "json_schema": {"name": "age", "schema": {"type": "integer"}}},
+    {"type": "regex", "pattern": "[0-9]+"},
+    {"type": "choice", "choices": ["yes", "no"]},
+]
 HISTORY = [Message(role="user", content="My name is Ada."), Message(role="assistant", content="Hello, Ada.")]
 
 
@@ -114,11 +123,12 @@ def generate(client: Client) -> None:
         min_p=0.05,
         repetition_penalty=1.1,
         seed=1,
-        stop="END",
+        response_format={"type": "choice", "choices": ["Ada", "Bob"]},
         truncation="oldest_turns",
         priority="default",
         deadline_s=None,
     )
+    client.generate("Yes?", model="chat", response_format=FORMATS[0])
     plain_turns = [{"role": "user", "content": "My name is Ada."}]
     job = client.submit_generate("What is my name?", model="chat", history=plain_turns, stop=["END", "\n"])
     assert_type(job, Job[GenerateResult])
@@ -226,7 +236,7 @@ def faults_of_the_request(error: RequestError) -> None:
             assert_type((error.what, error.n_bytes, error.limit), tuple[str, int, int])
         case InputTooLongError():
             assert_type((error.model, error.n_tokens, error.limit), tuple[str, int, int])
-        case InvalidMessageError():
+        case InvalidMessageError() | InvalidFormatError():
             assert_type(error.problem, str)
 
 
@@ -259,6 +269,8 @@ def other_ends(error: PenstockError) -> None:
     match error:
         case JobCancelledError() | ResultExpiredError() | StreamRestartedError() | UnknownJobError():
             assert_type(error.job_id, str)
+        case IncompleteOutputError():
+            assert_type((error.n_tokens, error.text), tuple[int, str])
         case DeadlineExceededError():
             assert_type((error.job_id, error.late_s), tuple[str, float])
         case ResultDecodeError():

@@ -55,10 +55,18 @@ def test_arguments_are_positional_and_json(error: PenstockError) -> None:
 
 def test_text_holds_each_field(error: PenstockError) -> None:
     """What went wrong is told with the values that belong to it."""
-    values = [value for value in vars(error).values() if not isinstance(value, tuple)]
+    values = [value for name, value in vars(error).items() if not isinstance(value, tuple) and name != "text"]
 
     assert str(error)
     assert all(str(value) in str(error) for value in values)
+
+
+def test_an_answer_is_not_quoted() -> None:
+    """What an error tells of an incomplete answer, in a log or in Flower, holds no word of it."""
+    error = errors.IncompleteOutputError(9, "swordfish")
+
+    assert error.text == "swordfish"
+    assert "swordfish" not in f"{error} {error!r}"
 
 
 def test_module_docstring_shows_the_tree() -> None:

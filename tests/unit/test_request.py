@@ -1,3 +1,4 @@
+import json
 import traceback
 import uuid
 from typing import Any
@@ -14,6 +15,8 @@ from penstock.errors import (
     RequestTooLargeError,
 )
 from penstock.request import (
+    MAX_FORMAT_BYTES,
+    MAX_FORMAT_DEPTH,
     MAX_REQUEST_BYTES,
     MAX_TEXT_BYTES,
     EmbedRequest,
@@ -160,6 +163,81 @@ def test_embedding_options_are_checked(option: str, value: object, text: str) ->
         embed(**{option: value})
 
     assert str(caught.value) == text
+
+
+def nested(levels: int) -> dict[str, Any]:
+    """Return a response format with objects inside each other, itself counted."""
+    inner: dict[str, Any] = {}
+    for _ in range(levels - 3):
+        inner = {"items": inner}
+    return {"type": "json_schema", "json_schema": {"schema": inner}}
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"type": "text"},
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": {"type": "integer"}}},
+        {"type": "regex", "pattern": "a+"},
+        {"type": "choice", "choices": ["yes", "no"]},
+        nested(MAX_FORMAT_DEPTH),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_response_formats_survive_the_message(wanted: dict[str, Any]) -> None:
+    """Each form goes to the worker as it was given, the order of properties kept."""
+    fields = json.loads(json.dumps(generate(response_format=wanted).fields()))
+
+    assert GenerateRequest.parse(fields).response_format == wanted
+
+
+LOOP: dict[str, Any] = {}
+LOOP["self"] = LOOP
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [
+        ("json", "response_format is 'json'; input should be"),
+        ({}, "unable to extract tag"),
+        ({"type": "xml"}, "does not match any of the expected tags"),
+        ({"type": "json_object", "schema": {}}, "there is no option of that name"),
+        ({"type": "json_schema"}, "is missing"),
+        ({"type": "json_schema", "json_schema": {"schema": True}}, "should be a valid dictionary"),
+        ({"type": "choice", "choices": []}, "at least 1 item"),
+        ({"type": "choice", "choices": ["a", ""]}, "at least 1 character"),
+        ({"type": "regex", "pattern": ""}, "at least 1 character"),
+        (nested(MAX_FORMAT_DEPTH + 1), f"at most {MAX_FORMAT_DEPTH} levels"),
+        (nested(100_000), f"at most {MAX_FORMAT_DEPTH} levels"),
+        ({"type": "json_schema", "json_schema": {"schema": LOOP}}, "plain JSON"),
+        ({"type": "json_schema", "json_schema": {"schema": {"const": object()}}}, "plain JSON"),
+        ({"type": "json_schema", "json_schema": {"schema": {"const": float("nan")}}}, "plain JSON"),
+        ({"type": "regex", "pattern": "\ud800"}, ""),
+    ],
+)
+def test_response_formats_are_checked(wanted: object, text: str) -> None:
+    """What is no response format is refused in one sentence, before it is sent."""
+    with pytest.raises(RequestError) as caught:
+        generate(response_format=wanted)
+
+    assert text in str(caught.value)
+    assert "response_format" in str(caught.value)
+
+
+def test_large_response_formats_are_refused() -> None:
+    """A format has a limit in bytes of its own."""
+    with pytest.raises(RequestTooLargeError, match=f"response_format has .* limit is {MAX_FORMAT_BYTES}"):
+        generate(response_format={"type": "choice", "choices": ["ü" * 100] * 400})
+
+
+@pytest.mark.parametrize("option", [{"stop": "END"}, {"stop_token_ids": [5]}])
+def test_stops_contradict_a_response_format(option: dict[str, Any]) -> None:
+    """The format says where the answer ends; `text` is none."""
+    with pytest.raises(InvalidOptionError, match="response_format says where the answer ends"):
+        generate(response_format={"type": "json_object"}, **option)
+
+    assert generate(response_format={"type": "text"}, **option)
 
 
 def test_unknown_option_is_refused() -> None:

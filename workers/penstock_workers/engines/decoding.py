@@ -55,7 +55,8 @@ class Row(Generic[A]):
         Args:
             trail: with no tokens yet.
             max_new_tokens: bound of its answer.
-            take: takes its newest token, which is in the trail; returns the answer if that ends it.
+            take: takes its newest token, which is in the trail; returns the answer if that ends it, or
+                raises the error that does.
             is_over: says that nobody wants the answer any more.
             on_start: called before its prompt is computed.
         """
@@ -231,6 +232,8 @@ class Decoding(Generic[A]):
                 row.trail.tokens.append(token)
                 try:
                     outcome = row.take(token)
+                except PenstockError as error:
+                    outcome = error
                 except Exception as error:  # one row's text must not end the others'
                     logger.error("an answer's text failed", extra={"model": self.name}, exc_info=error)
                     outcome = EngineError(self.name, f"{type(error).__name__} in its text")

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from penstock.errors import (
+    IncompleteOutputError,
     InputTooLongError,
     InvalidOptionError,
     InvalidTextError,
@@ -24,6 +25,7 @@ from penstock_workers.engines.causal_lm import context_window, find_sharing, loa
 from penstock_workers.engines.chat import Chat
 from penstock_workers.engines.decoding import Decoding, Row
 from penstock_workers.engines.device import free_bytes
+from penstock_workers.engines.grammar import Grammar, Grammars
 from penstock_workers.engines.sampling import Sampling, Trail, own_options
 from penstock_workers.engines.source import explain_failure, resolve_source
 from penstock_workers.engines.wording import Wording
@@ -45,6 +47,7 @@ class Prompt:
         max_new_tokens: fits into the context window together with `ids`.
         stop: strings that end the answer.
         stop_token_ids: tokens that do, besides the model's own.
+        grammar: what the answer has to follow, at its beginning; it alone then says where the answer ends.
     """
 
     ids: tuple[int, ...]
@@ -52,6 +55,7 @@ class Prompt:
     max_new_tokens: int
     stop: tuple[str, ...]
     stop_token_ids: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -65,7 +69,7 @@ class Answer:
 
     Attributes:
         text: the new text alone, cut before a stop string; special tokens left out.
-        finish_reason: `stop` if the model or a stop string ended it, `length` if the limit did.
+        finish_reason: `stop` if the model, a stop string or a format ended it, `length` if the limit did.
         n_tokens: new tokens, those of a stop string counted, the end-of-sequence token not.
     """
 
@@ -98,6 +102,7 @@ class Generator:
         self._defaults = options.over(own_options(model.generation_config)).over(_DEFAULTS)
         self._n_vocab = model.config.get_text_config(decoder=True).vocab_size
         self._end_ids = _end_ids(model, tokenizer)
+        self._grammars = Grammars(tokenizer, self._n_vocab, self._end_ids)
         self._hidden_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         sharing, self._bytes_per_token = find_sharing(model)
         if sharing is None:
@@ -132,6 +137,7 @@ class Generator:
         Raises:
             InputTooLongError: the prompt leaves no room for the answer, after dropping the turns
                 that `truncation` allows to drop.
+            InvalidFormatError: no answer can follow the format, or it is too complex to find out.
             RequestError: an option or the order of turns does not suit this model.
         """
         options = request.options().over(self._defaults)
@@ -146,12 +152,15 @@ class Generator:
             raise InvalidTextError(
                 len(request.history), "or one before it holds a token that the model lacks"
             )
+        grammar = self._grammars.compile(request.response_format) if request.response_format else None
         return Prompt(
             ids=tuple(ids),
             sampling=Sampling.resolve(options),
             max_new_tokens=min(wanted, window - len(ids)),
-            stop=(*(options.stop or ()), *self._chat.stop),
-            stop_token_ids=frozenset(options.stop_token_ids or ()),
+            # A default that cut an answer short would break its format.
+            stop=() if grammar else (*(options.stop or ()), *self._chat.stop),
+            stop_token_ids=frozenset(() if grammar else options.stop_token_ids or ()),
+            grammar=grammar,
         )
 
     def decoding(self, *, max_rows: int, budget_tokens: int | None = None) -> Decoding[Answer]:
@@ -243,22 +252,37 @@ class _Answering:
     """One answer while its tokens arrive."""
 
     def __init__(self, generator: Generator, prompt: Prompt, on_piece: Callable[[str], None] | None) -> None:
-        self.trail = Trail(sampling=prompt.sampling, prompt=prompt.ids)
+        self._grammar = prompt.grammar and prompt.grammar.begin()
+        self.trail = Trail(sampling=prompt.sampling, prompt=prompt.ids, grammar=self._grammar)
         self._generator, self._prompt = generator, prompt
         self._wording = Wording(generator.decode, prompt.stop, on_piece)
 
     def take(self, token: int) -> Answer | None:
-        """Take the newest token of the trail; return the answer if that ends it."""
+        """Take the newest token of the trail; return the answer if that ends it.
+
+        Raises:
+            IncompleteOutputError: the limit ends it, and its format does not end there.
+            InvalidFormatError: its format is too complex to go on.
+        """
         n_tokens = len(self.trail.tokens)
+        if self._grammar:
+            self._grammar.take(token)
         if self._generator.ends(self._prompt, token):
             return self._answer(self._wording.end(is_cut_off=False), "stop", n_tokens - 1)
         if self._generator.shows(token) and (text := self._wording.add(token)) is not None:
             return self._answer(text, "stop", n_tokens)
+        if self._grammar and self._grammar.is_over:
+            return self._answer(self._wording.end(is_cut_off=False), "stop", n_tokens)
         if n_tokens == self._prompt.max_new_tokens:
-            return self._answer(self._wording.end(is_cut_off=True), "length", n_tokens)
+            text = self._wording.end(is_cut_off=True)
+            if self._grammar and not self._grammar.is_complete:
+                raise IncompleteOutputError(n_tokens, text)
+            return self._answer(text, "length", n_tokens)
         return None
 
     def _answer(self, text: str, finish_reason: FinishReason, n_tokens: int) -> Answer:
+        if self._grammar:
+            self._grammar.check(text)
         self._wording.tell_rest(text)
         return Answer(text=text, finish_reason=finish_reason, n_tokens=n_tokens)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from penstock.request import GenerationOptions
+from penstock_workers.engines.grammar import Grammar, restrict
 
 _N_LIKELIEST = 256  # of a vocabulary of 150,000, sorting them all would take longer than a small model's step
 _NOISE_BYTES = 6  # 48 bits: `noise * total` stays below `total` in float64, so no draw falls off the end
@@ -68,11 +69,13 @@ class Trail:
     Attributes:
         sampling: how.
         prompt: its tokens.
+        grammar: what may be chosen next; None for anything.
         tokens: what was chosen so far.
     """
 
     sampling: Sampling
     prompt: Sequence[int]
+    grammar: Grammar | None = None
     tokens: list[int] = field(default_factory=list)
     _seen: Tensor | None = None  # in prompt or answer, and in the answer; bool, shape (2, vocab)
     _n_seen: int = 0
@@ -98,6 +101,10 @@ def choose(logits: Tensor, trails: Sequence[Trail]) -> list[int | None]:
     Returns:
         A token for each row, None where its logits are not finite.
     """
+    # First of all: top_k, top_p and the rest choose among what is allowed.
+    if grammars := {place: trail.grammar for place, trail in enumerate(trails) if trail.grammar}:
+        places = list(grammars)
+        logits[places] = restrict(logits[places], list(grammars.values()))
     penalized = [place for place, trail in enumerate(trails) if _is_penalized(trail.sampling)]
     if penalized:
         logits[penalized] = penalize(logits[penalized], [trails[place] for place in penalized])
