@@ -552,6 +552,7 @@ def _senders(site: Site, stack: ExitStack) -> dict[str, Callable[[int], object]]
 
     return {
         "penstock Client": lambda n: [client.submit_embed(["a text"], model=MODEL) for _ in range(n)],
+        "penstock Client.submit_many": lambda n: client.submit_many([["a text"]] * n, model=MODEL),
         "penstock AsyncClient": lambda n_jobs: runner.run(in_turn(n_jobs)),
         f"penstock AsyncClient, {IN_FLIGHT} at once": lambda n_jobs: runner.run(together(n_jobs)),
     }

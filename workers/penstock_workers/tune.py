@@ -236,9 +236,12 @@ def _processes(
         for number, (_, theirs) in enumerate(pairs)
     ]
     try:
-        # A terminal's Ctrl-C reaches the whole group. The children inherit the mask and never hear it; here
-        # it comes as soon as they are started. The tracker lifts the mask as it starts, so it starts before.
+        # A terminal's Ctrl-C reaches the whole group. The children inherit the mask and never hear it. Here
+        # another thread may, and a start cut short leaves a child with half of what it needs: so it counts
+        # once all are started. The tracker lifts the mask as it starts, so it starts before.
         resource_tracker.ensure_running()
+        interrupts: list[int] = []
+        before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for process, (_, theirs) in zip(processes, pairs, strict=True):
@@ -246,6 +249,9 @@ def _processes(
                 theirs.close()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.signal(signal.SIGINT, before)
+        if interrupts:
+            raise KeyboardInterrupt
         ours = [connection for connection, _ in pairs]
         for connection in ours:
             _receive(connection)
