@@ -118,11 +118,6 @@ def _cut_packed(lengths: Lengths, max_tokens: float) -> list[int]:
     return chosen
 
 
-def cut_by_count(max_items: int) -> Cut:
-    """Cut batches of the most urgent items, whatever their length."""
-    return lambda lengths, _: range(min(len(lengths), max_items))
-
-
 class Work(Generic[I, A]):
     """One job's items, answered as a whole.
 
