@@ -160,6 +160,8 @@ class ModelSettings(_Section):
     """Tokens in one forward pass of an embedding model, padding counted; none: by device."""
     max_batch_size: int = Field(default=16, ge=1, le=1024)
     """Requests that a generation model answers at a time."""
+    share: float | None = Field(default=None, gt=0, le=1000)
+    """Weight among the models of a process that want its device at once; none: 2 to embed, 1 to generate."""
     deadline_s: float | None = Field(default=None, gt=0)
     """Deadline of jobs that name none, seconds after they were sent."""
     generation: GenerationOptions = GenerationOptions()

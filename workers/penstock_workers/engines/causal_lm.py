@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from penstock.errors import ModelLoadError
 from penstock.settings import ModelSettings
@@ -76,6 +77,13 @@ def context_window(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     # A tokenizer without a limit says 10**30.
     sane = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < 1 << 32]
     return min(sane, default=_UNBOUNDED_TOKENS)
+
+
+def pause_between_layers(model: PreTrainedModel, pause: Callable[[], None]) -> None:
+    """Have `pause` called before each layer; never, where a model's own code has other layers."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # what each layer in transformers is
+            module.register_forward_pre_hook(lambda *_: pause())
 
 
 class Sharing(StrEnum):

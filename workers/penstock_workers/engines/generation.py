@@ -21,7 +21,12 @@ from penstock.errors import (
 from penstock.request import GenerateRequest, GenerationOptions, Message
 from penstock.result import FinishReason
 from penstock.settings import ModelSettings
-from penstock_workers.engines.causal_lm import context_window, find_sharing, load_causal_lm
+from penstock_workers.engines.causal_lm import (
+    context_window,
+    find_sharing,
+    load_causal_lm,
+    pause_between_layers,
+)
 from penstock_workers.engines.chat import Chat
 from penstock_workers.engines.decoding import Decoding, Row
 from penstock_workers.engines.device import free_bytes
@@ -129,6 +134,10 @@ class Generator:
             raise
         except Exception as error:
             raise explain_failure(name, error) from error
+
+    def pause_between_layers(self, pause: Callable[[], None]) -> None:
+        """Have `pause` called, in the model thread, wherever a forward pass can wait for a while."""
+        pause_between_layers(self._model, pause)
 
     def prepare(self, request: GenerateRequest) -> Prompt:
         """Turn a request into tokens; safe to call from many threads.
