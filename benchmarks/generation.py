@@ -69,6 +69,7 @@ def main() -> None:
     for part in (
         step_overhead(model, n_rounds=5 if options.quick else 15),
         arrivals(model, n_requests=8 if options.quick else 60),
+        shared_prompts(model, n_rounds=1 if options.quick else 5),
         equality(n_requests=60 if options.quick else 200),
         endurance(n_requests=500 if options.quick else 10_000),
     ):
@@ -303,6 +304,32 @@ def stream_formed(model: PreTrainedModel, asks: Sequence[Ask], at: Sequence[floa
         times.last += [now - when for _, when in batch]
     times.first = times.last
     return times
+
+
+def shared_prompts(model: PreTrainedModel, *, n_rounds: int) -> tuple[list[Row], dict[str, Figure]]:
+    """Send 16 requests at once, whose prompts begin alike or do not; seconds to the first token of each."""
+    kinds = ("begin with the same 512 tokens", "have nothing in common")
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for round_ in range(n_rounds + 1):  # the first is a warm-up
+        for kind in kinds:
+            system = make_words(512, seed=round_)
+            asks = [
+                replace(
+                    ask, ids=(system if kind == kinds[0] else make_words(512, seed=100 + index)) + ask.ids
+                )
+                for index, ask in enumerate(make_asks(16, seed=round_))
+            ]
+            times = stream_ours(model, asks, [0.0] * len(asks))
+            if round_:
+                found[kind].append(statistics.median(times.first))
+    rows = [Row(way=f"16 prompts that {kind}: first token", unit="s", values=v) for kind, v in found.items()]
+    return rows, {"shared_prompt": Figure(value=rows[1].median / rows[0].median, unit="x", goal=2.0)}
+
+
+def make_words(n: int, *, seed: int) -> tuple[int, ...]:
+    """Return random tokens."""
+    dice = random.Random(seed)
+    return tuple(dice.randrange(1, 8192) for _ in range(n))
 
 
 def equality(*, n_requests: int) -> tuple[list[Row], dict[str, Figure]]:
