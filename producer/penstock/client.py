@@ -83,6 +83,9 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     truncation: Truncation | None
+    n: int
+    logprobs: bool
+    top_logprobs: int | None
     response_format: ResponseFormat | None
     priority: PriorityName
     deadline_s: float | None

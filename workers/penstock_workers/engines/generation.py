@@ -3,9 +3,10 @@
 import bisect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -19,7 +20,7 @@ from penstock.errors import (
     PenstockError,
 )
 from penstock.request import GenerateRequest, GenerationOptions, Message
-from penstock.result import FinishReason
+from penstock.result import FinishReason, Logprobs
 from penstock.settings import ModelSettings
 from penstock_workers.engines.causal_lm import context_window, find_sharing, load_causal_lm
 from penstock_workers.engines.chat import Chat
@@ -48,6 +49,8 @@ class Prompt:
         stop: strings that end the answer.
         stop_token_ids: tokens that do, besides the model's own.
         grammar: what the answer has to follow, at its beginning; it alone then says where the answer ends.
+        n_choices: how many answers are wanted.
+        n_likeliest: tokens whose log-probabilities are wanted beside the chosen one's; None wants none.
     """
 
     ids: tuple[int, ...]
@@ -56,11 +59,18 @@ class Prompt:
     stop: tuple[str, ...]
     stop_token_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None
+    n_choices: int = 1
+    n_likeliest: int | None = None
 
     @property
     def n_tokens(self) -> int:
         """Length of the prompt."""
         return len(self.ids)
+
+    def choices(self) -> list[Self]:
+        """Return a prompt for each answer that is computed; one for all where they would be equal."""
+        n = 1 if self.sampling.temperature == 0 else self.n_choices
+        return [replace(self, sampling=self.sampling.choice(index)) for index in range(n)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +81,13 @@ class Answer:
         text: the new text alone, cut before a stop string; special tokens left out.
         finish_reason: `stop` if the model, a stop string or a format ended it, `length` if the limit did.
         n_tokens: new tokens, those of a stop string counted, the end-of-sequence token not.
+        logprobs: of these tokens; None where the prompt wants none.
     """
 
     text: str
     finish_reason: FinishReason
     n_tokens: int
+    logprobs: Logprobs | None = None
 
 
 class Generator:
@@ -161,6 +173,8 @@ class Generator:
             stop=() if grammar else (*(options.stop or ()), *self._chat.stop),
             stop_token_ids=frozenset(() if grammar else options.stop_token_ids or ()),
             grammar=grammar,
+            n_choices=request.n,
+            n_likeliest=min(request.top_logprobs or 0, self._n_vocab) if request.logprobs else None,
         )
 
     def decoding(self, *, max_rows: int, budget_tokens: int | None = None) -> Decoding[Answer]:
@@ -243,6 +257,22 @@ class Generator:
         """Say whether a token ends the answer to a prompt."""
         return token in self._end_ids or token in prompt.stop_token_ids
 
+    def logprobs(self, trail: Trail, n_tokens: int) -> Logprobs | None:
+        """Return what was noted of the first tokens of an answer."""
+        if trail.n_likeliest is None:
+            return None
+        noted, width = trail.noted[:n_tokens], 1 + trail.n_likeliest
+        ids = np.array([ids for ids, _ in noted], dtype=np.int32).reshape(-1, width)
+        values = np.array([values for _, values in noted], dtype=np.float32).reshape(-1, width)
+        # Characters that are bytes: JSON has no bytes, and most tokens then read as what they are.
+        tokens = {str(i): self._bytes_of(i).decode("latin-1") for i in np.unique(ids).tolist()}
+        return Logprobs(ids=ids, values=values, tokens=tokens)
+
+    def _bytes_of(self, token: int) -> bytes:
+        if self.shows(token) and (known := self._grammars.token_bytes(token)) is not None:
+            return known
+        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False)).encode()
+
     def shows(self, token: int) -> bool:
         """Say whether a token is text."""
         return token not in self._hidden_ids
@@ -253,7 +283,12 @@ class _Answering:
 
     def __init__(self, generator: Generator, prompt: Prompt, on_piece: Callable[[str], None] | None) -> None:
         self._grammar = prompt.grammar and prompt.grammar.begin()
-        self.trail = Trail(sampling=prompt.sampling, prompt=prompt.ids, grammar=self._grammar)
+        self.trail = Trail(
+            sampling=prompt.sampling,
+            prompt=prompt.ids,
+            grammar=self._grammar,
+            n_likeliest=prompt.n_likeliest,
+        )
         self._generator, self._prompt = generator, prompt
         self._wording = Wording(generator.decode, prompt.stop, on_piece)
 
@@ -284,7 +319,8 @@ class _Answering:
         if self._grammar:
             self._grammar.check(text)
         self._wording.tell_rest(text)
-        return Answer(text=text, finish_reason=finish_reason, n_tokens=n_tokens)
+        logprobs = self._generator.logprobs(self.trail, n_tokens)
+        return Answer(text=text, finish_reason=finish_reason, n_tokens=n_tokens, logprobs=logprobs)
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
