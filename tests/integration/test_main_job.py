@@ -145,9 +145,12 @@ def test_a_format_that_fails_is_a_typed_error(client: Client) -> None:
 
 def test_one_request_gives_several_answers(client: Client) -> None:
     """Each of `n` answers has its text, and the first is the one that is given alone."""
-    options = {"model": "chat", "temperature": 2.0, "seed": 3, "max_new_tokens": 20}
-    alone = client.generate("Tell me a story.", **options)  # type: ignore[arg-type]  # of one type here
-    first, second = (client.generate("Tell me a story.", n=3, **options) for _ in range(2))  # type: ignore[arg-type]
+    word: ResponseFormat = {"type": "regex", "pattern": "[a-z]{12}"}  # else it is sure of what it says
+
+    def ask(n: int) -> GenerateResult:
+        return client.generate("Hello!", model="chat", temperature=2.0, seed=3, n=n, response_format=word)
+
+    alone, first, second = ask(1), ask(3), ask(3)
 
     texts = [choice.text for choice in first.choices]
     assert texts == [choice.text for choice in second.choices]
