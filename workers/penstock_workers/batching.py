@@ -119,11 +119,6 @@ def _cut_packed(lengths: Lengths, max_tokens: float) -> list[int]:
     return chosen
 
 
-def cut_by_count(max_items: int) -> Cut:
-    """Cut batches of the most urgent items, whatever their length."""
-    return lambda lengths, _: range(min(len(lengths), max_items))
-
-
 def why_unwanted(
     job_id: str, deadline: float | None, is_unwanted: Callable[[], bool]
 ) -> DeadlineExceededError | JobCancelledError | None:
