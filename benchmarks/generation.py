@@ -74,6 +74,7 @@ def main() -> None:
         "throughput": lambda model: throughput(model, n_rounds=1 if quick else 5, with_64=not quick),
         "steps": lambda model: step_overhead(model, n_rounds=5 if quick else 15),
         "arrivals": lambda model: arrivals(model, n_requests=8 if quick else 60),
+        "shared": lambda model: shared_prompts(model, n_rounds=1 if quick else 5),
         "equality": lambda _: equality(n_requests=60 if quick else 200),
         "endurance": lambda _: endurance(n_requests=500 if quick else 10_000),
         "beside": lambda model: beside(model, n_texts=50 if quick else 150, n_rounds=1 if quick else 5),
@@ -317,6 +318,32 @@ def stream_formed(model: PreTrainedModel, asks: Sequence[Ask], at: Sequence[floa
         times.last += [now - when for _, when in batch]
     times.first = times.last
     return times
+
+
+def shared_prompts(model: PreTrainedModel, *, n_rounds: int) -> Found:
+    """Send 16 requests at once, whose prompts begin alike or do not; seconds to the first token of each."""
+    kinds = ("begin with the same 512 tokens", "have nothing in common")
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for round_ in range(n_rounds + 1):  # the first is a warm-up
+        for kind in kinds:
+            system = make_words(512, seed=round_)
+            asks = [
+                replace(
+                    ask, ids=(system if kind == kinds[0] else make_words(512, seed=100 + index)) + ask.ids
+                )
+                for index, ask in enumerate(make_asks(16, seed=round_))
+            ]
+            times = stream_ours(model, asks, [0.0] * len(asks))
+            if round_:
+                found[kind].append(statistics.median(times.first))
+    rows = [Row(way=f"16 prompts that {kind}: first token", unit="s", values=v) for kind, v in found.items()]
+    return rows, {"shared_prompt": Figure(value=rows[1].median / rows[0].median, unit="x", goal=2.0)}
+
+
+def make_words(n: int, *, seed: int) -> tuple[int, ...]:
+    """Return random tokens."""
+    dice = random.Random(seed)
+    return tuple(dice.randrange(1, 8192) for _ in range(n))
 
 
 def equality(*, n_requests: int) -> Found:

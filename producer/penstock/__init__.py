@@ -36,7 +36,7 @@ from penstock.errors import (
 from penstock.job import AsyncJob, JobState
 from penstock.registry import ModelInfo
 from penstock.request import Message, ResponseFormat, Tool, ToolCall
-from penstock.result import GenerateResult, Timings, Usage
+from penstock.result import Choice, GenerateResult, Logprobs, Timings, TokenLogprob, Usage
 from penstock.stream import Piece
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "AsyncJob",
     "BrokerRefusedError",
     "BrokerUnavailableError",
+    "Choice",
     "Client",
     "ConfigError",
     "DeadlineExceededError",
@@ -58,6 +59,7 @@ __all__ = [
     "Job",
     "JobCancelledError",
     "JobState",
+    "Logprobs",
     "Message",
     "ModelInfo",
     "ModelLoadError",
@@ -73,6 +75,7 @@ __all__ = [
     "ResultTooLargeError",
     "StreamRestartedError",
     "Timings",
+    "TokenLogprob",
     "TooManyTextsError",
     "Tool",
     "ToolCall",

@@ -88,6 +88,9 @@ class GenerateOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int] | None
     truncation: Truncation | None
     enable_thinking: bool | None
+    n: int
+    logprobs: bool
+    top_logprobs: int | None
     response_format: ResponseFormat | None
     priority: PriorityName
     deadline_s: float | None

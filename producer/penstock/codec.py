@@ -23,7 +23,7 @@ from penstock.errors import (
     rebuild_error,
 )
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
-from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
+from penstock.result import Choice, EmbedResult, GenerateResult, Logprobs, Result, Timings, Usage
 
 TASK_NAMES: Mapping[type, str] = {EmbedRequest: "penstock.embed", GenerateRequest: "penstock.generate"}
 CONTENT_TYPE = "application/x-penstock-result"
@@ -32,11 +32,13 @@ SERIALIZER = "penstock"
 MAGIC = b"PNS\x01"
 PREAMBLE = struct.Struct("<4sI")  # magic with the version, length of the header in bytes
 ALIGNMENT = 64  # buffers start at a multiple: numpy and any SIMD code read them in place
-DTYPES: Mapping[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("<f4", "<f2", "|i1", "|u1")}
+DTYPES: Mapping[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("<f4", "<f2", "<i4", "|i1", "|u1")}
 MAX_RESULT_BYTES = 512 << 20
 """Redis' own limit of one string: `proto-max-bulk-len`, 512 MB by default."""
 
-_RECORDS: Mapping[str, type] = {cls.__name__: cls for cls in (EmbedResult, GenerateResult, Timings, Usage)}
+_RECORDS: Mapping[str, type] = {
+    cls.__name__: cls for cls in (Choice, EmbedResult, GenerateResult, Logprobs, Timings, Usage)
+}
 
 
 def queue_name(pool: str, model: str) -> str:
@@ -133,7 +135,7 @@ def encode_meta(meta: Any) -> bytes:
             little = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
             if little.dtype.str not in DTYPES:
                 raise TypeError(
-                    f"arrays of dtype {value.dtype} are not sent, only float32, float16, int8 and uint8"
+                    f"arrays of dtype {value.dtype} are not sent, only float32, float16, int32, int8, uint8"
                 )
             arrays.append(little)
             return {"__array__": len(arrays) - 1, "dtype": little.dtype.str, "shape": list(little.shape)}

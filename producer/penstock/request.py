@@ -42,6 +42,8 @@ MAX_TOOLS_BYTES = 256 << 10
 """All tools of a request, or the calls of a turn, as JSON in UTF-8."""
 MAX_FORMAT_DEPTH = 64
 """Objects and lists inside each other in a response format, tools or calls."""
+MAX_CHOICES = 16
+"""Answers to one request: as many as a batch has by default."""
 
 Task = Literal["embed", "generate"]
 PoolName = Literal["gpu", "cpu"]
@@ -338,6 +340,11 @@ class GenerateRequest(_Request, GenerationOptions):
         mode: `complete` goes on with the prompt as it is: no chat template, and control tokens that it holds
             are control tokens.
         stream: the text can be read while it is generated.
+        n: how many answers, each drawn with a seed of its own that follows from `seed`, the first with `seed`
+            itself; all are equal where `temperature` is 0. A stream has one.
+        logprobs: tell the log-probability of each token of the answer: the model's own, before penalties,
+            formats and temperature.
+        top_logprobs: also those of this many of the likeliest tokens at each place; needs `logprobs`.
         response_format: what the answer has to be; it alone then says where the answer ends, so a call that
             sets `stop` or `stop_token_ids` too is refused. What the model thinks before is not bound by it.
         sent_at: when the request left its sender, Unix seconds on its clock.
@@ -350,6 +357,9 @@ class GenerateRequest(_Request, GenerationOptions):
     tools: Annotated[tuple[Tool, ...], Field(min_length=1)] | None = None
     mode: Mode = "chat"
     stream: bool = False
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: Annotated[ResponseFormat, Field(discriminator="type")] | None = None
 
     @field_validator("history", mode="before")
@@ -393,6 +403,14 @@ class GenerateRequest(_Request, GenerationOptions):
             for name in ("stop", "stop_token_ids"):
                 if getattr(self, name):
                     raise InvalidOptionError(name, "set", "response_format says where the answer ends")
+        return self
+
+    @model_validator(mode="after")
+    def _does_not_contradict_itself(self) -> Self:
+        if self.n > 1 and self.stream:
+            raise InvalidOptionError("n", str(self.n), "a stream has one answer")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidOptionError("top_logprobs", str(self.top_logprobs), "it needs logprobs")
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from penstock.errors import StreamRestartedError
-from penstock.result import FinishReason, GenerateResult, Usage
+from penstock.result import FinishReason, GenerateResult, Logprobs, Usage
 
 OnRestart = Literal["hide", "show"]
 Part = Literal["text", "reasoning"]
@@ -42,6 +42,7 @@ class Piece:
         finish_reason: on the last piece, else None: `stop` if the model or a stop string ended it, `length`
             if a limit did.
         usage: on the last piece, else None: tokens of prompt and answer.
+        logprobs: on the last piece, of the whole answer, if the request asked for them.
     """
 
     text: str
@@ -49,6 +50,7 @@ class Piece:
     is_restart: bool = False
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    logprobs: Logprobs | None = None
 
 
 def stream_key(job_id: str) -> str:
@@ -106,8 +108,15 @@ class Reader:
             found = self._restart()
         if thought := self._unseen("reasoning", whole["reasoning"], 0):
             found.append(_piece("reasoning", thought))
-        rest = self._unseen("text", result.text, 0)
-        return [*found, Piece(text=rest, finish_reason=result.finish_reason, usage=result.usage)]
+        return [
+            *found,
+            Piece(
+                text=self._unseen("text", result.text, 0),
+                finish_reason=result.finish_reason,
+                usage=result.usage,
+                logprobs=result.logprobs,
+            ),
+        ]
 
     def _restart(self) -> list[Piece]:
         self._n_read = {}

@@ -14,6 +14,7 @@ from penstock import (
     AsyncJob,
     BrokerRefusedError,
     BrokerUnavailableError,
+    Choice,
     Client,
     ConfigError,
     DeadlineExceededError,
@@ -28,6 +29,7 @@ from penstock import (
     Job,
     JobCancelledError,
     JobState,
+    Logprobs,
     Message,
     ModelInfo,
     ModelLoadError,
@@ -43,6 +45,7 @@ from penstock import (
     ResultTooLargeError,
     StreamRestartedError,
     Timings,
+    TokenLogprob,
     Tool,
     ToolCall,
     TooManyTextsError,
@@ -131,9 +134,17 @@ def generate(client: Client) -> None:
         seed=1,
         response_format={"type": "choice", "choices": ["Ada", "Bob"]},
         truncation="oldest_turns",
+        n=2,
+        logprobs=True,
+        top_logprobs=3,
         priority="default",
         deadline_s=None,
     )
+    assert_type(answer.choices, tuple[Choice, ...])
+    if answer.logprobs is not None:
+        assert_type(answer.logprobs, Logprobs)
+        assert_type(answer.logprobs[0], TokenLogprob)
+        assert_type(answer.logprobs[0].top, tuple[TokenLogprob, ...])
     client.generate("Yes?", model="chat", response_format=FORMATS[0])
     client.generate("Once", model="chat", mode="complete", truncation="middle")
     asked = Message(role="assistant", content="", reasoning="...", tool_calls=(CALL,))

@@ -581,3 +581,20 @@ def test_job_ids_are_fresh_and_random() -> None:
 
     assert len(set(ids)) == 100
     assert {id_.version for id_ in ids} == {4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"n": 0}, "n is 0"),
+        ({"n": 17}, "n is 17"),
+        ({"n": 2, "stream": True}, "n is 2; a stream has one answer"),
+        ({"top_logprobs": 2}, "top_logprobs is 2; it needs logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs is 21"),
+    ],
+    ids=str,
+)
+def test_several_answers_and_log_probabilities_have_limits(fields: dict[str, Any], problem: str) -> None:
+    """What cannot be answered is refused before it is sent."""
+    with pytest.raises(InvalidOptionError, match=problem):
+        GenerateRequest.parse({"model": "chat", "prompt": "Who?", **fields})

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from celery import Celery
 from celery.exceptions import Ignore, Reject
@@ -11,7 +11,7 @@ from celery.exceptions import Ignore, Reject
 from penstock.codec import MAX_RESULT_BYTES, TASK_NAMES, decode_request
 from penstock.errors import PenstockError, ResultTooLargeError
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
-from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
+from penstock.result import Choice, EmbedResult, GenerateResult, Result, Timings, Usage
 from penstock.stream import Part
 from penstock_workers.batching import PATIENCE_S, HandBackError, Work, why_unwanted
 from penstock_workers.cache import Embedded
@@ -20,7 +20,11 @@ from penstock_workers.engines.thinking import Thought
 from penstock_workers.serving import ServedEmbedder, ServedGenerator, Serving
 from penstock_workers.streams import Streams
 
+if TYPE_CHECKING:  # torch loads with the first model, not with the app
+    from penstock_workers.engines.generation import Prompt
+
 HEADER_BYTES: Final = 1 << 16  # room for all of a result that is not its array
+LOGPROB_BYTES: Final = 8  # a token's id and log-probability; what it is called is there once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,31 +149,56 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
     arrived, clock = time.time(), time.perf_counter()
     served = serving.find(request.model, ServedGenerator)
     prompt = served.engine.prepare(request)
+    _check_size(prompt)
     prepared_s = time.perf_counter() - clock
     with delivery.streams.open(delivery.job_id, delivery.reply_to) as stream:
         work = served.batcher.submit(
             delivery.job_id,
-            [prompt],
+            prompt.choices(),
             request.deadline,
             is_unwanted=lambda: delivery.is_unwanted() or stream.is_unread(),
             listen=(lambda _, piece: stream.write(piece, _part(piece))) if request.stream else None,
         )
-        (answer,) = work.wait()
+        answers = work.wait()
+    answers *= prompt.n_choices // len(answers)  # one for all, where all are equal
+    first, *others = (
+        Choice(
+            index=index,
+            text=answer.text,
+            finish_reason=answer.finish_reason,
+            reasoning=answer.reasoning,
+            tool_calls=answer.tool_calls,
+            logprobs=answer.logprobs,
+        )
+        for index, answer in enumerate(answers)
+    )
     return GenerateResult(
         model=request.model,
-        text=answer.text,
-        finish_reason=answer.finish_reason,
+        text=first.text,
+        finish_reason=first.finish_reason,
+        reasoning=first.reasoning,
+        tool_calls=first.tool_calls,
+        logprobs=first.logprobs,
+        others=tuple(others) or None,
         usage=Usage(
-            prompt_tokens=prompt.n_tokens, completion_tokens=answer.n_tokens, cut_tokens=prompt.cut_tokens
+            prompt_tokens=prompt.n_tokens,
+            completion_tokens=sum(answer.n_tokens for answer in answers),
+            cut_tokens=prompt.cut_tokens,
         ),
         timings=_timings(request, arrived, prepared_s, [work]),
-        reasoning=answer.reasoning,
-        tool_calls=answer.tool_calls,
     )
 
 
 def _part(piece: str) -> Part:
     return "reasoning" if isinstance(piece, Thought) else "text"
+
+
+def _check_size(prompt: "Prompt") -> None:
+    """Refuse log-probabilities that no result could hold, before they are computed."""
+    if prompt.n_likeliest is not None:
+        n_bytes = prompt.n_choices * prompt.max_new_tokens * (1 + prompt.n_likeliest) * LOGPROB_BYTES
+        if n_bytes > MAX_RESULT_BYTES - HEADER_BYTES:
+            raise ResultTooLargeError(n_bytes, MAX_RESULT_BYTES - HEADER_BYTES)
 
 
 def _check_wanted(delivery: Delivery, request: Request) -> None:

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from penstock.errors import ModelLoadError
 from penstock.settings import ModelSettings
-from penstock_workers.engines.cache import RowCache, order_without
+from penstock_workers.engines.cache import Part, RowCache, order_without
 from penstock_workers.engines.device import has_fast_bfloat16, torch_dtype
 from penstock_workers.engines.memory import cache_bytes, check_memory, weights_bytes
 
@@ -123,7 +123,7 @@ class Sharing(StrEnum):
     """How requests to a model can share forward passes, best first."""
 
     CONTINUOUS = "continuous"
-    """They join and leave between any two, long prompts in chunks."""
+    """They join and leave between any two; a prompt may come in parts, and begin with a copy of another's."""
     WHOLE_PROMPTS = "continuous, prompts whole"
     """They join and leave, but a prompt is one forward pass."""
     STATIC = "static"
@@ -171,9 +171,16 @@ def _try_out(model: PreTrainedModel, sharing: Sharing) -> tuple[bool, int]:
         newcomers = Batch(model, joins=True)
         newcomers.extend(texts[1:])
         batch.join(newcomers)
-        if sharing is Sharing.CONTINUOUS and batch.has_states:
-            # Some go on from a state as if it were empty; where weights make little of it, no trial tells.
-            return False, 0
+        if sharing is Sharing.CONTINUOUS:
+            if batch.has_states:
+                # Some go on from a state as if it were empty; where weights make little of it, no trial
+                # tells.
+                return False, 0
+            texts.append([*texts[0][:2], 3, 1])
+            follower = Batch(model, joins=True)
+            follower.begin([batch.part(0, 2)], 2)
+            follower.extend([texts[-1][2:]])
+            batch.join(follower)
     else:
         texts = texts[:1] if sharing is Sharing.ALONE else texts
         batch.extend(texts)
@@ -234,7 +241,8 @@ class Batch:
         """Run each row's next tokens.
 
         Args:
-            ids: for each row; of different length only where the batch has no rows yet.
+            ids: for each row; of different length only for rows that have no tokens yet, and these may be
+                shorter than the others'.
 
         Returns:
             Logits of the token after them; float32, shape (n_rows, vocab), on the model's device.
@@ -266,6 +274,29 @@ class Batch:
         self.lengths, self._width = lengths, width
         return logits
 
+    def part(self, row: int, n_tokens: int) -> Part:
+        """Say where the first tokens of a row are."""
+        assert isinstance(self._cache, RowCache)
+        return Part(self._cache, row, self._cache.grid.end - self.lengths[row], n_tokens)
+
+    @torch.inference_mode()
+    def begin(self, parts: Sequence[Part | None], n_new: int) -> None:
+        """Give the rows of an empty batch their first tokens, if there are any; see `RowCache.begin`."""
+        if any(parts):
+            assert isinstance(self._cache, RowCache)
+            self._cache.begin(parts, n_new)
+            self.lengths = [part.n_tokens if part else 0 for part in parts]
+            self._width = max(self.lengths)
+
+    @torch.inference_mode()
+    def spread(self, order: Sequence[int]) -> None:
+        """Put the rows of `order` at its places; a row may be at several."""
+        self.lengths = [self.lengths[row] for row in order]
+        if isinstance(self._cache, RowCache):
+            self._cache.spread(order)
+        else:
+            self._reorder(order)
+
     @torch.inference_mode()
     def join(self, other: "Batch") -> None:
         """Take over the rows of another batch, behind our own; it is not to be used again."""
@@ -284,6 +315,9 @@ class Batch:
             self._width = max(self.lengths)
             self._cache.move(order, self._width)
         else:
-            # Not `batch_select_indices`: layers with a recurrent state have none, and all can be reordered.
-            self._cache.reorder_cache(torch.tensor(order, device=self._model.device))  # type: ignore[arg-type]  # annotated with the legacy LongTensor
+            self._reorder(order)
         return order
+
+    def _reorder(self, order: Sequence[int]) -> None:
+        # Not `batch_select_indices`: layers with a recurrent state have none, and all can be reordered.
+        self._cache.reorder_cache(torch.tensor(order, device=self._model.device))  # type: ignore[arg-type]  # annotated with the legacy LongTensor

@@ -4,10 +4,11 @@ import bisect
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 from uuid import uuid4
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -21,7 +22,7 @@ from penstock.errors import (
     PenstockError,
 )
 from penstock.request import GenerateRequest, GenerationOptions, Message, Tool, ToolCall
-from penstock.result import FinishReason
+from penstock.result import FinishReason, Logprobs
 from penstock.settings import ModelSettings
 from penstock_workers.engines.causal_lm import (
     context_window,
@@ -59,6 +60,8 @@ class Prompt:
         stage: what the answer begins with.
         tools: that the model may call.
         cut_tokens: see `Usage`.
+        n_choices: how many answers are wanted.
+        n_likeliest: tokens whose log-probabilities are wanted beside the chosen one's; None wants none.
     """
 
     ids: tuple[int, ...]
@@ -70,11 +73,18 @@ class Prompt:
     stage: Stage = "text"
     tools: Sequence[Tool] | None = None
     cut_tokens: int | None = None
+    n_choices: int = 1
+    n_likeliest: int | None = None
 
     @property
     def n_tokens(self) -> int:
         """Length of the prompt."""
         return len(self.ids)
+
+    def choices(self) -> list[Self]:
+        """Return a prompt for each answer that is computed; one for all where they would be equal."""
+        n = 1 if self.sampling.temperature == 0 else self.n_choices
+        return [replace(self, sampling=self.sampling.choice(index)) for index in range(n)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +97,7 @@ class Answer:
         n_tokens: new tokens, those of a stop string counted, the end-of-sequence token not.
         reasoning: see `GenerateResult`.
         tool_calls: see `GenerateResult`.
+        logprobs: of these tokens; None where the prompt wants none.
     """
 
     text: str
@@ -94,6 +105,7 @@ class Answer:
     n_tokens: int
     reasoning: str | None = None
     tool_calls: Sequence[ToolCall] | None = None
+    logprobs: Logprobs | None = None
 
 
 class Generator:
@@ -202,6 +214,8 @@ class Generator:
             stage=self._begin(ids, grammar) if is_chat and self._chat.marks_thinking else "text",
             tools=request.tools,
             cut_tokens=n_cut or None,
+            n_choices=request.n,
+            n_likeliest=min(request.top_logprobs or 0, self._n_vocab) if request.logprobs else None,
         )
 
     def decoding(self, *, max_rows: int, budget_tokens: int | None = None) -> Decoding[Answer]:
@@ -312,6 +326,22 @@ class Generator:
         """Say whether a token ends the model's answers."""
         return token in self._end_ids
 
+    def logprobs(self, trail: Trail, n_tokens: int) -> Logprobs | None:
+        """Return what was noted of the first tokens of an answer."""
+        if trail.n_likeliest is None:
+            return None
+        noted, width = trail.noted[:n_tokens], 1 + trail.n_likeliest
+        ids = np.array([ids for ids, _ in noted], dtype=np.int32).reshape(-1, width)
+        values = np.array([values for _, values in noted], dtype=np.float32).reshape(-1, width)
+        # Characters that are bytes: JSON has no bytes, and most tokens then read as what they are.
+        tokens = {str(i): self._bytes_of(i).decode("latin-1") for i in np.unique(ids).tolist()}
+        return Logprobs(ids=ids, values=values, tokens=tokens)
+
+    def _bytes_of(self, token: int) -> bytes:
+        if self.shows(token) and (known := self._grammars.token_bytes(token)) is not None:
+            return known
+        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False)).encode()
+
     def shows(self, token: int) -> bool:
         """Say whether a token is text, or a mark of reasoning."""
         return token not in self._hidden_ids
@@ -334,7 +364,12 @@ class _Answering:
 
     def __init__(self, generator: Generator, prompt: Prompt, on_piece: Callable[[str], None] | None) -> None:
         self._grammar = prompt.grammar and prompt.grammar.begin()
-        self.trail = Trail(sampling=prompt.sampling, prompt=prompt.ids, grammar=self._grammar)
+        self.trail = Trail(
+            sampling=prompt.sampling,
+            prompt=prompt.ids,
+            grammar=self._grammar,
+            n_likeliest=prompt.n_likeliest,
+        )
         self._generator, self._prompt = generator, prompt
         self._speech = Speech(
             generator.decode,
@@ -389,6 +424,7 @@ class _Answering:
             n_tokens=n_tokens,
             reasoning=self._speech.reasoning,
             tool_calls=self._generator.tool_calls(self._prompt, self.trail.tokens),
+            logprobs=self._generator.logprobs(self.trail, n_tokens),
         )
 
 

@@ -61,6 +61,13 @@ class Grammars:
             raise InvalidFormatError(_problem(matcher))
         return Grammar(tokenizer, matcher, is_json=is_json)
 
+    def token_bytes(self, token: int) -> bytes | None:
+        """Return what a token stands for, maybe not whole characters; None if the tokenizer does not tell."""
+        try:
+            return self._tokenizer().decode_bytes([token])
+        except InvalidFormatError:
+            return None
+
     def _tokenizer(self) -> LLTokenizer:
         # The trie of its tokens takes up to a second, and most models are never asked for a format.
         with self._opening:
