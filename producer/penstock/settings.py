@@ -146,6 +146,8 @@ class ModelSettings(_Section):
     """Pools that serve it, the preferred one first."""
     dtype: Dtype = "auto"
     """auto takes bfloat16 where it is fast and vectors keep their direction, else float32."""
+    engine: Literal["auto", "torch", "openvino"] = "auto"
+    """What computes an embedding model; auto: on processors the faster one, if openvino is installed."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
