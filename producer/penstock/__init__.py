@@ -35,7 +35,7 @@ from penstock.errors import (
 )
 from penstock.job import AsyncJob, JobState
 from penstock.registry import ModelInfo
-from penstock.request import Message, ResponseFormat
+from penstock.request import Message, ResponseFormat, Tool, ToolCall
 from penstock.result import GenerateResult, Timings, Usage
 from penstock.stream import Piece
 
@@ -74,6 +74,8 @@ __all__ = [
     "StreamRestartedError",
     "Timings",
     "TooManyTextsError",
+    "Tool",
+    "ToolCall",
     "TransportError",
     "UnknownJobError",
     "UnknownModelError",
