@@ -118,6 +118,7 @@ BUNDLED = """
 [models.minilm]
 task = "embed"
 source = "bundled:minilm"
+engine = "torch"  # loads in half the time
 
 [models.chat]
 task = "generate"

@@ -155,6 +155,8 @@ class ModelSettings(_Section):
     """Pools that serve it, the preferred one first."""
     dtype: Dtype = "auto"
     """auto takes bfloat16 where it is fast and vectors keep their direction, else float32."""
+    engine: Literal["auto", "torch", "openvino"] = "auto"
+    """What computes an embedding model; auto: on processors the faster one, if openvino is installed."""
     device_map: Literal["auto"] | None = None
     """auto spreads a generation model over all cards that a process sees, by accelerate; none: one card."""
     revision: str | None = None

@@ -132,20 +132,21 @@ def load_model(name: str, settings: Settings, device: "torch.device", turn: Turn
 def cut_texts(model: ModelSettings, engine: "Embedder", device: "torch.device") -> Cut:
     """Return how the batches of an embedding model are cut."""
     return cut_by_tokens(
-        model.max_batch_tokens or _batch_tokens(device, is_padded=engine.is_padded),
+        model.max_batch_tokens or _batch_tokens(device, engine.batching),
         is_padded=engine.is_padded,
         # accelerators have attention kernels that keep no scores
         n_heads=engine.n_heads if device.type == "cpu" else None,
     )
 
 
-def _batch_tokens(device: "torch.device", *, is_padded: bool) -> int:
+def _batch_tokens(device: "torch.device", batching: str) -> int:
     # Measured on a processor with all-MiniLM-L6-v2, one thread: padded, 180 texts/s by 512 tokens, 171 by
-    # 1,024, 150 by 2,048, since activations then stay in its caches; packed, 237, 243 and 256. Two processes
-    # at once: packed, 511, 528 and 494. Accelerators want far more: the default of TEI.
+    # 1,024, 150 by 2,048, since activations then stay in its caches; packed, 237, 243 and 256; by OpenVINO,
+    # 269, 272 and 263. Two processes at once: packed, 511, 528 and 494. Accelerators want far more: the
+    # default of TEI.
     if device.type != "cpu":
         return 16_384
-    return 512 if is_padded else 1024
+    return 512 if batching == "padded" else 1024
 
 
 def _open_cache(embedder: "Embedder", settings: Settings) -> VectorCache | None:
