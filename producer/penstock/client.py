@@ -197,7 +197,8 @@ class AsyncClient:
         Args:
             prompt: the user's turn.
             model: name it is served under.
-            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes.
+            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes. A call
+                that is cancelled takes its job back.
             **options: see `GenerateOptions`.
 
         Raises:
@@ -206,7 +207,12 @@ class AsyncClient:
             WorkerError: the model failed on this prompt.
         """
         job = await self.submit_generate(prompt, model=model, **options)
-        return await job.result(timeout_s)
+        try:
+            return await job.result(timeout_s)
+        except asyncio.CancelledError:  # nobody else knows its id
+            with contextlib.suppress(TransportError):
+                await job.cancel()
+            raise
 
     async def submit_generate(
         self, prompt: str, *, model: str, **options: Unpack[GenerateOptions]
