@@ -26,9 +26,11 @@ bench: .venv/ready
 clean:
 	rm -rf .venv .penstock
 
+# LangChain's tests bring seven plugins of pytest, which would change how all of ours run: they go without.
 # torch comes first and by itself: asked for by another package, pip would take its largest build.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[workers,flower,bundled,lightrag,langchain,llama-index,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps langchain-tests
 	touch .venv/ready
