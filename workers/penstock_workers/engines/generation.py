@@ -106,7 +106,9 @@ class Generator:
         self._hidden_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         sharing, self._bytes_per_token = find_sharing(model)
         if sharing is None:
-            raise ModelLoadError(name, "its logits in a batch differ from those of a text alone")
+            raise ModelLoadError(
+                name, "its logits are not finite, or those in a batch differ from those of a text alone"
+            )
         self.sharing = sharing
         level = logging.INFO if sharing.joins else logging.WARNING
         logger.log(level, "requests to model %s share forward passes: %s", name, sharing)
