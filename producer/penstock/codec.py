@@ -22,10 +22,14 @@ from penstock.errors import (
     ResultTooLargeError,
     rebuild_error,
 )
-from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
-from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
+from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
+from penstock.result import EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
 
-TASK_NAMES: Mapping[type, str] = {EmbedRequest: "penstock.embed", GenerateRequest: "penstock.generate"}
+TASK_NAMES: Mapping[type, str] = {
+    EmbedRequest: "penstock.embed",
+    GenerateRequest: "penstock.generate",
+    RerankRequest: "penstock.rerank",
+}
 CONTENT_TYPE = "application/x-penstock-result"
 SERIALIZER = "penstock"
 
@@ -36,7 +40,9 @@ DTYPES: Mapping[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("<f4", 
 MAX_RESULT_BYTES = 512 << 20
 """Redis' own limit of one string: `proto-max-bulk-len`, 512 MB by default."""
 
-_RECORDS: Mapping[str, type] = {cls.__name__: cls for cls in (EmbedResult, GenerateResult, Timings, Usage)}
+_RECORDS: Mapping[str, type] = {
+    cls.__name__: cls for cls in (EmbedResult, GenerateResult, RerankResult, Timings, Usage)
+}
 
 
 def queue_name(pool: str, model: str) -> str:
@@ -210,6 +216,8 @@ def decode_outcome(job_id: str, payload: bytes) -> Outcome:
             raise ResultDecodeError("the result is of another task")
         if isinstance(result, EmbedResult) and not isinstance(result.vectors, np.ndarray):
             raise ResultDecodeError("its vectors are no array")
+        if isinstance(result, RerankResult) and not isinstance(result.scores, np.ndarray):
+            raise ResultDecodeError("its scores are no array")
         return Outcome(status="SUCCESS", result=result)
     if meta["status"] == "REVOKED":
         return Outcome(status="REVOKED", error=JobCancelledError(job_id))

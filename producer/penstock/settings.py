@@ -139,7 +139,7 @@ class ModelSettings(_Section):
     """One model that the workers serve."""
 
     task: Task
-    """embed or generate."""
+    """embed, generate or rerank."""
     source: str = Field(min_length=1)
     """Hub id, folder, or bundled:NAME."""
     pools: tuple[PoolName, ...] = Field(default=("cpu",), min_length=1, max_length=2)

@@ -97,17 +97,20 @@ class LightRAGModels:
             `TruncatedResponse`, which LightRAG uses and does not cache.
         embedding_func: for LightRAG's argument of this name; float32, shape (n_texts, dim). Queries go before
             other texts.
+        rerank_model_func: for LightRAG's argument of this name; the best first. None without `rerank`.
 
     Args:
         url: Redis that holds the queues; the models must have been announced by workers.
         llm: model that generates.
         embedding: model that embeds.
+        rerank: cross-encoder; None leaves the order of what was found.
         llm_options: of each generation that does not set its own.
         query_prompt_name: prompt of the embedding model that goes before queries.
         document_prompt_name: prompt that goes before other texts.
         llm_timeout_s: what LightRAG has as `default_llm_timeout`, seconds; None asks the calling instance.
         embedding_timeout_s: what it has as `default_embedding_timeout`; None takes LightRAG's own default,
             which `EMBEDDING_TIMEOUT` sets.
+        rerank_timeout_s: the same for `default_rerank_timeout` and `RERANK_TIMEOUT`.
 
     Raises:
         UnknownModelError: no worker has announced one of the models.
@@ -120,11 +123,13 @@ class LightRAGModels:
         *,
         llm: str,
         embedding: str,
+        rerank: str | None = None,
         llm_options: GenerateOptions | None = None,
         query_prompt_name: str | None = None,
         document_prompt_name: str | None = None,
         llm_timeout_s: float | None = None,
         embedding_timeout_s: float | None = None,
+        rerank_timeout_s: float | None = None,
     ) -> None:
         self._client = Bridge(url)
         self._llm = llm
@@ -132,6 +137,8 @@ class LightRAGModels:
             served = self._client.models()
             _find(served, llm, "generate")
             info = _find(served, embedding, "embed")
+            if rerank is not None:
+                _find(served, rerank, "rerank")
         except BaseException:
             self._client.close()
             raise
@@ -150,6 +157,12 @@ class LightRAGModels:
             ),
         )
 
+        self.rerank_model_func = (
+            None
+            if rerank is None
+            else _reranking(self._client, rerank, rerank_timeout_s or LightRAG.default_rerank_timeout)
+        )
+
     def arguments(self) -> dict[str, Any]:
         """Return keyword arguments for `LightRAG`: the functions, and that queries go first.
 
@@ -159,6 +172,7 @@ class LightRAGModels:
             "llm_model_func": self.llm_model_func,
             "llm_model_name": self._llm,
             "embedding_func": self.embedding_func,
+            "rerank_model_func": self.rerank_model_func,
             "role_llm_configs": {
                 "keyword": {"kwargs": {"priority": "interactive", "keyword_extraction": True}},
                 "query": {"kwargs": {"priority": "interactive"}},
@@ -252,6 +266,36 @@ def _embedding(
         return await _within(_budget_s(timeout_s), attempt)
 
     return embedding_func
+
+
+def _reranking(
+    client: Bridge, model: str, timeout_s: float
+) -> Callable[..., Awaitable[list[dict[str, float]]]]:
+    async def rerank_model_func(
+        query: str, documents: list[str], top_n: int | None = None, **_: Any
+    ) -> list[dict[str, float]]:
+        async def attempt(left_s: float) -> list[dict[str, float]]:
+            found = await client.wait(
+                lambda each: each.rerank(
+                    query,
+                    documents,
+                    model=model,
+                    top_n=top_n,
+                    priority="interactive",
+                    timeout_s=left_s,
+                    deadline_s=left_s,
+                )
+            )
+            return [{"index": i, "relevance_score": float(found.scores[i])} for i in found.order]
+
+        try:
+            return await _within(_budget_s(timeout_s), attempt)
+        except CallFailedError as error:
+            # LightRAG goes on without and tells nobody.
+            logger.warning("not reranked: %s", error, extra={"model": model})
+            raise
+
+    return rerank_model_func
 
 
 async def _within(budget_s: float, attempt: Callable[[float], Awaitable[T]]) -> T:

@@ -143,7 +143,7 @@ class Embedder:
                 padded = self._model.preprocess(
                     request.texts[start : start + TOKENIZE_AT_ONCE], prompt=prompt
                 )
-            encoded += _unpad(padded)
+            encoded += unpad(padded)
         return encoded
 
     def check(self, request: EmbedRequest) -> str | None:
@@ -322,7 +322,8 @@ def _fingerprint(model: SentenceTransformer, settings: ModelSettings) -> str:
     return found.hexdigest()
 
 
-def _unpad(padded: dict[str, Any]) -> list[Encoded]:
+def unpad(padded: dict[str, Any]) -> list[Encoded]:
+    """Return each text of a padded batch by itself."""
     mask = padded["attention_mask"].bool()
     keys = [key for key, value in padded.items() if torch.is_tensor(value) and value.shape == mask.shape]
     prompt_length = padded.get("prompt_length")
