@@ -19,7 +19,7 @@ from penstock import Client, UnknownModelError, WrongTaskError
 from penstock.adapters.lightrag import CallFailedError, CallTimeoutError, LightRAGModels
 from penstock.codec import queue_key, queue_name
 from penstock_workers.local_redis import free_port
-from tests.deployment import Server, WorkerProcess
+from tests.deployment import ROOT, Server, WorkerProcess
 from tests.eventually import eventually
 
 
@@ -264,6 +264,33 @@ def test_wrong_models_are_told_at_once(server: Server, worker: WorkerProcess) ->
         LightRAGModels(server.broker_url, llm="chat", embedding="nothing")
     with pytest.raises(WrongTaskError):
         LightRAGModels(server.broker_url, llm="minilm", embedding="minilm")
+
+
+def demo(server: Server, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the example as people do."""
+    command = [sys.executable, "examples/lightrag_demo.py", "--url", server.broker_url, *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+
+
+def test_the_example_inserts_and_asks_in_every_mode(server: Server, worker: WorkerProcess) -> None:
+    """LightRAG itself, over a real worker and the bundled models, offline."""
+    done = demo(server)
+
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert [lines[f"document {name}"] for name in ("gate", "pump", "hall", "key")] == ["processed"] * 4
+    answers = {mode: lines[mode].split("? ")[1] for mode in ("naive", "local", "global", "hybrid", "mix")}
+    assert "blue" in answers["naive"]
+    assert all(answers.values())
+
+
+def test_the_example_tells_of_failed_documents(server: Server, worker: WorkerProcess) -> None:
+    """LightRAG's own prompt for extraction is too long for tiny-chat: the exit code says so, and why."""
+    done = demo(server, "--extract")
+
+    assert done.returncode == 1
+    assert "document gate failed" in done.stderr
+    assert "InputTooLongError: chat accepts" in done.stderr
 
 
 def test_import_installs_nothing() -> None:
