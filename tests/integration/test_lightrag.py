@@ -166,7 +166,7 @@ def test_any_event_loop_may_call(models: LightRAGModels) -> None:
     assert ["43" in answer for answer in [ask(), ask(), *asyncio.run(ask_twice())]] == [True] * 4
 
 
-@pytest.mark.parametrize("call", ["llm", "embedding"])
+@pytest.mark.parametrize("call", ["llm", "stream", "embedding"])
 def test_a_cancelled_call_takes_its_job_back(nobody: Server, call: str) -> None:
     """LightRAG cancels what takes too long; nobody computes it then."""
     with LightRAGModels(nobody.broker_url, llm="chat", embedding="minilm") as models:
@@ -177,9 +177,18 @@ def test_a_cancelled_call_takes_its_job_back(nobody: Server, call: str) -> None:
 
 async def cancel_when_queued(models: LightRAGModels, server: Server, call: str) -> None:
     """Make a call, and leave it when its job waits."""
-    work = models.llm_model_func("?") if call == "llm" else models.embedding_func(["?"])
-    queue = queue_name("cpu", "chat" if call == "llm" else "minilm")
-    task = asyncio.create_task(work)
+
+    async def read() -> None:
+        async for _ in await models.llm_model_func("?", stream=True):
+            pass
+
+    calls: dict[str, Callable[[], Any]] = {
+        "llm": lambda: models.llm_model_func("?"),
+        "stream": read,
+        "embedding": lambda: models.embedding_func(["?"]),
+    }
+    queue = queue_name("cpu", "minilm" if call == "embedding" else "chat")
+    task = asyncio.create_task(calls[call]())
     await asyncio.to_thread(eventually, lambda: n_waiting(server, queue) == 1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

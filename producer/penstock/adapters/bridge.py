@@ -34,15 +34,18 @@ class Bridge(Client):
         """Return what `work` returns; it runs in the client's loop, this waits in the caller's."""
         return await self._wait(work(self._started()))
 
-    async def iterate(self, work: Callable[[AsyncClient], AsyncIterator[T]]) -> AsyncIterator[T]:
-        """Yield what `work` yields; leaving the loop closes it."""
+    async def iterate(self, work: Callable[[AsyncClient], AsyncIterator[T]]) -> AsyncGenerator[T]:
+        """Yield what `work` yields; closing it closes that."""
         items = cast("AsyncGenerator[T]", work(self._started()))
+        using = asyncio.Lock()  # a step that was cancelled here takes its time to end there
 
         async def next_item() -> tuple[T, ...]:
-            return (item,) if (item := await anext(items, None)) is not None else ()
+            async with using:
+                return (item,) if (item := await anext(items, None)) is not None else ()
 
         async def leave() -> None:
-            await items.aclose()
+            async with using:
+                await items.aclose()
 
         try:
             while found := await self._wait(next_item()):

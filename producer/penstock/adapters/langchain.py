@@ -1,6 +1,7 @@
 """LangChain's embedding and chat models, answered by Penstock's workers; against langchain-core 1.x."""
 
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from operator import itemgetter
 from typing import Any, Final, Literal
 
@@ -202,11 +203,13 @@ class ChatPenstock(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         asked = self._ask(messages, stop, kwargs)
-        async for piece in self._client.iterate(lambda each: each.stream(**asked, timeout_s=self.timeout)):
-            chunk = _chunk(piece, asked["model"])
-            if run_manager:
-                await run_manager.on_llm_new_token(piece.text, chunk=chunk)
-            yield chunk
+        stream = self._client.iterate(lambda each: each.stream(**asked, timeout_s=self.timeout))
+        async with aclosing(stream) as pieces:
+            async for piece in pieces:
+                chunk = _chunk(piece, asked["model"])
+                if run_manager:
+                    await run_manager.on_llm_new_token(piece.text, chunk=chunk)
+                yield chunk
 
     def with_structured_output(
         self,

@@ -13,6 +13,7 @@ What LightRAG does with its functions, and what these therefore do:
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -325,12 +326,13 @@ async def _within(budget_s: float, attempt: Callable[[float], Awaitable[T]]) -> 
 async def _stream(
     client: Bridge, prompt: str, options: dict[str, Any], budget_s: float
 ) -> AsyncIterator[str]:
-    pieces = client.iterate(
+    stream = client.iterate(
         lambda each: each.stream(prompt, **options, timeout_s=budget_s, deadline_s=budget_s)
     )
     try:
-        async for piece in pieces:
-            yield piece.text
+        async with aclosing(stream) as pieces:  # else its job would go on until the loop finds the time
+            async for piece in pieces:
+                yield piece.text
     except PenstockError as error:
         raise _told(error) from error
 

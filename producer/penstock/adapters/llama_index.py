@@ -1,6 +1,7 @@
 """LlamaIndex's embedding and language models, answered by Penstock's workers; for llama-index-core 0.14."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from functools import cached_property
 from typing import Any, Final
 
@@ -194,9 +195,10 @@ class PenstockLLM(LLM):
 
         async def pieces() -> ChatResponseAsyncGen:
             text = ""
-            async for piece in self._pieces(asked):
-                text += piece.text
-                yield _chat_piece(text, piece)
+            async with self._pieces(asked) as read:
+                async for piece in read:
+                    text += piece.text
+                    yield _chat_piece(text, piece)
 
         return pieces()
 
@@ -222,14 +224,15 @@ class PenstockLLM(LLM):
 
         async def pieces() -> CompletionResponseAsyncGen:
             text = ""
-            async for piece in self._pieces(asked):
-                text += piece.text
-                yield CompletionResponse(text=text, delta=piece.text, additional_kwargs=_ending(piece))
+            async with self._pieces(asked) as read:
+                async for piece in read:
+                    text += piece.text
+                    yield CompletionResponse(text=text, delta=piece.text, additional_kwargs=_ending(piece))
 
         return pieces()
 
-    def _pieces(self, asked: dict[str, Any]) -> AsyncIterator[Piece]:
-        return self._client.iterate(lambda client: client.stream(**asked))
+    def _pieces(self, asked: dict[str, Any]) -> aclosing[AsyncGenerator[Piece]]:
+        return aclosing(self._client.iterate(lambda client: client.stream(**asked)))
 
     def _format(self, prompt: str, is_formatted: bool) -> str:
         assert self.completion_to_prompt is not None  # it has a default
