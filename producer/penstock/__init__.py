@@ -35,7 +35,7 @@ from penstock.errors import (
 )
 from penstock.job import AsyncJob, JobState
 from penstock.registry import ModelInfo
-from penstock.request import Message, ResponseFormat
+from penstock.request import Message, ResponseFormat, Tool, ToolCall
 from penstock.result import GenerateResult, RerankResult, Timings, Usage
 from penstock.stream import Piece
 
@@ -75,6 +75,8 @@ __all__ = [
     "StreamRestartedError",
     "Timings",
     "TooManyTextsError",
+    "Tool",
+    "ToolCall",
     "TransportError",
     "UnknownJobError",
     "UnknownModelError",

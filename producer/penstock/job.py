@@ -21,7 +21,7 @@ from penstock.errors import (
 from penstock.inbox import LOOK_AGAIN_S, Inbox
 from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
 from penstock.store import END_JOB, RECORD_TTL_S, SENT, end_job_arguments, record_key, result_key
-from penstock.stream import OnRestart, Piece, Reader, stream_key
+from penstock.stream import OnRestart, Part, Piece, Reader, stream_key
 
 T = TypeVar("T")
 
@@ -188,7 +188,8 @@ class AsyncJob(Generic[T]):
             for entry_id, fields in entries:
                 last_id = f"({entry_id.decode()}"
                 run, at, text = (fields[name].decode() for name in (b"run", b"at", b"text"))
-                for piece in reader.take(run, int(at), text):
+                part = cast("Part", fields.get(b"part", b"text").decode())
+                for piece in reader.take(run, int(at), text, part):
                     yield piece
             if outcome is not None:
                 self._outcome = outcome

@@ -11,6 +11,7 @@ from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching import Batcher, Cut, cut_by_tokens
 from penstock_workers.cache import VectorCache
 from penstock_workers.scheduling import Scheduler
+from penstock_workers.turns import Device, Turn
 
 if TYPE_CHECKING:  # torch loads with the first model, not with the app
     import numpy as np
@@ -21,6 +22,10 @@ if TYPE_CHECKING:  # torch loads with the first model, not with the app
     from penstock_workers.engines.embedding import Embedder, Encoded
     from penstock_workers.engines.generation import Answer, Generator, Prompt
     from penstock_workers.engines.reranking import Reranker
+
+
+DEFAULT_SHARES: Final[Mapping[Task, float]] = {"embed": 2.0, "generate": 1.0, "rerank": 2.0}
+"""Weights of models that have none: a text takes milliseconds, and its caller waits for the whole of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +70,7 @@ class Serving:
 
     def __init__(self) -> None:
         self.models: dict[str, Served] = {}
+        self._device = Device()
 
     def find(self, model: str, kind: type[S]) -> S:
         """Return a model of one kind.
@@ -79,6 +85,11 @@ class Serving:
         if not isinstance(served, kind):
             raise WrongTaskError(model, served.info.task, _TASKS[kind])
         return served
+
+    def turn(self, model: str, settings: Settings) -> Turn:
+        """Return a model's turns on the device."""
+        found = settings.models[model]
+        return self._device.turn(found.share or DEFAULT_SHARES[found.task])
 
     def is_stalled(self, stall_s: float) -> bool:
         """Whether any model has shown no sign of life for this long, in seconds, while it should."""
@@ -95,8 +106,14 @@ class Serving:
         return {name: embedder.cache for name, embedder in embedders.items() if embedder.cache is not None}
 
 
-def load_model(name: str, settings: Settings, device: "torch.device") -> Served:
+def load_model(name: str, settings: Settings, device: "torch.device", turn: Turn | None = None) -> Served:
     """Load a model and start its batcher.
+
+    Args:
+        name: of the model.
+        settings: what is known of it.
+        device: where it computes.
+        turn: see `ModelThread`.
 
     Raises:
         ModelLoadError: one line that says why.
@@ -113,7 +130,7 @@ def load_model(name: str, settings: Settings, device: "torch.device") -> Served:
             ),
             engine=embedder,
             cache=_open_cache(embedder, settings),
-            batcher=Batcher(name, embedder.run, cut_texts(model, embedder, device)),
+            batcher=Batcher(name, embedder.run, cut_texts(model, embedder, device), turn),
         )
     if model.task == "rerank":
         from penstock_workers.engines.reranking import Reranker
@@ -122,15 +139,17 @@ def load_model(name: str, settings: Settings, device: "torch.device") -> Served:
         return ServedReranker(
             info=_describe(name, model, None, reranker.max_tokens, reranker.dtype, reranker.batching),
             engine=reranker,
-            batcher=Batcher(name, reranker.run, cut_texts(model, reranker, device)),
+            batcher=Batcher(name, reranker.run, cut_texts(model, reranker, device), turn),
         )
     from penstock_workers.engines.generation import Generator
 
     generator = Generator.load(name, model, device)
+    if turn is not None:
+        generator.pause_between_layers(turn.pause)
     return ServedGenerator(
         info=_describe(name, model, None, generator.context_window, generator.dtype, str(generator.sharing)),
         engine=generator,
-        batcher=Scheduler(name, generator.decoding(max_rows=model.max_batch_size), generator.row),
+        batcher=Scheduler(name, generator.decoding(max_rows=model.max_batch_size), generator.row, turn),
     )
 
 

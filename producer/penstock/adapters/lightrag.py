@@ -332,7 +332,8 @@ async def _stream(
     try:
         async with aclosing(stream) as pieces:  # else its job would go on until the loop finds the time
             async for piece in pieces:
-                yield piece.text
+                if piece.text:  # else it is what the model thinks, or the end
+                    yield piece.text
     except PenstockError as error:
         raise _told(error) from error
 

@@ -21,6 +21,7 @@ from penstock.settings import ModelSettings
 from penstock_workers.engines.attention import upload
 from penstock_workers.engines.device import has_fast_bfloat16
 from penstock_workers.engines.formats import are_unit, choose_ranges, form, read_ranges
+from penstock_workers.engines.memory import check_memory, weights_bytes
 from penstock_workers.engines.packed import Packed
 from penstock_workers.engines.products import use_bfloat16
 from penstock_workers.engines.source import explain_failure, resolve_source
@@ -297,6 +298,9 @@ class Embedder:
 
 def _load(name: str, model: ModelSettings, device: torch.device) -> SentenceTransformer:
     source = resolve_source(name, model)
+    weights = weights_bytes(source, model.revision, torch.float32)
+    for place in dict.fromkeys((torch.device("cpu"), device)):  # they are read there first
+        check_memory(name, weights, [place])
     try:
         return SentenceTransformer(
             source,
