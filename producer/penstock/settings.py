@@ -188,7 +188,7 @@ class ModelSettings(_Section):
     @field_validator("device_map")
     @classmethod
     def _is_for_generation(cls, device_map: str | None, info: ValidationInfo) -> str | None:
-        if device_map is not None and info.data.get("task") == "embed":
+        if device_map is not None and info.data.get("task") in ("embed", "rerank"):
             raise ValueError("for generation models")
         return device_map
 
