@@ -1,4 +1,4 @@
-"""Send embedding and generation jobs to Penstock's workers; numpy arrays and text come back."""
+"""Send embedding, generation and reranking jobs to Penstock's workers; numpy arrays and text come back."""
 
 from penstock.blocking import Client, Job
 from penstock.client import AsyncClient
@@ -36,7 +36,7 @@ from penstock.errors import (
 from penstock.job import AsyncJob, JobState
 from penstock.registry import ModelInfo
 from penstock.request import Message, ResponseFormat, Tool, ToolCall
-from penstock.result import Choice, GenerateResult, Logprobs, Timings, TokenLogprob, Usage
+from penstock.result import Choice, GenerateResult, Logprobs, RerankResult, Timings, TokenLogprob, Usage
 from penstock.stream import Piece
 
 __all__ = [
@@ -68,6 +68,7 @@ __all__ = [
     "Piece",
     "RequestError",
     "RequestTooLargeError",
+    "RerankResult",
     "ResponseFormat",
     "ResultDecodeError",
     "ResultExpiredError",

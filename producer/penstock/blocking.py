@@ -14,11 +14,12 @@ from penstock.client import (
     AsyncClient,
     EmbedOptions,
     GenerateOptions,
+    RerankOptions,
     progress_bar,
 )
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, JobState, T
 from penstock.registry import ModelInfo, Registry
-from penstock.result import GenerateResult, Timings, Usage, Vectors
+from penstock.result import GenerateResult, RerankResult, Timings, Usage, Vectors
 from penstock.stream import OnRestart, Piece
 
 S = TypeVar("S")
@@ -174,7 +175,26 @@ class Client:
         )
         return self._iterate(pieces)
 
-    def job(self, job_id: str) -> Job[Vectors | GenerateResult]:
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        model: str,
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[RerankOptions],
+    ) -> RerankResult:
+        """See `AsyncClient.rerank`."""
+        asked = self._started().rerank(query, documents, model=model, timeout_s=timeout_s, **options)
+        return self._run(asked)
+
+    def submit_rerank(
+        self, query: str, documents: Sequence[str], *, model: str, **options: Unpack[RerankOptions]
+    ) -> Job[RerankResult]:
+        """See `AsyncClient.submit_rerank`."""
+        return Job(self._run(self._started().submit_rerank(query, documents, model=model, **options)), self)
+
+    def job(self, job_id: str) -> Job[Vectors | GenerateResult | RerankResult]:
         """See `AsyncClient.job`."""
         return Job(self._run(self._started().job(job_id)), self)
 

@@ -35,19 +35,20 @@ from penstock.request import (
     Priority,
     PriorityName,
     Request,
+    RerankRequest,
     ResponseFormat,
     Task,
     Tool,
     Truncation,
     new_job_id,
 )
-from penstock.result import GenerateResult, Vectors
+from penstock.result import GenerateResult, RerankResult, Vectors
 from penstock.stream import OnRestart, Piece
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
 REGISTRY_TTL_S: Final = 5.0
 
-R = TypeVar("R", EmbedRequest, GenerateRequest)
+R = TypeVar("R", EmbedRequest, GenerateRequest, RerankRequest)
 
 
 class EmbedOptions(TypedDict, total=False):
@@ -92,6 +93,17 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: bool
     top_logprobs: int | None
     response_format: ResponseFormat | None
+    priority: PriorityName
+    deadline_s: float | None
+
+
+class RerankOptions(TypedDict, total=False):
+    """Options of a reranking job; `penstock.request.RerankRequest` explains them.
+
+    `priority` says which waiting jobs go first; after `deadline_s` seconds the job is not worth computing.
+    """
+
+    top_n: int | None
     priority: PriorityName
     deadline_s: float | None
 
@@ -206,7 +218,8 @@ class AsyncClient:
             prompt: the user's turn; None answers the last turn of `history`, such as a tool's. With
                 `mode="complete"` the text to go on with.
             model: name it is served under.
-            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes.
+            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes. A call
+                that is cancelled takes its job back.
             **options: see `GenerateOptions`.
 
         Raises:
@@ -215,7 +228,7 @@ class AsyncClient:
             WorkerError: the model failed on this prompt.
         """
         job = await self.submit_generate(prompt, model=model, **options)
-        return await job.result(timeout_s)
+        return await _result_or_cancel(job, timeout_s)
 
     async def submit_generate(
         self, prompt: str | None, *, model: str, **options: Unpack[GenerateOptions]
@@ -281,7 +294,45 @@ class AsyncClient:
         jobs: list[AsyncJob[GenerateResult]] = await self._send([request], priority, is_recorded=True)
         return jobs[0]
 
-    async def job(self, job_id: str) -> AsyncJob[Vectors | GenerateResult]:
+    async def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        model: str,
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[RerankOptions],
+    ) -> RerankResult:
+        """Score how well each document answers `query`, with a cross-encoder.
+
+        Args:
+            query: what is asked.
+            documents: up to the model's `max_texts`.
+            model: name it is served under.
+            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes. A call
+                that is cancelled takes its job back.
+            **options: see `RerankOptions`.
+
+        Returns:
+            Scores in the documents' order, float32, shape (n_documents,), and the order of the best.
+
+        Raises:
+            PenstockError: see `embed`.
+        """
+        job = await self.submit_rerank(query, documents, model=model, **options)
+        return await _result_or_cancel(job, timeout_s)
+
+    async def submit_rerank(
+        self, query: str, documents: Sequence[str], *, model: str, **options: Unpack[RerankOptions]
+    ) -> AsyncJob[RerankResult]:
+        """Send a reranking job and return at once; see `rerank`."""
+        listed = list(documents) if isinstance(documents, tuple) else documents
+        fields = {**options, "model": model, "query": query, "documents": listed}
+        request, priority = await self._prepare(RerankRequest, "rerank", fields)
+        jobs: list[AsyncJob[RerankResult]] = await self._send([request], priority, is_recorded=True)
+        return jobs[0]
+
+    async def job(self, job_id: str) -> AsyncJob[Vectors | GenerateResult | RerankResult]:
         """Return a job that any client sent, by its id; whether it exists shows when it is asked."""
         return AsyncJob(job_id, self._broker, await self._open_store(), is_ours=False)
 
@@ -352,8 +403,9 @@ class AsyncClient:
         now = time.time()
         request = kind.parse(plain | {"sent_at": now, "deadline": _deadline(now, fields.get("deadline_s"))})
         model = await self._find_model(request.model, task)
-        if isinstance(request, EmbedRequest) and len(request.texts) > model.max_texts:
-            raise TooManyTextsError(len(request.texts), model.max_texts)
+        n_texts = _n_texts(request)
+        if n_texts > model.max_texts:
+            raise TooManyTextsError(n_texts, model.max_texts)
         if request.deadline is None and model.deadline_s is not None:
             request = request.model_copy(update={"deadline": now + model.deadline_s})
         return request, priority
@@ -453,6 +505,22 @@ def progress_bar(texts: Iterable[str], progress: bool) -> "tqdm[NoReturn]":
 
 def _embed_fields(texts: Sequence[str], model: str, options: EmbedOptions) -> dict[str, Any]:
     return {**options, "model": model, "texts": list(texts) if isinstance(texts, tuple) else texts}
+
+
+async def _result_or_cancel(job: AsyncJob[T], timeout_s: float | None) -> T:
+    """Wait for the result of a job whose id nobody else knows."""
+    try:
+        return await job.result(timeout_s)
+    except asyncio.CancelledError:
+        with contextlib.suppress(TransportError):
+            await job.cancel()
+        raise
+
+
+def _n_texts(request: Request) -> int:
+    if isinstance(request, EmbedRequest):
+        return len(request.texts)
+    return len(request.documents) if isinstance(request, RerankRequest) else 0
 
 
 def _priority(name: object) -> Priority:

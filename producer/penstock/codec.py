@@ -22,10 +22,23 @@ from penstock.errors import (
     ResultTooLargeError,
     rebuild_error,
 )
-from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
-from penstock.result import Choice, EmbedResult, GenerateResult, Logprobs, Result, Timings, Usage
+from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
+from penstock.result import (
+    Choice,
+    EmbedResult,
+    GenerateResult,
+    Logprobs,
+    RerankResult,
+    Result,
+    Timings,
+    Usage,
+)
 
-TASK_NAMES: Mapping[type, str] = {EmbedRequest: "penstock.embed", GenerateRequest: "penstock.generate"}
+TASK_NAMES: Mapping[type, str] = {
+    EmbedRequest: "penstock.embed",
+    GenerateRequest: "penstock.generate",
+    RerankRequest: "penstock.rerank",
+}
 CONTENT_TYPE = "application/x-penstock-result"
 SERIALIZER = "penstock"
 
@@ -37,7 +50,7 @@ MAX_RESULT_BYTES = 512 << 20
 """Redis' own limit of one string: `proto-max-bulk-len`, 512 MB by default."""
 
 _RECORDS: Mapping[str, type] = {
-    cls.__name__: cls for cls in (Choice, EmbedResult, GenerateResult, Logprobs, Timings, Usage)
+    cls.__name__: cls for cls in (Choice, EmbedResult, GenerateResult, Logprobs, RerankResult, Timings, Usage)
 }
 
 
@@ -214,6 +227,8 @@ def decode_outcome(job_id: str, payload: bytes) -> Outcome:
             raise ResultDecodeError("the result is of another task")
         if isinstance(result, EmbedResult) and not isinstance(result.vectors, np.ndarray):
             raise ResultDecodeError("its vectors are no array")
+        if isinstance(result, RerankResult) and not isinstance(result.scores, np.ndarray):
+            raise ResultDecodeError("its scores are no array")
         return Outcome(status="SUCCESS", result=result)
     if meta["status"] == "REVOKED":
         return Outcome(status="REVOKED", error=JobCancelledError(job_id))

@@ -45,7 +45,7 @@ MAX_FORMAT_DEPTH = 64
 MAX_CHOICES = 16
 """Answers to one request: as many as a batch has by default."""
 
-Task = Literal["embed", "generate"]
+Task = Literal["embed", "generate", "rerank"]
 PoolName = Literal["gpu", "cpu"]
 Precision = Literal["float32", "float16", "int8", "binary", "ubinary"]
 Truncation = Literal["error", "oldest_turns", "middle"]
@@ -440,7 +440,32 @@ class GenerateRequest(_Request, GenerationOptions):
         return f"{len(turns):,} turns, {sum(len(turn.content) for turn in turns):,} characters"
 
 
-Request = EmbedRequest | GenerateRequest
+class RerankRequest(_Request):
+    """Documents to bring into order by how well they answer a query, with a cross-encoder.
+
+    Attributes:
+        query: what is asked.
+        documents: any number up to the model's limit.
+        top_n: how many of the best are in the order; None takes all.
+        sent_at: when the request left its sender, Unix seconds on its clock.
+        deadline: after this the request is not worth computing, Unix seconds.
+    """
+
+    query: str = Field(min_length=1)
+    documents: list[str]
+    top_n: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _within_limits(self) -> Self:
+        _check_bytes([*self.documents, self.query])
+        return self
+
+    def summary(self) -> str:
+        """Say how much is asked, without a word of it: for logs and Flower."""
+        return f"{len(self.documents):,} documents, {sum(map(len, self.documents)):,} characters"
+
+
+Request = EmbedRequest | GenerateRequest | RerankRequest
 
 
 def new_job_id() -> str:
@@ -494,7 +519,7 @@ def _explain(detail: ErrorDetails) -> PenstockError:
         return InvalidOptionError(path, "set", "there is no option of that name")
     if name == "version":
         return InvalidMessageError(f"version {detail['input']!r:.40}; version {VERSION} is read here")
-    if name in ("texts", "prompt", "system_prompt", "history", "prompt_name"):
+    if name in ("texts", "documents", "query", "prompt", "system_prompt", "history", "prompt_name"):
         index = int(rest[0]) if rest and rest[0].isdigit() else 0
         problem = {
             "string_type": f"is a {type(detail['input']).__name__}, not a string",

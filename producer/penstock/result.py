@@ -194,4 +194,27 @@ class GenerateResult:
         return f"GenerateResult({self.model}, {self.usage.completion_tokens} tokens, {self.finish_reason})"
 
 
-Result = EmbedResult | GenerateResult
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RerankResult:
+    """How well documents answer a query.
+
+    Attributes:
+        model: the name it is served under.
+        scores: float32, shape (n_documents,), in the order of the request; higher is better.
+        order: places of documents in the request, the best first, as many as `top_n` asked for.
+        usage: tokens of the pairs of query and document, after truncation, special tokens included.
+        timings: where the time went.
+    """
+
+    model: str
+    scores: NDArray[np.float32]
+    order: Sequence[int]
+    usage: Usage
+    timings: Timings
+
+    def __repr__(self) -> str:
+        # Celery logs it and sends it to Flower.
+        return f"RerankResult({self.model}, {len(self.scores)} documents)"
+
+
+Result = EmbedResult | GenerateResult | RerankResult

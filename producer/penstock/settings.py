@@ -148,7 +148,7 @@ class ModelSettings(_Section):
     """One model that the workers serve."""
 
     task: Task
-    """embed or generate."""
+    """embed, generate or rerank."""
     source: str = Field(min_length=1)
     """Hub id, folder, or bundled:NAME."""
     pools: tuple[PoolName, ...] = Field(default=("cpu",), min_length=1, max_length=2)
@@ -190,7 +190,7 @@ class ModelSettings(_Section):
     @field_validator("device_map")
     @classmethod
     def _is_for_generation(cls, device_map: str | None, info: ValidationInfo) -> str | None:
-        if device_map is not None and info.data.get("task") == "embed":
+        if device_map is not None and info.data.get("task") in ("embed", "rerank"):
             raise ValueError("for generation models")
         return device_map
 

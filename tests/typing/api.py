@@ -38,6 +38,7 @@ from penstock import (
     Piece,
     RequestError,
     RequestTooLargeError,
+    RerankResult,
     ResponseFormat,
     ResultDecodeError,
     ResultExpiredError,
@@ -165,10 +166,20 @@ def generate(client: Client) -> None:
         assert_type(piece.usage, Usage | None)
 
 
+def rerank(client: Client) -> None:
+    """Scores come back in the documents' order, and who is best."""
+    ranking = client.rerank("Who?", ["Ada", "Bob"], model="cross", top_n=1, priority="interactive")
+    assert_type(ranking, RerankResult)
+    assert_type(ranking.scores, NDArray[np.float32])
+    assert_type(ranking.order, Sequence[int])
+    _costs(ranking.usage, ranking.timings)
+    assert_type(client.submit_rerank("Who?", ("Ada",), model="cross", deadline_s=5), Job[RerankResult])
+
+
 def jobs(client: Client) -> None:
     """A job is found again by its id; its result is then of either kind."""
     job = client.job("6f3c2f60-0b1e-4f7a-9a55-0d6f5e1c2b3a")
-    assert_type(job, Job[Vectors | GenerateResult])
+    assert_type(job, Job[Vectors | GenerateResult | RerankResult])
     assert_type(job.id, str)
     assert_type(job.state(), JobState)
     assert_type(job.state() is JobState.SUCCEEDED, bool)
@@ -179,6 +190,8 @@ def jobs(client: Client) -> None:
     result = job.result()
     if isinstance(result, GenerateResult):
         assert_type(result, GenerateResult)
+    elif isinstance(result, RerankResult):
+        assert_type(result, RerankResult)
     else:
         assert_type(result, Vectors)
 
@@ -189,7 +202,7 @@ def models(client: Client) -> None:
     assert_type(found, Mapping[str, ModelInfo])
     model = found["minilm"]
     assert_type(model.name, str)
-    assert_type(model.task, Literal["embed", "generate"])
+    assert_type(model.task, Literal["embed", "generate", "rerank"])
     assert_type(model.pools, tuple[Literal["gpu", "cpu"], ...])
     assert_type(model.dim, int | None)
     assert_type(model.max_tokens, int | None)
@@ -212,11 +225,13 @@ async def twins() -> None:
         assert_type(await client.models(), Mapping[str, ModelInfo])
         assert_type(await client.embed(["a"], model="minilm", precision="float32"), Vectors)
         assert_type(await client.generate("a", model="chat", history=HISTORY, top_p=0.5), GenerateResult)
-        assert_type(await client.job("id"), AsyncJob[Vectors | GenerateResult])
+        assert_type(await client.job("id"), AsyncJob[Vectors | GenerateResult | RerankResult])
         vectors = await client.submit_embed(["a"], model="minilm", priority="interactive")
         assert_type(vectors, AsyncJob[Vectors])
         assert_type(await vectors.result(timeout_s=1), Vectors)
         assert_type(await client.submit_many([["a"]], model="minilm"), list[AsyncJob[Vectors]])
+        assert_type(await client.rerank("a", ["b"], model="cross", timeout_s=1), RerankResult)
+        assert_type(await client.submit_rerank("a", ["b"], model="cross"), AsyncJob[RerankResult])
         answer = await client.submit_generate("a", model="chat", seed=1)
         assert_type(answer, AsyncJob[GenerateResult])
         assert_type(await answer.result(), GenerateResult)

@@ -574,7 +574,7 @@ def test_message_without_version_is_version_1() -> None:
 
 def test_names_on_redis() -> None:
     """Queues are named after pool and model; priorities are kombu's lists behind them."""
-    assert set(TASK_NAMES.values()) == {"penstock.embed", "penstock.generate"}
+    assert set(TASK_NAMES.values()) == {"penstock.embed", "penstock.generate", "penstock.rerank"}
     assert queue_name("gpu", "minilm") == "gpu.minilm"
     assert queue_key("gpu.minilm", Priority.INTERACTIVE) == "gpu.minilm"
     assert queue_key("gpu.minilm", Priority.DEFAULT) == "gpu.minilm\x06\x163"

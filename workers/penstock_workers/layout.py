@@ -130,7 +130,7 @@ def choose_threads(
     wanted = getattr(settings.pools, pool)
     if wanted.threads != AUTO:
         return int(wanted.threads)
-    if on_cards(settings, pool) or all(model.task == "embed" for model in models):
+    if on_cards(settings, pool) or all(model.task != "generate" for model in models):
         return 1
     processes = GENERATING_PROCESSES if wanted.processes == AUTO else max(wanted.processes, 1)
     return max(1, min(machine.cores // processes, MAX_THREADS))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from penstock.errors import UnknownModelError, WrongTaskError
 from penstock.registry import ModelInfo
+from penstock.request import Task
 from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching import Batcher, Cut, cut_by_tokens
 from penstock_workers.cache import VectorCache
@@ -20,9 +21,10 @@ if TYPE_CHECKING:  # torch loads with the first model, not with the app
     from penstock_workers.engines.decoding import Row
     from penstock_workers.engines.embedding import Embedder, Encoded
     from penstock_workers.engines.generation import Answer, Generator, Prompt
+    from penstock_workers.engines.reranking import Reranker
 
 
-DEFAULT_SHARES: Final = {"embed": 2.0, "generate": 1.0}
+DEFAULT_SHARES: Final[Mapping[Task, float]] = {"embed": 2.0, "generate": 1.0, "rerank": 2.0}
 """Weights of models that have none: a text takes milliseconds, and its caller waits for the whole of them."""
 
 
@@ -45,8 +47,22 @@ class ServedGenerator:
     batcher: "Scheduler[Prompt, Row[Answer], Answer]"
 
 
-Served = ServedEmbedder | ServedGenerator
-S = TypeVar("S", ServedEmbedder, ServedGenerator)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedReranker:
+    """A cross-encoder and the batches it is fed."""
+
+    info: ModelInfo
+    engine: "Reranker"
+    batcher: "Batcher[Encoded, float]"
+
+
+Served = ServedEmbedder | ServedGenerator | ServedReranker
+S = TypeVar("S", ServedEmbedder, ServedGenerator, ServedReranker)
+_TASKS: Final[Mapping[type, Task]] = {
+    ServedEmbedder: "embed",
+    ServedGenerator: "generate",
+    ServedReranker: "rerank",
+}
 
 
 class Serving:
@@ -67,8 +83,7 @@ class Serving:
         if served is None:
             raise UnknownModelError(model, sorted(self.models))
         if not isinstance(served, kind):
-            wanted = "embed" if kind is ServedEmbedder else "generate"
-            raise WrongTaskError(model, served.info.task, wanted)
+            raise WrongTaskError(model, served.info.task, _TASKS[kind])
         return served
 
     def turn(self, model: str, settings: Settings) -> Turn:
@@ -117,6 +132,15 @@ def load_model(name: str, settings: Settings, device: "torch.device", turn: Turn
             cache=_open_cache(embedder, settings),
             batcher=Batcher(name, embedder.run, cut_texts(model, embedder, device), turn),
         )
+    if model.task == "rerank":
+        from penstock_workers.engines.reranking import Reranker
+
+        reranker = Reranker.load(name, model, device)
+        return ServedReranker(
+            info=_describe(name, model, None, reranker.max_tokens, reranker.dtype, reranker.batching),
+            engine=reranker,
+            batcher=Batcher(name, reranker.run, cut_texts(model, reranker, device), turn),
+        )
     from penstock_workers.engines.generation import Generator
 
     generator = Generator.load(name, model, device)
@@ -129,8 +153,8 @@ def load_model(name: str, settings: Settings, device: "torch.device", turn: Turn
     )
 
 
-def cut_texts(model: ModelSettings, engine: "Embedder", device: "torch.device") -> Cut:
-    """Return how the batches of an embedding model are cut."""
+def cut_texts(model: ModelSettings, engine: "Embedder | Reranker", device: "torch.device") -> Cut:
+    """Return how the batches of a model that reads texts are cut."""
     return cut_by_tokens(
         model.max_batch_tokens or _batch_tokens(device, engine.batching),
         is_padded=engine.is_padded,

@@ -1,23 +1,24 @@
-"""The two Celery tasks: message to request, request to result."""
+"""The Celery tasks: message to request, request to result."""
 
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 from celery import Celery
 from celery.exceptions import Ignore, Reject
 
 from penstock.codec import MAX_RESULT_BYTES, TASK_NAMES, decode_request
 from penstock.errors import PenstockError, ResultTooLargeError
-from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
-from penstock.result import Choice, EmbedResult, GenerateResult, Result, Timings, Usage
+from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
+from penstock.result import Choice, EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
 from penstock.stream import Part
 from penstock_workers.batching import PATIENCE_S, HandBackError, Work, why_unwanted
 from penstock_workers.cache import Embedded
 from penstock_workers.engines.formats import row_bytes
 from penstock_workers.engines.thinking import Thought
-from penstock_workers.serving import ServedEmbedder, ServedGenerator, Serving
+from penstock_workers.serving import ServedEmbedder, ServedGenerator, ServedReranker, Serving
 from penstock_workers.streams import Streams
 
 if TYPE_CHECKING:  # torch loads with the first model, not with the app
@@ -79,6 +80,7 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], str
 
     add(EmbedRequest, embed)
     add(GenerateRequest, generate)
+    add(RerankRequest, rerank)
 
 
 def _is_answered(task: Any) -> bool:
@@ -185,6 +187,34 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
             completion_tokens=sum(answer.n_tokens for answer in answers),
             cut_tokens=prompt.cut_tokens,
         ),
+        timings=_timings(request, arrived, prepared_s, [work]),
+    )
+
+
+def rerank(delivery: Delivery, request: RerankRequest, serving: Serving) -> RerankResult:
+    """Score a request's documents, in batches with those of other jobs.
+
+    Raises:
+        HandBackError: the model will not answer any more.
+    """
+    arrived, clock = time.time(), time.perf_counter()
+    served = serving.find(request.model, ServedReranker)
+    pairs = served.engine.prepare(request)
+    prepared_s = time.perf_counter() - clock
+    work = served.batcher.submit(
+        delivery.job_id,
+        pairs,
+        request.deadline,
+        priority=delivery.priority,
+        is_unwanted=delivery.is_unwanted,
+    )
+    scores = np.array(work.wait(), dtype=np.float32)
+    best = np.argsort(-scores, kind="stable")[: request.top_n]  # equal ones in the order of the request
+    return RerankResult(
+        model=request.model,
+        scores=scores,
+        order=best.tolist(),
+        usage=Usage(prompt_tokens=sum(pair.n_tokens for pair in pairs)),
         timings=_timings(request, arrived, prepared_s, [work]),
     )
 

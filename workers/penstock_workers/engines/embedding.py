@@ -228,7 +228,7 @@ class Embedder:
         options: dict[str, Any] = {"processing_kwargs": AS_LISTS} if self._has_lists else {}
         with self._tokenizing:
             found = self._model.preprocess(texts, prompt=prompt, **options)
-        return _from_lists(found) if self._has_lists else _unpad(found)
+        return _from_lists(found) if self._has_lists else unpad(found)
 
     def _try_lists(self) -> bool:
         """Whether the model's first module gives the same tokens without padding them."""
@@ -470,7 +470,8 @@ def _from_lists(found: Mapping[str, Any]) -> list[Encoded]:
     ]
 
 
-def _unpad(padded: dict[str, Any]) -> list[Encoded]:
+def unpad(padded: dict[str, Any]) -> list[Encoded]:
+    """Return each text of a padded batch by itself."""
     mask = padded["attention_mask"].bool()
     keys = [key for key, value in padded.items() if torch.is_tensor(value) and value.shape == mask.shape]
     prompt_length = padded.get("prompt_length")
