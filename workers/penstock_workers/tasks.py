@@ -12,7 +12,7 @@ from penstock.codec import MAX_RESULT_BYTES, TASK_NAMES, decode_request
 from penstock.errors import PenstockError, ResultTooLargeError
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
 from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
-from penstock_workers.batching import PATIENCE_S, HandBackError, Work, why_unwanted
+from penstock_workers.batching import PATIENCE_S, HandBackError, HasTokens, Work, why_unwanted
 from penstock_workers.cache import Embedded
 from penstock_workers.engines.formats import row_bytes
 from penstock_workers.serving import ServedEmbedder, ServedGenerator, Serving
@@ -100,7 +100,7 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
     works: list[Work[Any, Any]] = []
 
     def compute(texts: list[str]) -> list[Embedded]:
-        items = served.engine.prepare(request.model_copy(update={"texts": texts}))
+        items: Sequence[HasTokens] = served.engine.prepare(request.model_copy(update={"texts": texts}))
         work = served.batcher.submit(
             delivery.job_id,
             items,
@@ -142,7 +142,7 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
     """
     arrived, clock = time.time(), time.perf_counter()
     served = serving.find(request.model, ServedGenerator)
-    prompt = served.engine.prepare(request)
+    prompt: HasTokens = served.engine.prepare(request)
     prepared_s = time.perf_counter() - clock
     with delivery.streams.open(delivery.job_id, delivery.reply_to) as stream:
         work = served.batcher.submit(
