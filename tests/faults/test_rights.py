@@ -14,6 +14,7 @@ import redis
 from redis.exceptions import NoPermissionError
 
 from penstock import Client, JobCancelledError, JobState, PenstockError
+from penstock.bucket import take_script
 from penstock.errors import ConfigError
 from penstock.leases import DEAD_KEY, scripts
 from penstock.registry import BEAT
@@ -22,6 +23,7 @@ from penstock.store import END_JOB
 from penstock_workers.app import build_app
 from penstock_workers.cache import CLAIM, STORE
 from penstock_workers.local_redis import free_port, local_redis_command, wait_until_ready
+from penstock_workers.upstream import ASK, LOOK, TELL
 from tests.deployment import BUNDLED, ROOT, Server, WorkerProcess
 from tests.eventually import eventually
 from tests.faults.fleet import message
@@ -256,6 +258,7 @@ def test_nobody_comes_in_without_a_name(guarded: GuardedServer) -> None:
 def test_workers_may_run_every_command_of_every_script(guarded: GuardedServer) -> None:
     """Also those of rare paths: a takeover that is refused a command would lose jobs."""
     texts = [*(text for name, text in scripts().items() if name != "revive"), END_JOB, BEAT, CLAIM, STORE]
+    texts += [take_script(), ASK, LOOK, TELL]
     called = {name for text in texts for name in re.findall(r"redis\.p?call\('(\w+)'", text)}
     called |= {"RPUSH", "LPUSH"}  # chosen at run time
     called -= {"ZREMRANGEBYRANK", "EXPIRE"}  # of cancelling, which is the callers' business

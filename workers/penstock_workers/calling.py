@@ -441,6 +441,12 @@ class Caller(ModelThread[I, A]):
         wait_s = random.uniform(0, wait_s)  # noqa: S311  full jitter, no secret
         asyncio.get_running_loop().call_later(wait_s, push)
 
+    def _shrink(self) -> None:
+        """Halve the requests under way, once for all that were under way together."""
+        if all(flight.began > self._halved_at for flight in self._flights):
+            self.concurrency = max(1.0, self.concurrency / 2)
+            self._halved_at = time.monotonic()
+
     async def _tick(self) -> None:
         """Fail jobs that nobody waits for or that cannot be answered in time, and give their requests up."""
         while True:
