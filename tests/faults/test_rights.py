@@ -27,6 +27,7 @@ from penstock_workers.upstream import ASK, LOOK, TELL
 from tests.deployment import BUNDLED, ROOT, Server, WorkerProcess
 from tests.eventually import eventually
 from tests.faults.fleet import message
+from tests.upstream import DIM, Upstream, says
 
 USERS = ROOT / "configs" / "users.acl"
 PLAIN_CELERY = """
@@ -136,6 +137,25 @@ def test_the_users_can_do_their_work(fresh: GuardedServer, tmp_path: Path) -> No
             assert len(flower.control.ping(timeout=2)) == 1
     finally:
         worker.stop()
+
+    assert fresh.denied() == []
+
+
+def test_workers_may_share_what_they_know_of_a_server(fresh: GuardedServer, tmp_path: Path) -> None:
+    """Holds, failures and rates of remote models: nothing of it is refused."""
+    with Upstream().running() as upstream:
+        upstream.plan += [says(429, Retry_After="0.2"), says(500)]
+        toml = (
+            f'[models.hosted]\ntask = "embed"\nengine = "remote"\nsource = "{upstream.url}/v1"\n'
+            f"remote = {{ dim = {DIM} }}\nrate_limit = {{ requests_per_minute = 600, tokens_per_minute = 6000 }}\n"
+        )
+        worker = WorkerProcess(tmp_path, fresh, toml=toml, queues="cpu.hosted")
+        try:
+            worker.wait_until_ready()
+            with Client(fresh.url("producer", 0)) as client:
+                assert client.embed(["a text"], model="hosted").shape == (1, DIM)
+        finally:
+            worker.stop()
 
     assert fresh.denied() == []
 
