@@ -39,7 +39,7 @@ from penstock.errors import (
 )
 from penstock.job import AsyncJob, JobState
 from penstock.registry import ModelInfo
-from penstock.request import Message, ResponseFormat
+from penstock.request import Message, ResponseFormat, Tool, ToolCall
 from penstock.result import GenerateResult, Timings, Usage
 from penstock.stream import Piece
 
@@ -78,6 +78,8 @@ __all__ = [
     "StreamRestartedError",
     "Timings",
     "TooManyTextsError",
+    "Tool",
+    "ToolCall",
     "TransportError",
     "UnknownJobError",
     "UnknownModelError",

@@ -144,7 +144,7 @@ class Client:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | None,
         *,
         model: str,
         timeout_s: float | None = RESULT_TIMEOUT_S,
@@ -154,14 +154,14 @@ class Client:
         return self._run(self._started().generate(prompt, model=model, timeout_s=timeout_s, **options))
 
     def submit_generate(
-        self, prompt: str, *, model: str, **options: Unpack[GenerateOptions]
+        self, prompt: str | None, *, model: str, **options: Unpack[GenerateOptions]
     ) -> Job[GenerateResult]:
         """See `AsyncClient.submit_generate`."""
         return Job(self._run(self._started().submit_generate(prompt, model=model, **options)), self)
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | None,
         *,
         model: str,
         on_restart: OnRestart = "hide",

@@ -30,12 +30,14 @@ from penstock.request import (
     EmbedRequest,
     GenerateRequest,
     Message,
+    Mode,
     Precision,
     Priority,
     PriorityName,
     Request,
     ResponseFormat,
     Task,
+    Tool,
     Truncation,
     new_job_id,
 )
@@ -70,7 +72,9 @@ class GenerateOptions(TypedDict, total=False):
     """
 
     system_prompt: str | None
-    history: Sequence[Message | Mapping[str, str]]
+    history: Sequence[Message | Mapping[str, Any]]
+    tools: Sequence[Tool] | None
+    mode: Mode
     max_new_tokens: int | None
     context_window: int | None
     temperature: float | None
@@ -83,6 +87,7 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     truncation: Truncation | None
+    enable_thinking: bool | None
     response_format: ResponseFormat | None
     priority: PriorityName
     deadline_s: float | None
@@ -186,7 +191,7 @@ class AsyncClient:
 
     async def generate(
         self,
-        prompt: str,
+        prompt: str | None,
         *,
         model: str,
         timeout_s: float | None = RESULT_TIMEOUT_S,
@@ -195,7 +200,8 @@ class AsyncClient:
         """Answer `prompt`.
 
         Args:
-            prompt: the user's turn.
+            prompt: the user's turn; None answers the last turn of `history`, such as a tool's. With
+                `mode="complete"` the text to go on with.
             model: name it is served under.
             timeout_s: how long to wait for the result, seconds; None waits for as long as it takes.
             **options: see `GenerateOptions`.
@@ -209,14 +215,14 @@ class AsyncClient:
         return await job.result(timeout_s)
 
     async def submit_generate(
-        self, prompt: str, *, model: str, **options: Unpack[GenerateOptions]
+        self, prompt: str | None, *, model: str, **options: Unpack[GenerateOptions]
     ) -> AsyncJob[GenerateResult]:
         """Send a generation job and return at once; see `generate`."""
         return await self._submit_generate(prompt, model, options, is_stream=False)
 
     async def stream(
         self,
-        prompt: str,
+        prompt: str | None,
         *,
         model: str,
         on_restart: OnRestart = "hide",
@@ -229,7 +235,8 @@ class AsyncClient:
         another one, and with the same seed, so that it says the same. Leaving the loop cancels the job.
 
         Args:
-            prompt: the user's turn.
+            prompt: the user's turn; None answers the last turn of `history`, such as a tool's. With
+                `mode="complete"` the text to go on with.
             model: name it is served under.
             on_restart: when a job begins again, `hide` leaves out what it repeats, and `show` yields a piece
                 with `is_restart` and the text from its beginning.
@@ -255,12 +262,16 @@ class AsyncClient:
                     await job.cancel()
 
     async def _submit_generate(
-        self, prompt: str, model: str, options: GenerateOptions, *, is_stream: bool
+        self, prompt: str | None, model: str, options: GenerateOptions, *, is_stream: bool
     ) -> AsyncJob[GenerateResult]:
         fields: dict[str, Any] = {**options, "model": model, "prompt": prompt, "stream": is_stream}
         if "history" in fields:
             turns = fields["history"]
-            fields["history"] = [t.model_dump() if isinstance(t, Message) else t for t in turns]
+            fields["history"] = [
+                t.model_dump(exclude_none=True) if isinstance(t, Message) else t for t in turns
+            ]
+        if isinstance(fields.get("tools"), tuple):
+            fields["tools"] = list(fields["tools"])
         if is_stream and fields.get("seed") is None:
             fields["seed"] = secrets.randbits(63)
         request, priority = await self._prepare(GenerateRequest, "generate", fields)

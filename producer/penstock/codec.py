@@ -139,7 +139,9 @@ def encode_meta(meta: Any) -> bytes:
             return {"__array__": len(arrays) - 1, "dtype": little.dtype.str, "shape": list(little.shape)}
         if type(value).__name__ in _RECORDS:
             record = {field.name: getattr(value, field.name) for field in fields(value)}  # type: ignore[arg-type]  # a dataclass: it is in _RECORDS
-            return {"__record__": type(value).__name__, **record}
+            # None is what came after version 1 was first written: clients of then read all but that.
+            present = {name: item for name, item in record.items() if item is not None}
+            return {"__record__": type(value).__name__, **present}
         raise TypeError(f"{type(value).__name__} objects are not sent")
 
     # A lone surrogate, in what an error quotes, must not cost the caller his error.

@@ -1,10 +1,13 @@
 """What comes back from a job."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from penstock.request import ToolCall
 
 FinishReason = Literal["stop", "length"]
 Vectors = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.int8] | NDArray[np.uint8]
@@ -30,10 +33,17 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What a job cost, in tokens of its model."""
+    """What a job cost, in tokens of its model.
+
+    Attributes:
+        prompt_tokens: computed for the prompt.
+        completion_tokens: of the answer, reasoning included.
+        cut_tokens: of the conversation that `truncation` left out; None: nothing was.
+    """
 
     prompt_tokens: int
     completion_tokens: int = 0
+    cut_tokens: int | None = None
 
     @property
     def total_tokens(self) -> int:
@@ -73,6 +83,10 @@ class GenerateResult:
         finish_reason: `stop` if the model or a stop string ended it, `length` if a limit did.
         usage: tokens of prompt and answer.
         timings: where the time went.
+        reasoning: what the model thought before the text, where its chat template marks that; else None.
+        tool_calls: those in the text, in OpenAI's form, ready for `history`; only where `tools` were given
+            and the model's tokenizer says how to read its calls (`response_template`), else None. The text
+            has them too, as the model wrote them.
     """
 
     model: str
@@ -80,6 +94,8 @@ class GenerateResult:
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    reasoning: str | None = None
+    tool_calls: Sequence[ToolCall] | None = None
 
     def __repr__(self) -> str:
         # Celery logs it and sends it to Flower: no word of the answer.

@@ -220,6 +220,8 @@ class ModelSettings(_Section):
     """Pools that serve it, the preferred one first."""
     dtype: Dtype = "auto"
     """auto takes bfloat16 where it is fast and vectors keep their direction, else float32."""
+    device_map: Literal["auto"] | None = None
+    """auto spreads a generation model over all cards that a process sees, by accelerate; none: one card."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
@@ -234,6 +236,8 @@ class ModelSettings(_Section):
     """Tokens in one forward pass of an embedding model, padding counted; none: by device."""
     max_batch_size: int = Field(default=16, ge=1, le=1024)
     """Requests that a generation model answers at a time."""
+    share: float | None = Field(default=None, gt=0, le=1000)
+    """Weight among the models of a process that want its device at once; none: 2 to embed, 1 to generate."""
     deadline_s: float | None = Field(default=None, gt=0)
     """Deadline of jobs that name none, seconds after they were sent."""
     generation: GenerationOptions = GenerationOptions()
@@ -274,6 +278,13 @@ class ModelSettings(_Section):
         if len(set(pools)) < len(pools):
             raise ValueError("each pool once")
         return pools
+
+    @field_validator("device_map")
+    @classmethod
+    def _is_for_generation(cls, device_map: str | None, info: ValidationInfo) -> str | None:
+        if device_map is not None and info.data.get("task") == "embed":
+            raise ValueError("for generation models")
+        return device_map
 
     @field_validator("generation", mode="before")
     @classmethod

@@ -562,6 +562,8 @@ def test_formats_are_openai_s(generation: Callable[..., Generation], upstream: U
         hosted.ask(response_format=schema)
     with pytest.raises(InvalidFormatError, match="regex"):
         hosted.ask(response_format={"type": "regex", "pattern": "a"})
+    with pytest.raises(InvalidOptionError, match="mode"):
+        hosted.ask(mode="complete")
 
 
 def test_the_only_model_need_not_be_named(server: Server, upstream: Upstream) -> None:

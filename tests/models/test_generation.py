@@ -248,6 +248,24 @@ def test_who_is_finished_leaves_at_once(llama: Generator) -> None:
     assert widths == [3] * 2 + [2] * 7 + [1] * 21
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_passes_can_pause_at_each_layer(kind: str, tmp_path: Path) -> None:
+    """Whatever the model, others get the device between two of its layers, and the answers stay the same."""
+    generator = load(make_folder(tmp_path, CONFIGS[kind]()))
+    prompt = generator.prepare(request(max_new_tokens=4))
+    expected = answers(generator, [prompt])
+    n_pauses = 0
+
+    def pause() -> None:
+        nonlocal n_pauses
+        n_pauses += 1
+
+    generator.pause_between_layers(pause)
+
+    assert answers(generator, [prompt]) == expected
+    assert n_pauses >= 3 * 4  # layers, passes
+
+
 def test_no_prompts_give_no_answers(llama: Generator) -> None:
     """An empty batch runs nothing."""
     assert list(llama.generate([])) == []

@@ -3,7 +3,7 @@
 A name is public when it is exported by `penstock` and has a line here.
 """
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Literal, assert_type
 
 import numpy as np
@@ -43,6 +43,8 @@ from penstock import (
     ResultTooLargeError,
     StreamRestartedError,
     Timings,
+    Tool,
+    ToolCall,
     TooManyTextsError,
     TransportError,
     UnknownJobError,
@@ -65,6 +67,10 @@ FORMATS: list[ResponseFormat] = [
     {"type": "regex", "pattern": "[0-9]+"},
     {"type": "choice", "choices": ["yes", "no"]},
 ]
+TOOLS: list[Tool] = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+]
+CALL: ToolCall = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 HISTORY = [Message(role="user", content="My name is Ada."), Message(role="assistant", content="Hello, Ada.")]
 
 
@@ -133,6 +139,13 @@ def generate(client: Client) -> None:
         deadline_s=None,
     )
     client.generate("Yes?", model="chat", response_format=FORMATS[0])
+    client.generate("Once", model="chat", mode="complete", truncation="middle")
+    asked = Message(role="assistant", content="", reasoning="...", tool_calls=(CALL,))
+    turns = [*HISTORY, asked, Message(role="tool", content="rain", tool_call_id="1")]
+    called = client.generate(None, model="chat", history=turns, tools=TOOLS, enable_thinking=False)
+    assert_type(called.reasoning, str | None)
+    assert_type(called.tool_calls, Sequence[ToolCall] | None)
+    assert_type(called.usage.cut_tokens, int | None)
     plain_turns = [{"role": "user", "content": "My name is Ada."}]
     job = client.submit_generate("What is my name?", model="chat", history=plain_turns, stop=["END", "\n"])
     assert_type(job, Job[GenerateResult])
@@ -140,6 +153,7 @@ def generate(client: Client) -> None:
     for piece in client.stream("Who are you?", model="chat", on_restart="show", timeout_s=30, seed=1):
         assert_type(piece, Piece)
         assert_type(piece.text, str)
+        assert_type(piece.reasoning, str)
         assert_type(piece.is_restart, bool)
         assert_type(piece.usage, Usage | None)
 

@@ -502,6 +502,14 @@ def test_demo_needs_no_model_hub_and_no_redis() -> None:
     assert "redis.broker_url" not in loaded.origins
 
 
+def test_embedding_models_are_not_spread_over_cards() -> None:
+    """`device_map` is for generation models."""
+    models = '{"minilm": {"task": "embed", "source": "bundled:minilm", "device_map": "auto"}}'
+
+    with pytest.raises(ConfigError, match=r"device_map.*for generation models"):
+        load_settings(arguments={"models": models}, environ={})
+
+
 # Remote models
 
 REMOTE = '[models.m]\ntask = "embed"\nengine = "remote"\n'

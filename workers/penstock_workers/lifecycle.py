@@ -132,9 +132,14 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
             told = str(device or "no device")
             self._heartbeat = Heartbeat(self._settings, self._serving, self._pool, told, self._names)
             self._heartbeat.start()
+            n_local = sum(model.engine == "local" for model in models)
+            takes_turns = n_local > 1 and (n_threads > 1 or (device is not None and device.type != "cpu"))
             for name in self._names:
                 began = time.perf_counter()
-                self._serving.models[name] = load_model(name, self._settings, device)
+                # One thread each is shared by the kernel; teams of threads keep each other from their
+                # cores, and a card runs what came first.
+                turn = self._serving.turn(name, self._settings) if takes_turns else None
+                self._serving.models[name] = load_model(name, self._settings, device, turn)
                 seconds = time.perf_counter() - began
                 self._heartbeat.loaded(name, seconds)
                 logger.info(

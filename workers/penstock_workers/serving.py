@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from penstock.errors import ModelLoadError, UnknownModelError, WrongTaskError
 from penstock.registry import ModelInfo
@@ -11,6 +11,7 @@ from penstock_workers.batching import Batcher, Cut, cut_by_tokens
 from penstock_workers.cache import VectorCache
 from penstock_workers.calling import Caller
 from penstock_workers.scheduling import Scheduler
+from penstock_workers.turns import Device, Turn
 
 if TYPE_CHECKING:  # torch loads with the first model, not with the app
     import numpy as np
@@ -21,6 +22,10 @@ if TYPE_CHECKING:  # torch loads with the first model, not with the app
     from penstock_workers.engines.embedding import Embedder
     from penstock_workers.engines.generation import Answer, Generator
     from penstock_workers.engines.remote import RemoteEmbedder, RemoteGenerator
+
+
+DEFAULT_SHARES: Final = {"embed": 2.0, "generate": 1.0}
+"""Weights of models that have none: a text takes milliseconds, and its caller waits for the whole of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,7 @@ class Serving:
 
     def __init__(self) -> None:
         self.models: dict[str, Served] = {}
+        self._device = Device()
 
     def find(self, model: str, kind: type[S]) -> S:
         """Return a model of one kind.
@@ -66,6 +72,11 @@ class Serving:
             wanted = "embed" if kind is ServedEmbedder else "generate"
             raise WrongTaskError(model, served.info.task, wanted)
         return served
+
+    def turn(self, model: str, settings: Settings) -> Turn:
+        """Return a model's turns on the device."""
+        found = settings.models[model]
+        return self._device.turn(found.share or DEFAULT_SHARES[found.task])
 
     def is_stalled(self, stall_s: float) -> bool:
         """Whether any model has shown no sign of life for this long, in seconds, while it should."""
@@ -88,13 +99,16 @@ class Serving:
         return {name: embedder.cache for name, embedder in embedders.items() if embedder.cache is not None}
 
 
-def load_model(name: str, settings: Settings, device: "torch.device | None") -> Served:
+def load_model(
+    name: str, settings: Settings, device: "torch.device | None", turn: Turn | None = None
+) -> Served:
     """Load a model and start its batcher.
 
     Args:
-        name: the model.
-        settings: the deployment.
-        device: what local models compute on; remote ones need none.
+        name: of the model.
+        settings: what is known of it.
+        device: where it computes; remote models need none.
+        turn: see `ModelThread`.
 
     Raises:
         ModelLoadError: one line that says why.
@@ -114,15 +128,17 @@ def load_model(name: str, settings: Settings, device: "torch.device | None") -> 
             ),
             engine=embedder,
             cache=_open_cache(embedder, settings),
-            batcher=Batcher(name, embedder.run, cut_texts(model, embedder, device)),
+            batcher=Batcher(name, embedder.run, cut_texts(model, embedder, device), turn),
         )
     from penstock_workers.engines.generation import Generator
 
     generator = Generator.load(name, model, device)
+    if turn is not None:
+        generator.pause_between_layers(turn.pause)
     return ServedGenerator(
         info=_describe(name, model, None, generator.context_window, generator.dtype, str(generator.sharing)),
         engine=generator,
-        batcher=Scheduler(name, generator.decoding(max_rows=model.max_batch_size), generator.row),
+        batcher=Scheduler(name, generator.decoding(max_rows=model.max_batch_size), generator.row, turn),
     )
 
 

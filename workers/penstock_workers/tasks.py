@@ -12,9 +12,11 @@ from penstock.codec import MAX_RESULT_BYTES, TASK_NAMES, decode_request
 from penstock.errors import PenstockError, ResultTooLargeError
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
 from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
+from penstock.stream import Part
 from penstock_workers.batching import PATIENCE_S, HandBackError, HasTokens, Work, why_unwanted
 from penstock_workers.cache import Embedded
 from penstock_workers.engines.formats import row_bytes
+from penstock_workers.engines.thinking import Thought
 from penstock_workers.serving import ServedEmbedder, ServedGenerator, Serving
 from penstock_workers.streams import Streams
 
@@ -142,7 +144,7 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
     """
     arrived, clock = time.time(), time.perf_counter()
     served = serving.find(request.model, ServedGenerator)
-    prompt: HasTokens = served.engine.prepare(request)
+    prompt: Any = served.engine.prepare(request)
     prepared_s = time.perf_counter() - clock
     with delivery.streams.open(delivery.job_id, delivery.reply_to) as stream:
         work = served.batcher.submit(
@@ -150,16 +152,24 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
             [prompt],
             request.deadline,
             is_unwanted=lambda: delivery.is_unwanted() or stream.is_unread(),
-            listen=(lambda _, piece: stream.write(piece)) if request.stream else None,
+            listen=(lambda _, piece: stream.write(piece, _part(piece))) if request.stream else None,
         )
         (answer,) = work.wait()
     return GenerateResult(
         model=request.model,
         text=answer.text,
         finish_reason=answer.finish_reason,
-        usage=Usage(prompt_tokens=prompt.n_tokens, completion_tokens=answer.n_tokens),
+        usage=Usage(
+            prompt_tokens=prompt.n_tokens, completion_tokens=answer.n_tokens, cut_tokens=prompt.cut_tokens
+        ),
         timings=_timings(request, arrived, prepared_s, [work]),
+        reasoning=answer.reasoning,
+        tool_calls=answer.tool_calls,
     )
+
+
+def _part(piece: str) -> Part:
+    return "reasoning" if isinstance(piece, Thought) else "text"
 
 
 def _check_wanted(delivery: Delivery, request: Request) -> None:

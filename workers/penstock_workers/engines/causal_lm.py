@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -13,14 +13,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from penstock.errors import ModelLoadError
 from penstock.settings import ModelSettings
 from penstock_workers.engines.cache import RowCache, order_without
 from penstock_workers.engines.device import has_fast_bfloat16, torch_dtype
+from penstock_workers.engines.memory import cache_bytes, check_memory, weights_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -34,34 +37,65 @@ def load_causal_lm(
     """Load weights and tokenizer, ready for inference on `device`.
 
     Raises:
-        ModelLoadError: weights are missing, or the tokenizer has tokens that the model has not.
+        ModelLoadError: weights are missing, do not fit into memory, or the tokenizer has tokens that the
+            model has not.
         Exception: whatever transformers raises for files that it cannot use.
     """
     where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    dtype = _choose_dtype(source, model, device)
+    config = AutoConfig.from_pretrained(source, **where)
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    dtype = _choose_dtype(config, model, device, is_quantised=is_quantised)
+    devices = _devices(model, device)
+    weights, cache = weights_bytes(source, model.revision, dtype), cache_bytes(config, dtype)
+    check_memory(name, weights, devices, cache=cache)
+    placed: Any = None
+    if model.device_map is not None:
+        placed = model.device_map
+    elif device.type != "cpu":
+        if is_quantised:  # such weights cannot be moved
+            placed = {"": str(device)}
+        else:
+            check_memory(name, weights, [torch.device("cpu")])  # the way there
     auto: Any = AutoModelForCausalLM  # its annotations know neither the report nor the model's class
-    loaded, report = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **where)
+    loaded, report = auto.from_pretrained(
+        source, dtype=dtype, device_map=placed, output_loading_info=True, **where
+    )
     # transformers fills what is missing with random numbers, and warns.
     if missing := sorted(report["missing_keys"]):
         raise ModelLoadError(name, f"{len(missing)} weights are missing, the first is {missing[0]}")
     n_rows = loaded.get_input_embeddings().weight.shape[0]
     if not 0 < tokenizer.vocab_size <= n_rows:
         raise ModelLoadError(name, f"the tokenizer has {tokenizer.vocab_size} tokens, the model {n_rows}")
-    return loaded.eval().requires_grad_(False).to(device), tokenizer
+    loaded = loaded.eval().requires_grad_(False)
+    if placed is None:
+        return loaded.to(device), tokenizer
+    used = set(map(str, getattr(loaded, "hf_device_map", {}).values()))  # none where one device holds all
+    if device.type == "cuda" and {"cpu", "disk"} & used:
+        raise ModelLoadError(name, f"it does not fit on {len(devices)} cards: some layers found no place")
+    return loaded, tokenizer
 
 
-def _choose_dtype(source: str, model: ModelSettings, device: torch.device) -> torch.dtype:
+def _devices(model: ModelSettings, device: torch.device) -> list[torch.device]:
+    """Return where the weights are going to be."""
+    if model.device_map is None or device.type != "cuda":
+        return [device]
+    return [torch.device("cuda", card) for card in range(torch.cuda.device_count())]
+
+
+def _choose_dtype(
+    config: PreTrainedConfig, model: ModelSettings, device: torch.device, *, is_quantised: bool
+) -> torch.dtype:
     if model.dtype != "auto":
         return torch_dtype(model.dtype)
+    if is_quantised and isinstance(config.dtype, torch.dtype):
+        return config.dtype  # what its kernels were made for
     if device.type == "cuda":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float16
     if device.type != "cpu" or not has_fast_bfloat16(device):
         return torch.float32
     # A step reads every weight once: bfloat16 halves that, which is the time of a large model. In a
     # small one the arithmetic between the weights dominates, and small models suffer more from rounding.
-    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(source, **where)
     with torch.device("meta"):
         auto: Any = AutoModelForCausalLM  # not annotated
         empty = auto.from_config(config, trust_remote_code=model.trust_remote_code)
@@ -76,6 +110,13 @@ def context_window(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     # A tokenizer without a limit says 10**30.
     sane = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < 1 << 32]
     return min(sane, default=_UNBOUNDED_TOKENS)
+
+
+def pause_between_layers(model: PreTrainedModel, pause: Callable[[], None]) -> None:
+    """Have `pause` called before each layer; never, where a model's own code has other layers."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # what each layer in transformers is
+            module.register_forward_pre_hook(lambda *_: pause())
 
 
 class Sharing(StrEnum):

@@ -4,8 +4,9 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Final, Literal, Self
 
 import numpy as np
@@ -21,6 +22,7 @@ from penstock.settings import ModelSettings
 from penstock_workers.engines.attention import upload
 from penstock_workers.engines.device import has_fast_bfloat16
 from penstock_workers.engines.formats import are_unit, choose_ranges, form, read_ranges
+from penstock_workers.engines.memory import check_memory, weights_bytes
 from penstock_workers.engines.packed import Packed
 from penstock_workers.engines.products import use_bfloat16
 from penstock_workers.engines.source import explain_failure, resolve_source
@@ -29,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 MIN_COSINE: Final = 0.9999
 TOKENIZE_AT_ONCE: Final = 256
+AS_LISTS: Final = {"text": {"padding": False}, "common": {"return_tensors": None}}
+"""Asks sentence-transformers for tokens as they are. Padding them to tensors takes twice the tokenizer's own
+time, and in Python, where the model's thread has to wait for it."""
 FOREIGN: Final = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a model's own code may raise when it meets a row of texts, or two number formats."""
 
@@ -69,6 +74,14 @@ class Encoded:
         """Real tokens, special ones counted."""
         return len(self.features["input_ids"])
 
+    def equals(self, other: "Encoded") -> bool:
+        """Whether the other is the same text."""
+        return (
+            self.prompt_length == other.prompt_length
+            and self.features.keys() == other.features.keys()
+            and all(torch.equal(value, other.features[key]) for key, value in self.features.items())
+        )
+
     def reversed(self) -> Self:
         """Return another text of the same length."""
         return replace(self, features={key: value.flip(0) for key, value in self.features.items()})
@@ -99,6 +112,7 @@ class Embedder:
         self._has_int8 = False
         self.fingerprint = ""
         self._tokenizing = threading.Lock()  # fast tokenizers refuse two threads that change their settings
+        self._has_lists = False
 
     @classmethod
     def load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:
@@ -113,6 +127,7 @@ class Embedder:
         if model.dtype == "float16":
             engine._model.half()
             engine.dtype = "float16"
+        engine._has_lists = engine._try_lists()
         plain = engine._probe()
         engine._choose_ranges(model, plain)
         engine._pack(plain)
@@ -139,11 +154,7 @@ class Embedder:
         prompt = self.check(request)
         encoded: list[Encoded] = []
         for start in range(0, len(request.texts), TOKENIZE_AT_ONCE):
-            with self._tokenizing:
-                padded = self._model.preprocess(
-                    request.texts[start : start + TOKENIZE_AT_ONCE], prompt=prompt
-                )
-            encoded += _unpad(padded)
+            encoded += self._tokenize(request.texts[start : start + TOKENIZE_AT_ONCE], prompt)
         return encoded
 
     def check(self, request: EmbedRequest) -> str | None:
@@ -189,6 +200,22 @@ class Embedder:
         """Return a request's vectors in the form it asked for; see `formats.form`."""
         found = np.stack(vectors) if vectors else np.zeros((0, self.dim), dtype=np.float32)
         return form(found, request, self.int8_ranges)
+
+    def _tokenize(self, texts: list[str], prompt: str | None) -> list[Encoded]:
+        options: dict[str, Any] = {"processing_kwargs": AS_LISTS} if self._has_lists else {}
+        with self._tokenizing:
+            found = self._model.preprocess(texts, prompt=prompt, **options)
+        return _from_lists(found) if self._has_lists else _unpad(found)
+
+    def _try_lists(self) -> bool:
+        """Whether the model's first module gives the same tokens without padding them."""
+        texts, prompt = list(PROBE), "query: "
+        padded = self._tokenize(texts, prompt)
+        try:
+            lists = _from_lists(self._model.preprocess(texts, prompt=prompt, processing_kwargs=AS_LISTS))
+        except FOREIGN:
+            return False
+        return len(lists) == len(padded) and all(map(Encoded.equals, lists, padded))
 
     def _prompt(self, request: EmbedRequest) -> str | None:
         prompts: dict[str | None, str] = self._model.prompts
@@ -297,6 +324,9 @@ class Embedder:
 
 def _load(name: str, model: ModelSettings, device: torch.device) -> SentenceTransformer:
     source = resolve_source(name, model)
+    weights = weights_bytes(source, model.revision, torch.float32)
+    for place in dict.fromkeys((torch.device("cpu"), device)):  # they are read there first
+        check_memory(name, weights, [place])
     try:
         return SentenceTransformer(
             source,
@@ -320,6 +350,24 @@ def _fingerprint(model: SentenceTransformer, settings: ModelSettings) -> str:
         found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _from_lists(found: Mapping[str, Any]) -> list[Encoded]:
+    lengths = [len(ids) for ids in found["input_ids"]]
+    features: dict[str, Sequence[Tensor]] = {}
+    for key, lists in found.items():
+        if isinstance(lists, list) and [len(each) for each in lists] == lengths:
+            # one tensor of all texts: one for each would take longer than the tokenizer
+            row = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64)
+            features[key] = row.split(lengths)  # type: ignore[no-untyped-call]  # torch's own gap
+    prompt_length = found.get("prompt_length")
+    return [
+        Encoded(
+            features=dict(zip(features, text, strict=True)),
+            prompt_length=None if prompt_length is None else int(prompt_length),
+        )
+        for text in zip(*features.values(), strict=True)
+    ]
 
 
 def _unpad(padded: dict[str, Any]) -> list[Encoded]:

@@ -103,6 +103,7 @@ class Turns:
         fields: what is sent, but for the model's id.
         n_tokens: of the prompt; by estimate, then as the server counted.
         n_new_tokens: the most there may be, then those there are.
+        cut_tokens: always 0; nothing is cut here.
         has_format: the answer has to be JSON.
     """
 
@@ -110,6 +111,7 @@ class Turns:
     n_tokens: int
     n_new_tokens: int
     has_format: bool
+    cut_tokens: int = 0
 
     @property
     def cost_tokens(self) -> int:
@@ -125,11 +127,15 @@ class Answer:
         text: the new text alone.
         finish_reason: `stop` or `length`.
         n_tokens: new tokens, as the server counted.
+        reasoning: what it thought before, where the server tells it apart.
+        tool_calls: none: tools are refused.
     """
 
     text: str
     finish_reason: FinishReason
     n_tokens: int
+    reasoning: str | None = None
+    tool_calls: None = None
 
 
 class Server:
@@ -536,6 +542,10 @@ class RemoteGenerator(Server):
         if options.truncation == "oldest_turns" or options.context_window is not None:
             name = "context_window" if options.context_window is not None else "truncation"
             raise InvalidOptionError(name, "set", "a remote model's tokens cannot be counted here")
+        has_calls = any(turn.tool_calls or turn.role == "tool" for turn in request.history)
+        for name, is_set in (("mode", request.mode == "complete"), ("tools", request.tools or has_calls)):
+            if is_set:
+                raise InvalidOptionError(name, "set", "remote models are asked for plain answers to turns")
         wanted = request.response_format
         if wanted and wanted["type"] in ("regex", "choice"):
             raise InvalidFormatError(
@@ -557,9 +567,10 @@ class RemoteGenerator(Server):
             "min_p": options.min_p,
             "repetition_penalty": options.repetition_penalty,
             "stop_token_ids": None if has_format else options.stop_token_ids,
+            "chat_template_kwargs": _thinking(options),
         }
         fields: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
-        fields["messages"] = [turn.model_dump() for turn in request.messages()]
+        fields["messages"] = [{"role": turn.role, "content": turn.content} for turn in request.messages()]
         if extra := {name: value for name, value in extra.items() if value is not None}:
             fields["extra_body"] = extra  # not OpenAI's: vLLM and others take them
         return Turns(
@@ -609,7 +620,9 @@ class RemoteGenerator(Server):
         if not isinstance(body, dict) or not body.get("choices"):
             raise self._bad_answer(f"it is no answer{_code(body, self._token)}")
         choice = body["choices"][0]
-        return self._answer(turns, choice["message"]["content"], choice["finish_reason"], body.get("usage"))
+        said = choice["message"]
+        thought = said.get("reasoning_content") or said.get("reasoning")
+        return self._answer(turns, said["content"], choice["finish_reason"], body.get("usage"), thought)
 
     async def _stream(self, turns: Turns, pass_on: Callable[[str], None]) -> Answer:
         text, reason, usage = [], None, None
@@ -628,7 +641,9 @@ class RemoteGenerator(Server):
             raise self._bad_answer("the stream ended before the answer did")
         return self._answer(turns, "".join(text), reason, usage)
 
-    def _answer(self, turns: Turns, text: object, reason: object, usage: object) -> Answer:
+    def _answer(
+        self, turns: Turns, text: object, reason: object, usage: object, thought: object = None
+    ) -> Answer:
         if not isinstance(text, str):
             raise self._bad_answer("it holds no text")
         counted = usage if isinstance(usage, dict) else {}
@@ -641,7 +656,12 @@ class RemoteGenerator(Server):
             raise self._refused(200, f"the answer was ended by {_word(reason) or 'something unknown'}")
         if turns.has_format and ended == "length":
             raise IncompleteOutputError(turns.n_new_tokens, text)
-        return Answer(text=text, finish_reason=ended, n_tokens=turns.n_new_tokens)
+        return Answer(
+            text=text,
+            finish_reason=ended,
+            n_tokens=turns.n_new_tokens,
+            reasoning=thought if isinstance(thought, str) else None,
+        )
 
 
 _FINISH: Final[dict[str, FinishReason]] = {
@@ -681,6 +701,10 @@ def _share_out(items: Sequence[Text], n_tokens: int | None) -> None:
         share = round(n_tokens * before / estimated) - given
         given += share
         item.n_tokens = share
+
+
+def _thinking(options: GenerationOptions) -> dict[str, bool] | None:
+    return None if options.enable_thinking is None else {"enable_thinking": options.enable_thinking}
 
 
 def _openai_format(request: GenerateRequest) -> dict[str, Any]:
