@@ -377,6 +377,15 @@ class Caller(ModelThread[I, A]):
             len(entries),
             fault.error,
         )
+        if fault.kind in ("busy", "failed", "broken"):
+            self._shrink()
+        if fault.kind == "busy":
+            await self._tell(self._upstream.hold(_why(fault.error), fault.retry_after_s))
+        elif fault.kind in ("failed", "broken"):
+            await self._tell(self._upstream.failed(_why(fault.error)))
+        else:
+            await self._tell(self._upstream.answered())
+        await self._look()  # before anything waits again: it is not to leave in between
         if fault.kind == "size" and not alone:
             self._remote.limits.refused(len(entries), _count(entries))
             for entry in entries:
@@ -388,15 +397,6 @@ class Caller(ModelThread[I, A]):
         else:
             for entry in entries:
                 entry.work.fail(fault.error)
-        if fault.kind in ("busy", "failed", "broken"):
-            self._shrink()
-        if fault.kind == "busy":
-            await self._tell(self._upstream.hold(_why(fault.error), fault.retry_after_s))
-        elif fault.kind in ("failed", "broken"):
-            await self._tell(self._upstream.failed(_why(fault.error)))
-        else:
-            await self._tell(self._upstream.answered())
-        await self._look()
         self._wake.set()
 
     async def _halve(self, entries: Sequence[_Entry[I, A]]) -> None:
