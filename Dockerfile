@@ -40,7 +40,7 @@ RUN pip install --no-cache-dir --constraint /etc/penstock/constraints.txt \
     ${TORCH_INDEX_URL:+--extra-index-url "${TORCH_INDEX_URL}"} torch
 
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    pip install --no-cache-dir --constraint /etc/penstock/constraints.txt "$(echo /wheels/*.whl)[workers,flower]"
+    pip install --no-cache-dir --constraint /etc/penstock/constraints.txt "$(echo /wheels/*.whl)[workers,remote,flower]"
 
 USER 10001:10001
 WORKDIR /tmp

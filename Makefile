@@ -36,6 +36,6 @@ clean:
 # What tests, benchmarks and checks need besides. langchain-tests goes without what it requires: seven plugins of
 # pytest, which would change how all of ours run.
 .venv/dev: .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[workers,openvino,flower,bundled,lightrag,langchain,llama-index,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[workers,openvino,remote,flower,bundled,lightrag,langchain,llama-index,dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps langchain-tests
 	touch .venv/dev

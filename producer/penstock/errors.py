@@ -17,6 +17,10 @@ PenstockError
 │   ├── ModelLoadError
 │   ├── OutOfMemoryError
 │   ├── EngineError
+│   ├── UpstreamError            the server of a remote model
+│   │   ├── UpstreamUnavailableError
+│   │   ├── UpstreamRefusedError
+│   │   └── UpstreamAnswerError
 │   ├── ResultTooLargeError
 │   └── WorkerLostError
 ├── TransportError               Redis out of reach, or too slow
@@ -202,6 +206,50 @@ class EngineError(WorkerError):
 
     def __str__(self) -> str:
         return f"{self.model} failed: {self.problem}"
+
+
+class UpstreamError(WorkerError):
+    """The server of a remote model did not do what it should."""
+
+
+class UpstreamUnavailableError(UpstreamError):
+    """It is away, overloaded or out of allowance, for longer than the job can wait.
+
+    `retry_after_s` is when it is worth another try, in seconds from then; 0 where nobody knows.
+    """
+
+    def __init__(self, model: str, upstream: str, problem: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(model, upstream, problem, retry_after_s)
+        self.model, self.upstream, self.problem = model, upstream, problem
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        when = f"; try again in {self.retry_after_s:.3g} s" if self.retry_after_s else ""
+        return f"{self.model} at {self.upstream} is not available: {self.problem}{when}"
+
+
+class UpstreamRefusedError(UpstreamError):
+    """It refuses the request: token, credits, rights, model or input; asking again changes nothing."""
+
+    retryable = False
+
+    def __init__(self, model: str, upstream: str, status: int, problem: str) -> None:
+        super().__init__(model, upstream, status, problem)
+        self.model, self.upstream, self.status, self.problem = model, upstream, status, problem
+
+    def __str__(self) -> str:
+        return f"{self.model} at {self.upstream} refused with {self.status}: {self.problem}"
+
+
+class UpstreamAnswerError(UpstreamError):
+    """Its answer cannot be used: cut off, of another shape, or not finite."""
+
+    def __init__(self, model: str, upstream: str, problem: str) -> None:
+        super().__init__(model, upstream, problem)
+        self.model, self.upstream, self.problem = model, upstream, problem
+
+    def __str__(self) -> str:
+        return f"{self.model} at {self.upstream} gave no usable answer: {self.problem}"
 
 
 class ResultTooLargeError(WorkerError):

@@ -46,7 +46,7 @@ class ModelInfo:
         max_tokens: length limit of a text, or the context window, tokens.
         max_texts: texts in one job.
         deadline_s: deadline of jobs that name none, seconds after they were sent.
-        dtype: number format that it computes in.
+        dtype: number format that it computes in; `remote` where another server does.
         batching: how texts or requests share forward passes, as the engine calls it: `packed` end to end or
             `padded` to the longest, by torch or `padded, OpenVINO`; for generation see
             `engines.causal_lm.Sharing`.
@@ -94,6 +94,7 @@ class WorkerInfo:
         units_per_s: measured speed by model: tokens of texts, or new tokens, per second of computing.
         cache_hits: texts by model that were answered without computing, where vectors are cached.
         cache_misses: texts by model that were computed, where vectors are cached.
+        upstreams: what is wrong with the servers of remote models, by model; without those that are well.
         note: why it is not ready, else empty.
     """
 
@@ -110,6 +111,7 @@ class WorkerInfo:
     units_per_s: Mapping[str, float] = field(default_factory=dict)
     cache_hits: Mapping[str, int] = field(default_factory=dict)
     cache_misses: Mapping[str, int] = field(default_factory=dict)
+    upstreams: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
     def to_json(self) -> str:
@@ -155,6 +157,11 @@ class Registry:
             worker.pool == pool and model in worker.models and worker.state == "ready" and age_s <= ALIVE_S
             for worker, age_s in self.workers
         )
+
+    def trouble(self, model: str) -> str:
+        """Return what is wrong with a remote model's server, as its live workers say; empty if nothing is."""
+        told = (worker.upstreams.get(model, "") for worker, age_s in self.workers if age_s <= ALIVE_S)
+        return next(filter(None, told), "")
 
     def speeds(self, model: str, pool: PoolName) -> list[float]:
         """Return the measured speeds of the live workers that take this model's jobs, tokens per second."""

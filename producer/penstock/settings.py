@@ -1,6 +1,7 @@
 """The deployment: one TOML file, overridden by `PENSTOCK_*` variables, overridden by arguments.
 
-Read once at an entry point and passed on; nothing else reads the environment.
+Read once at an entry point and passed on; nothing else reads the environment, except for a remote model's
+token, which is read where it is sent from.
 """
 
 import difflib
@@ -34,6 +35,8 @@ PREFIX = "PENSTOCK_"
 ARGUMENT = "argument"
 CONFIG_VARIABLE = "PENSTOCK_CONFIG"
 _SEPARATOR = "__"
+PROVIDER: Final = "provider:"
+"""What a remote source begins with that is one of Hugging Face's Inference Providers."""
 _MODEL_NAME = re.compile(r"[a-z0-9]([a-z0-9-]|_(?!_)){0,63}")
 
 AUTO: Final = "auto"
@@ -144,19 +147,79 @@ class CacheSettings(_Section):
     """Format they are kept in; float16 halves them, at about three decimal digits."""
 
 
+class RateLimit(_Section):
+    """What all workers together may ask of a remote model; they pace themselves to 97 % of it."""
+
+    requests_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Requests; none: no limit is known."""
+    tokens_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Tokens of texts, prompts and answers; none: no limit is known."""
+
+
+class RemoteSettings(_Section):
+    """How a remote model is asked."""
+
+    model: str | None = Field(default=None, min_length=1)
+    """Its id there; none: the server has one model only."""
+    protocol: Literal["auto", "openai", "tei", "hf"] = "auto"
+    """What it speaks; auto: TEI's own if it says so, else OpenAI's; hf: `inputs` at the URL as given."""
+    token_env: str | None = None
+    """Environment variable of the workers that holds the token."""
+    token_file: Path | None = None
+    """File that holds the token, for secrets that are mounted."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    """How long a request may take from its first byte to its answer's last, seconds."""
+    patience_s: float = Field(default=600.0, gt=0)
+    """How long a job without a deadline waits for a server that is away or overloaded, seconds."""
+    max_concurrency: int = Field(default=16, ge=1, le=1024)
+    """Requests that one worker process has under way; how many of them is found out."""
+    max_request_texts: int = Field(default=64, ge=1, le=4096)
+    """Texts in one request, unless the server tells that it takes fewer."""
+    dim: int | None = Field(default=None, ge=1)
+    """Width of its vectors; none: one text is embedded at the start, which then needs the server."""
+
+    @field_validator("token_env")
+    @classmethod
+    def _is_variable(cls, name: str | None) -> str | None:
+        # Lower case is refused for the sake of those who put the token itself here.
+        if name is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
+            raise ValueError("the name of a variable, in upper case")
+        return name
+
+    def token(self, environ: Mapping[str, str] = os.environ) -> SecretStr | None:
+        """Read the token; None where none is named.
+
+        Raises:
+            ValueError: the variable or the file is not there, or holds nothing; says which.
+        """
+        if self.token_env is not None:
+            where, text = f"token_env: {self.token_env}", environ.get(self.token_env, "")
+        elif self.token_file is not None:
+            where = f"token_file: {self.token_file}"
+            try:
+                text = self.token_file.read_text()
+            except (OSError, UnicodeError) as error:
+                raise ValueError(f"{where}: {type(error).__name__}") from None
+        else:
+            return None
+        if not (text.strip().isascii() and text.strip().isprintable() and text.strip()):
+            raise ValueError(f"{where} is not set, or holds no token")
+        return SecretStr(text.strip())
+
+
 class ModelSettings(_Section):
     """One model that the workers serve."""
 
     task: Task
     """embed, generate or rerank."""
+    engine: Literal["auto", "torch", "openvino", "remote"] = "auto"
+    """What computes it; auto: torch, or OpenVINO where that embeds faster; remote: another server."""
     source: str = Field(min_length=1)
-    """Hub id, folder, or bundled:NAME."""
+    """Hub id, folder, or bundled:NAME; of a remote model a URL, or provider:NAME for Inference Providers."""
     pools: tuple[PoolName, ...] = Field(default=("cpu",), min_length=1, max_length=2)
     """Pools that serve it, the preferred one first."""
     dtype: Dtype = "auto"
     """auto takes bfloat16 where it is fast and vectors keep their direction, else float32."""
-    engine: Literal["auto", "torch", "openvino"] = "auto"
-    """What computes an embedding model; auto: on processors the faster one, if openvino is installed."""
     device_map: Literal["auto"] | None = None
     """auto spreads a generation model over all cards that a process sees, by accelerate; none: one card."""
     revision: str | None = None
@@ -179,6 +242,43 @@ class ModelSettings(_Section):
     """Deadline of jobs that name none, seconds after they were sent."""
     generation: GenerationOptions = GenerationOptions()
     """Options of calls that do not set their own."""
+    remote: RemoteSettings = RemoteSettings()
+    """How a remote model is asked."""
+    rate_limit: RateLimit = RateLimit()
+    """What all workers together may ask of a remote model."""
+
+    @field_validator("engine")
+    @classmethod
+    def _computes_the_task(cls, engine: str, info: ValidationInfo) -> str:
+        task = info.data.get("task")
+        if (engine == "openvino" and task != "embed") or (engine == "remote" and task == "rerank"):
+            raise ValueError("openvino is for embedding, remote for embedding and generation")
+        return engine
+
+    @field_validator("source")
+    @classmethod
+    def _is_reachable(cls, source: str, info: ValidationInfo) -> str:
+        if info.data.get("engine") != "remote" or re.fullmatch(rf"{PROVIDER}[a-z0-9-]+", source):
+            return source
+        wanted = ValueError("a URL like https://HOST/v1, without user and query, or provider:NAME")
+        try:
+            parts = urlsplit(source)
+            is_whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            raise wanted from None
+        if not is_whole or "@" in parts.netloc or parts.query or parts.fragment:
+            raise wanted
+        return source
+
+    @field_validator("remote", "rate_limit")
+    @classmethod
+    def _belongs_to_remote(cls, section: _Section, info: ValidationInfo) -> _Section:
+        if info.data.get("engine") != "remote":
+            raise ValueError('of models with engine = "remote" only')
+        has_many = str(info.data.get("source")).startswith(PROVIDER)
+        if has_many and isinstance(section, RemoteSettings) and not section.model:
+            raise ValueError("providers have many models: name one with remote.model")
+        return section
 
     @field_validator("pools")
     @classmethod
@@ -365,6 +465,8 @@ def _quote(key: str, kind: str, value: object) -> str:
         or not isinstance(value, str | int | float)
     ):
         return ""
+    if key.endswith(("token_env", "source")) and re.search(r"@|_env$", f"{value}{key}"):
+        return ""  # the token itself, perhaps
     if key.startswith("redis"):
         text = mask_url(str(value)) if "://" in str(value) else ""
         return f" = {text!r}" if text else ""

@@ -13,6 +13,7 @@ import redis
 from redis.exceptions import NoPermissionError
 
 from penstock import Client, JobCancelledError, JobState, PenstockError
+from penstock.bucket import take_script
 from penstock.leases import DEAD_KEY, scripts
 from penstock.registry import BEAT
 from penstock.settings import load_settings
@@ -20,9 +21,11 @@ from penstock.store import END_JOB
 from penstock_workers.app import build_app
 from penstock_workers.cache import CLAIM, STORE
 from penstock_workers.local_redis import free_port, wait_until_ready
+from penstock_workers.upstream import ASK, LOOK, TELL
 from tests.deployment import BUNDLED, ROOT, Server, WorkerProcess, server_command
 from tests.eventually import eventually
 from tests.faults.fleet import message
+from tests.upstream import DIM, Upstream, says
 
 USERS = ROOT / "configs" / "users.acl"
 PLAIN_CELERY = """
@@ -122,6 +125,26 @@ def test_the_users_can_do_their_work(fresh: GuardedServer, tmp_path: Path) -> No
             assert len(flower.control.ping(timeout=2)) == 1
     finally:
         worker.stop()
+
+    assert fresh.denied() == []
+
+
+def test_workers_may_share_what_they_know_of_a_server(fresh: GuardedServer, tmp_path: Path) -> None:
+    """Holds, failures and rates of remote models: nothing of it is refused."""
+    with Upstream().running() as upstream:
+        upstream.plan += [says(429, Retry_After="0.2"), says(500)]
+        toml = (
+            f'[models.hosted]\ntask = "embed"\nengine = "remote"\nsource = "{upstream.url}/v1"\n'
+            f"remote = {{ dim = {DIM} }}\n"
+            "rate_limit = { requests_per_minute = 600, tokens_per_minute = 6000 }\n"
+        )
+        worker = WorkerProcess(tmp_path, fresh, toml=toml, queues="cpu.hosted")
+        try:
+            worker.wait_until_ready()
+            with Client(fresh.url("producer", 0)) as client:
+                assert client.embed(["a text"], model="hosted").shape == (1, DIM)
+        finally:
+            worker.stop()
 
     assert fresh.denied() == []
 
@@ -244,6 +267,7 @@ def test_nobody_comes_in_without_a_name(guarded: GuardedServer) -> None:
 def test_workers_may_run_every_command_of_every_script(guarded: GuardedServer) -> None:
     """Also those of rare paths: a takeover that is refused a command would lose jobs."""
     texts = [*(text for name, text in scripts().items() if name != "revive"), END_JOB, BEAT, CLAIM, STORE]
+    texts += [take_script(), ASK, LOOK, TELL]
     called = {name for text in texts for name in re.findall(r"redis\.p?call\('(\w+)'", text)}
     called |= {"RPUSH", "LPUSH"}  # chosen at run time
     called -= {"ZREMRANGEBYRANK", "EXPIRE"}  # of cancelling, which is the callers' business

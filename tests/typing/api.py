@@ -53,6 +53,10 @@ from penstock import (
     TransportError,
     UnknownJobError,
     UnknownModelError,
+    UpstreamAnswerError,
+    UpstreamError,
+    UpstreamRefusedError,
+    UpstreamUnavailableError,
     Usage,
     WorkerError,
     WorkerLostError,
@@ -256,6 +260,17 @@ def _costs(usage: Usage, timings: Timings) -> None:
     assert_type(timings.prepared_s, float)
     assert_type(timings.batched_s, float)
     assert_type(timings.computed_s, float)
+
+
+def faults_of_upstreams(error: UpstreamError) -> None:
+    """What a remote model's server did."""
+    match error:
+        case UpstreamUnavailableError():
+            assert_type((error.problem, error.retry_after_s), tuple[str, float])
+        case UpstreamRefusedError():
+            assert_type((error.upstream, error.status), tuple[str, int])
+        case UpstreamAnswerError():
+            assert_type((error.model, error.problem), tuple[str, str])
 
 
 def faults_of_the_request(error: RequestError) -> None:

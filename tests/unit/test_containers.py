@@ -370,7 +370,9 @@ def test_the_image_installs_what_the_project_declares() -> None:
     (extras,) = re.findall(r"\.whl\)\[([\w,-]+)\]", DOCKERFILE)
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
 
-    assert {"workers", "flower"} == set(extras.split(",")) <= project["optional-dependencies"].keys()
+    assert (
+        {"workers", "remote", "flower"} == set(extras.split(",")) <= project["optional-dependencies"].keys()
+    )
     assert all("--constraint /etc/penstock/constraints.txt" in line for line in installed)
     assert any(line.startswith("torch==") for line in constraints)
     assert not [line for line in constraints if "+" in line.partition("#")[0]]

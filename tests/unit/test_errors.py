@@ -144,6 +144,9 @@ def test_only_the_workers_and_redis_faults_are_retryable() -> None:
     assert retryable == {
         "WorkerError",
         "EngineError",
+        "UpstreamAnswerError",
+        "UpstreamError",
+        "UpstreamUnavailableError",
         "WorkerLostError",
         "TransportError",
         "BrokerUnavailableError",

@@ -508,3 +508,52 @@ def test_embedding_models_are_not_spread_over_cards() -> None:
 
     with pytest.raises(ConfigError, match=r"device_map.*for generation models"):
         load_settings(arguments={"models": models}, environ={})
+
+
+# Remote models
+
+REMOTE = '[models.m]\ntask = "embed"\nengine = "remote"\n'
+
+
+def test_a_remote_model_is_read(tmp_path: Path) -> None:
+    """Limits and requests have tables of their own, and variables."""
+    toml = f'{REMOTE}source = "https://host/v1"\nrate_limit = {{ requests_per_minute = 60 }}\n'
+
+    model = load(tmp_path, toml, MODELS__M__REMOTE__TOKEN_ENV="KEY").settings.models["m"]
+
+    assert (model.rate_limit.requests_per_minute, model.remote.token_env) == (60, "KEY")
+    token = model.remote.token({"KEY": " hush\n"})
+    assert token is not None
+    assert token.get_secret_value() == "hush"
+    assert "hush" not in repr(token)
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ('source = "org/name"', "models.m.source = 'org/name': a URL like"),
+        ('source = "ftp://host"', "models.m.source = 'ftp://host': a URL like"),
+        ('source = "https://hush@host/v1"', "models.m.source: a URL like"),
+        ('source = "https://host/v1?key=hush"', "a URL like"),
+        ('source = "provider:together"\nremote = { dim = 8 }', "models.m.remote: providers have many models"),
+        ('source = "https://h"\nremote = { token_env = "hf_hush" }', "models.m.remote.token_env: the name"),
+        ('source = "https://h"\nremote = { token = "hush" }', "models.m.remote.token: Extra"),
+        ('source = "https://h"\nrate_limit = { requests_per_minute = 0 }', "requests_per_minute = '0'"),
+    ],
+)
+def test_a_wrong_remote_model_is_refused_without_its_secret(
+    tmp_path: Path, entry: str, complaint: str
+) -> None:
+    """Key and what is allowed, never what may be a token."""
+    text = "\n".join(problems(tmp_path, f"{REMOTE}{entry}\n"))
+
+    assert complaint in text
+    assert "hf_hush" not in text
+    assert "hush@" not in text
+
+
+def test_local_models_have_no_remote_settings(tmp_path: Path) -> None:
+    """Limits that would have no effect are told."""
+    (line,) = problems(tmp_path, MODEL + "rate_limit = { requests_per_minute = 1 }\n")
+
+    assert line == 'FILE: models.minilm.rate_limit: of models with engine = "remote" only'

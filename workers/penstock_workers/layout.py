@@ -130,7 +130,9 @@ def choose_threads(
     wanted = getattr(settings.pools, pool)
     if wanted.threads != AUTO:
         return int(wanted.threads)
-    if on_cards(settings, pool) or all(model.task != "generate" for model in models):
+    if on_cards(settings, pool) or all(
+        model.task != "generate" or model.engine == "remote" for model in models
+    ):
         return 1
     processes = GENERATING_PROCESSES if wanted.processes == AUTO else max(wanted.processes, 1)
     return max(1, min(machine.cores // processes, MAX_THREADS))
@@ -197,6 +199,8 @@ def process_bytes(models: Mapping[str, ModelSettings]) -> int:
 
 
 def _weights_bytes(name: str, model: ModelSettings) -> int:
+    if model.engine == "remote":
+        return 0
     # No torch in it, but a quarter of a second.
     from huggingface_hub import snapshot_download
 

@@ -121,15 +121,19 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
         models = [self._settings.models[name] for name in self._names]
         n_threads = choose_threads(self._settings, self._pool, models, read_machine())
         announce_threads(n_threads)
-        # torch, and the file that knows it, load here: the app itself imports without.
-        from penstock_workers.engines.device import choose_device, limit_threads
-
         with _or_exit():
-            limit_threads(n_threads)
-            device = choose_device(self._pool, pool.device)
-            self._heartbeat = Heartbeat(self._settings, self._serving, self._pool, str(device), self._names)
+            device = None
+            if any(model.engine != "remote" for model in models):
+                # torch, and the file that knows it, load here: the app itself imports without.
+                from penstock_workers.engines.device import choose_device, limit_threads
+
+                limit_threads(n_threads)
+                device = choose_device(self._pool, pool.device)
+            told = str(device or "no device")
+            self._heartbeat = Heartbeat(self._settings, self._serving, self._pool, told, self._names)
             self._heartbeat.start()
-            takes_turns = len(self._names) > 1 and (n_threads > 1 or device.type != "cpu")
+            n_local = sum(model.engine != "remote" for model in models)
+            takes_turns = n_local > 1 and (n_threads > 1 or (device is not None and device.type != "cpu"))
             for name in self._names:
                 began = time.perf_counter()
                 # One thread each is shared by the kernel; teams of threads keep each other from their
@@ -139,7 +143,7 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
                 seconds = time.perf_counter() - began
                 self._heartbeat.loaded(name, seconds)
                 logger.info(
-                    "model %s loaded in %.1f s on %s, torch threads: %d", name, seconds, device, n_threads
+                    "model %s loaded in %.1f s on %s, torch threads: %d", name, seconds, told, n_threads
                 )
 
     def stop(self, worker: Any) -> None:
@@ -234,6 +238,7 @@ class Heartbeat(threading.Thread):
             units_per_s=self._serving.speeds(),
             cache_hits={name: cache.n_hits for name, cache in self._serving.caches().items()},
             cache_misses={name: cache.n_misses for name, cache in self._serving.caches().items()},
+            upstreams=self._serving.troubles(),
             note="a forward pass does not end" if state == "stalled" else "",
         )
         self._redis.eval(BEAT, 1, WORKERS_KEY, info.id, info.to_json())

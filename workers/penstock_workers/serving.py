@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from penstock.errors import UnknownModelError, WrongTaskError
+from penstock.errors import ModelLoadError, UnknownModelError, WrongTaskError
 from penstock.registry import ModelInfo
 from penstock.request import Task
 from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching import Batcher, Cut, cut_by_tokens
 from penstock_workers.cache import VectorCache
+from penstock_workers.calling import Caller
 from penstock_workers.scheduling import Scheduler
 from penstock_workers.turns import Device, Turn
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:  # torch loads with the first model, not with the app
 
     from penstock_workers.engines.decoding import Row
     from penstock_workers.engines.embedding import Embedder, Encoded
-    from penstock_workers.engines.generation import Answer, Generator, Prompt
+    from penstock_workers.engines.generation import Answer, Generator
+    from penstock_workers.engines.remote import RemoteEmbedder, RemoteGenerator
     from penstock_workers.engines.reranking import Reranker
 
 
@@ -33,8 +35,8 @@ class ServedEmbedder:
     """An embedding model, the batches it is fed, and what is kept of its answers."""
 
     info: ModelInfo
-    engine: "Embedder"
-    batcher: "Batcher[Encoded, NDArray[np.float32]]"
+    engine: "Embedder | RemoteEmbedder"
+    batcher: "Batcher[Any, NDArray[np.float32]] | Caller[Any, NDArray[np.float32]]"
     cache: VectorCache | None = None
 
 
@@ -43,8 +45,8 @@ class ServedGenerator:
     """A generation model and the batch that its jobs join and leave."""
 
     info: ModelInfo
-    engine: "Generator"
-    batcher: "Scheduler[Prompt, Row[Answer], Answer]"
+    engine: "Generator | RemoteGenerator"
+    batcher: "Scheduler[Any, Row[Answer], Answer] | Caller[Any, Any]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,27 +102,38 @@ class Serving:
         measured = {name: served.batcher.tokens_per_s for name, served in self.models.items()}
         return {name: round(speed, 1) for name, speed in measured.items() if speed is not None}
 
+    def troubles(self) -> Mapping[str, str]:
+        """Return what is wrong with the servers of remote models, by model; without those that are well."""
+        callers = {name: served.batcher for name, served in self.models.items()}
+        told = {name: one.trouble for name, one in callers.items() if isinstance(one, Caller)}
+        return {name: trouble for name, trouble in told.items() if trouble}
+
     def caches(self) -> Mapping[str, VectorCache]:
         """Return the caches by model, where vectors are cached."""
         embedders = {name: one for name, one in self.models.items() if isinstance(one, ServedEmbedder)}
         return {name: embedder.cache for name, embedder in embedders.items() if embedder.cache is not None}
 
 
-def load_model(name: str, settings: Settings, device: "torch.device", turn: Turn | None = None) -> Served:
+def load_model(
+    name: str, settings: Settings, device: "torch.device | None", turn: Turn | None = None
+) -> Served:
     """Load a model and start its batcher.
 
     Args:
         name: of the model.
         settings: what is known of it.
-        device: where it computes.
+        device: where it computes; remote models need none.
         turn: see `ModelThread`.
 
     Raises:
         ModelLoadError: one line that says why.
     """
     model = settings.models[name]
+    if model.engine == "remote":
+        return _load_remote(name, model, settings)
+    assert device is not None
     if model.task == "embed":
-        from penstock_workers.engines.embedding import Embedder
+        from penstock_workers.engines.embedding import Embedder, Encoded
 
         embedder = Embedder.load(name, model, device)
         return ServedEmbedder(
@@ -153,6 +166,30 @@ def load_model(name: str, settings: Settings, device: "torch.device", turn: Turn
     )
 
 
+def _load_remote(name: str, model: ModelSettings, settings: Settings) -> Served:
+    try:
+        from penstock_workers.engines.remote import RemoteEmbedder, RemoteGenerator
+    except ModuleNotFoundError as error:
+        raise ModelLoadError(name, f"{error.name} is missing: pip install 'penstock[remote]'") from error
+    if model.task == "embed":
+        embedder = RemoteEmbedder.load(name, model, settings.broker_url)
+        return ServedEmbedder(
+            info=replace(
+                _describe(name, model, embedder.dim, embedder.max_tokens, "remote", embedder.protocol),
+                int8_ranges=_announce_ranges(embedder.int8_ranges),
+            ),
+            engine=embedder,
+            cache=_open_cache(embedder, settings),
+            batcher=Caller(embedder),
+        )
+    generator = RemoteGenerator.load(name, model, settings.broker_url)
+    return ServedGenerator(
+        info=_describe(name, model, None, generator.context_window, "remote", "openai"),
+        engine=generator,
+        batcher=Caller(generator),
+    )
+
+
 def cut_texts(model: ModelSettings, engine: "Embedder | Reranker", device: "torch.device") -> Cut:
     """Return how the batches of a model that reads texts are cut."""
     return cut_by_tokens(
@@ -173,7 +210,7 @@ def _batch_tokens(device: "torch.device", batching: str) -> int:
     return 512 if batching == "padded" else 1024
 
 
-def _open_cache(embedder: "Embedder", settings: Settings) -> VectorCache | None:
+def _open_cache(embedder: "Embedder | RemoteEmbedder", settings: Settings) -> VectorCache | None:
     cache = settings.models[embedder.name].cache
     if cache is None:
         return None

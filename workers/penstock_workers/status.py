@@ -94,5 +94,13 @@ def _model_line(registry: Registry, name: str) -> Line:
     where = ", ".join(f"{n} in {pool}" for pool, n in counts.items())
     if not any(counts.values()):
         return Line(name=name, is_ready=False, detail=f"no ready worker ({where}); its jobs wait")
-    shape = f"{model.dim} dimensions" if model.dim else f"context of {model.max_tokens} tokens"
-    return Line(name=name, is_ready=True, detail=f"{model.task}, {model.dtype}, {shape}; workers: {where}")
+    if trouble := registry.trouble(name):
+        return Line(name=name, is_ready=False, detail=f"{trouble}; workers: {where}")
+    shape = [f"{model.dim} dimensions"] if model.dim else []
+    if not model.dim and model.max_tokens:
+        shape = [f"context of {model.max_tokens} tokens"]
+    return Line(
+        name=name,
+        is_ready=True,
+        detail=f"{', '.join((model.task, model.dtype, *shape))}; workers: {where}",
+    )

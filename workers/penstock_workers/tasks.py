@@ -14,7 +14,7 @@ from penstock.errors import PenstockError, ResultTooLargeError
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
 from penstock.result import Choice, EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
 from penstock.stream import Part
-from penstock_workers.batching import PATIENCE_S, HandBackError, Work, why_unwanted
+from penstock_workers.batching import PATIENCE_S, HandBackError, HasTokens, Work, why_unwanted
 from penstock_workers.cache import Embedded
 from penstock_workers.engines.formats import row_bytes
 from penstock_workers.engines.thinking import Thought
@@ -108,7 +108,7 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
     works: list[Work[Any, Any]] = []
 
     def compute(texts: list[str]) -> list[Embedded]:
-        items = served.engine.prepare(request.model_copy(update={"texts": texts}))
+        items: Sequence[HasTokens] = served.engine.prepare(request.model_copy(update={"texts": texts}))
         work = served.batcher.submit(
             delivery.job_id,
             items,
@@ -150,7 +150,7 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
     """
     arrived, clock = time.time(), time.perf_counter()
     served = serving.find(request.model, ServedGenerator)
-    prompt = served.engine.prepare(request)
+    prompt: Any = served.engine.prepare(request)
     _check_size(prompt)
     prepared_s = time.perf_counter() - clock
     with delivery.streams.open(delivery.job_id, delivery.reply_to) as stream:

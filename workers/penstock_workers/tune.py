@@ -120,7 +120,11 @@ def choose_names(settings: Settings, pool: PoolName, models: Sequence[str]) -> l
     Raises:
         ConfigError: there is none, or not one of those asked for.
     """
-    known = [name for name, model in settings.models.items() if pool in model.pools and model.task == "embed"]
+    known = [
+        name
+        for name, model in settings.models.items()
+        if pool in model.pools and model.task == "embed" and model.engine != "remote"
+    ]
     if wrong := [name for name in models if name not in known]:
         names = ", ".join(known) or "none"
         raise ConfigError([f"pool {pool} embeds with no {name!r}; its models: {names}" for name in wrong])

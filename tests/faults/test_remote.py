@@ -1,0 +1,139 @@
+"""Remote models through real workers, as their callers see them."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from penstock import Client, UpstreamRefusedError, UpstreamUnavailableError
+from tests.deployment import Server, WorkerProcess
+from tests.eventually import eventually
+from tests.upstream import ANSWER, DIM, TOKEN, Upstream, says, vector_of, waits_for
+
+TOML = """
+[models.hosted]
+task = "embed"
+engine = "remote"
+source = "{url}/v1"
+rate_limit = {{ requests_per_minute = 6000 }}
+remote = {{ token_env = "UPSTREAM_KEY", dim = {dim} }}
+
+[models.chat]
+task = "generate"
+engine = "remote"
+source = "{url}/v1"
+remote = {{ token_env = "UPSTREAM_KEY" }}
+"""
+PENSTOCK = str(Path(sys.executable).with_name("penstock"))
+
+
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    """A server of hosted models."""
+    with Upstream().running() as running:
+        yield running
+
+
+@contextmanager
+def workers(folder: Path, server: Server, upstream: Upstream, n: int) -> Iterator[list[WorkerProcess]]:
+    """Run worker processes that ask the server."""
+    toml = TOML.format(url=upstream.url, dim=DIM)
+    running = [
+        WorkerProcess(
+            folder,
+            server,
+            toml=toml,
+            queues="cpu.hosted,cpu.chat",
+            environment={"UPSTREAM_KEY": TOKEN, "HF_TOKEN": "hf_somebody_elses"},
+        )
+        for _ in range(n)
+    ]
+    try:
+        for worker in running:
+            worker.wait_until_ready()
+        yield running
+    finally:
+        for worker in running:
+            worker.stop()
+
+
+def test_remote_models_are_served_like_others(own: Server, upstream: Upstream, tmp_path: Path) -> None:
+    """Vectors, answers and streams come back; the token is in no log, registry or status."""
+    with workers(tmp_path, own, upstream, 1) as (worker,), Client(own.broker_url) as client:
+        vectors = client.embed(["a", "b"], model="hosted")
+        answer = client.generate("Who?", model="chat")
+        pieces = [piece.text for piece in client.stream("Who?", model="chat")]
+        registry = client.registry()
+        status = told(worker)
+        log = worker.log
+
+    assert np.allclose(vectors, [vector_of("a"), vector_of("b")], atol=1e-6)
+    assert (answer.text, answer.usage.prompt_tokens) == ("".join(ANSWER), 11)
+    assert "".join(pieces) == answer.text
+    assert (registry.models["hosted"].dim, registry.models["hosted"].dtype) == (DIM, "remote")
+    assert {seen.headers["authorization"] for seen in upstream.seen} == {f"Bearer {TOKEN}"}
+    assert TOKEN not in f"{registry} {status} {log}"
+    assert "somebody" not in json.dumps([dict(seen.headers) for seen in upstream.seen])
+
+
+def test_a_pause_holds_every_worker_and_is_told(own: Server, upstream: Upstream, tmp_path: Path) -> None:
+    """One worker's 429 stops the others; status and the callers who cannot wait hear why and how long."""
+    upstream.plan.append(says(429, Retry_After="30"))
+    with workers(tmp_path, own, upstream, 2) as (worker, _), Client(own.broker_url) as client:
+        with pytest.raises(UpstreamUnavailableError) as caught:
+            client.submit_embed(["a"], model="hosted", deadline_s=10).result(timeout_s=15)
+        eventually(lambda: len(client.registry().workers) == 2)
+        others = [client.submit_embed([f"{i}"], model="hosted", deadline_s=10) for i in range(6)]
+        errors = [failure(job) for job in others]
+        eventually(lambda: "429" in client.registry().trouble("hosted"))
+        status = told(worker)
+
+    assert 20 < caught.value.retry_after_s <= 30
+    assert all(isinstance(error, UpstreamUnavailableError) for error in errors)
+    assert len([seen for seen in upstream.seen if seen.texts]) == 1
+    (line,) = (line for line in status["models"] if line["name"] == "hosted")
+    assert "on hold: 429" in line["detail"]
+    assert not line["is_ready"]
+
+
+def test_a_refusal_names_the_variable(own: Server, upstream: Upstream, tmp_path: Path) -> None:
+    """A token that is not accepted fails each job at once, by the name of its variable."""
+    upstream.always = lambda _: says(401, {"error": {"message": f"bad key {TOKEN}"}})
+    with workers(tmp_path, own, upstream, 1) as (worker,), Client(own.broker_url) as client:
+        with pytest.raises(UpstreamRefusedError, match="UPSTREAM_KEY") as caught:
+            client.embed(["a"], model="hosted")
+        log = worker.log
+
+    assert caught.value.status == 401
+    assert TOKEN not in f"{caught.value} {log}"
+
+
+def test_a_cancelled_job_gives_its_request_up(own: Server, upstream: Upstream, tmp_path: Path) -> None:
+    """The connection to the server is closed when nobody waits any more."""
+    upstream.always = lambda _: waits_for(threading.Event())
+    with workers(tmp_path, own, upstream, 1), Client(own.broker_url) as client:
+        job = client.submit_generate("Who?", model="chat")
+        eventually(lambda: upstream.in_flight == 1)
+        assert job.cancel()
+        eventually(lambda: upstream.n_abandoned == 1)
+
+
+def failure(job: object) -> BaseException:
+    """Return why a job failed."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011  the kind is asserted by the caller
+        job.result(timeout_s=15)  # type: ignore[attr-defined]  # a job of either kind
+    return caught.value
+
+
+def told(worker: WorkerProcess) -> dict:
+    """Return what `penstock status` says."""
+    done = subprocess.run(
+        [PENSTOCK, "status", "--json"], env=worker.environment, capture_output=True, text=True, check=False
+    )
+    return json.loads(done.stdout)
