@@ -133,7 +133,7 @@ def load_model(
         return _load_remote(name, model, settings)
     assert device is not None
     if model.task == "embed":
-        from penstock_workers.engines.embedding import Embedder, Encoded
+        from penstock_workers.engines.embedding import Embedder
 
         embedder = Embedder.load(name, model, device)
         return ServedEmbedder(

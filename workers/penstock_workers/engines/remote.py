@@ -103,8 +103,10 @@ class Turns:
         fields: what is sent, but for the model's id.
         n_tokens: of the prompt; by estimate, then as the server counted.
         n_new_tokens: the most there may be, then those there are.
-        cut_tokens: always 0; nothing is cut here.
         has_format: the answer has to be JSON.
+        cut_tokens: always 0; nothing is cut here.
+        n_choices: always 1.
+        n_likeliest: always None; no log-probabilities.
     """
 
     fields: Mapping[str, Any]
@@ -112,6 +114,12 @@ class Turns:
     n_new_tokens: int
     has_format: bool
     cut_tokens: int = 0
+    n_choices: int = 1
+    n_likeliest: None = None
+
+    def choices(self) -> list[Self]:
+        """Return what is asked for each answer."""
+        return [self]
 
     @property
     def cost_tokens(self) -> int:
@@ -129,6 +137,7 @@ class Answer:
         n_tokens: new tokens, as the server counted.
         reasoning: what it thought before, where the server tells it apart.
         tool_calls: none: tools are refused.
+        logprobs: none, likewise.
     """
 
     text: str
@@ -136,6 +145,7 @@ class Answer:
     n_tokens: int
     reasoning: str | None = None
     tool_calls: None = None
+    logprobs: None = None
 
 
 class Server:
@@ -539,13 +549,18 @@ class RemoteGenerator(Server):
             InvalidFormatError: not one of OpenAI's formats.
         """
         options = request.options().over(self._defaults)
-        if options.truncation == "oldest_turns" or options.context_window is not None:
+        if options.truncation in ("oldest_turns", "middle") or options.context_window is not None:
             name = "context_window" if options.context_window is not None else "truncation"
             raise InvalidOptionError(name, "set", "a remote model's tokens cannot be counted here")
         has_calls = any(turn.tool_calls or turn.role == "tool" for turn in request.history)
-        for name, is_set in (("mode", request.mode == "complete"), ("tools", request.tools or has_calls)):
-            if is_set:
-                raise InvalidOptionError(name, "set", "remote models are asked for plain answers to turns")
+        foreign = {
+            "mode": request.mode == "complete",
+            "tools": request.tools or has_calls,
+            "n": request.n > 1,
+            "logprobs": request.logprobs,
+        }
+        for name in (name for name, is_set in foreign.items() if is_set):
+            raise InvalidOptionError(name, "set", "remote models are asked for one plain answer to turns")
         wanted = request.response_format
         if wanted and wanted["type"] in ("regex", "choice"):
             raise InvalidFormatError(
