@@ -6,7 +6,7 @@
 -- | `penstock:wake:<list>` | list | a token that wakes an idle worker; for 2 s at most | `push`, whatever refills a list; idle workers by BRPOP |
 -- | `unacked` | hash | tag -> message that a worker holds | these scripts; senders look (HEXISTS) |
 -- | `unacked_index` | sorted set | tag -> end of its lease, on this server's clock | these scripts |
--- | `penstock:leases` | hash | tag -> token of who holds it, newline, the list it came from | these scripts |
+-- | `penstock:leases` | hash | tag -> token of who holds it, the list it came from, its cost in tokens, its bytes; by lines | these scripts |
 -- | `penstock:lost` | hash | tag -> leases that ran out; 0 after a hand-back; gone with the acknowledgement | these scripts |
 -- | `penstock:due` | sorted set | tag -> when a delayed message is due, Unix seconds | these scripts |
 -- | `penstock:delayed` | hash | tag -> length of the list's name, colon, that name, message | these scripts |
@@ -14,9 +14,13 @@
 -- | `penstock:untold` | sorted set | entry of `penstock:dead` whose sender must hear -> when another worker may tell | `bury`, `claim_untold`; workers |
 -- | `penstock:sweep` | hash | when leases were last looked through, and from when on they may be taken over | `take_over` |
 -- | `penstock:serial` | string | counter that tells two messages of one tag apart | these scripts |
+-- | `penstock:load:<queue>` | hash | jobs `n:`, tokens `t:` and bytes `b:` that wait in each level and are `held` | these scripts |
 --
 -- A tag is the message's own `delivery_tag`. A token names one pop of one process, so what a process took twice
 -- has two tokens: only the last holder acknowledges, renews or hands back.
+--
+-- The cost of a message is the property `cost`, tokens, which our senders write; without it, a token for four bytes.
+-- What is not marked so, or was put into a list by others, is counted by the list's length.
 --
 -- Each script begins with a marker line, gets the shared part before it, and runs as a whole. Those marked
 -- allow-oom run on a full server too: they are how it becomes less full. Needs Redis 7 or Valkey.
@@ -25,6 +29,8 @@
 local UNACKED, INDEX, LEASES = 'unacked', 'unacked_index', 'penstock:leases'
 local LOST, DUE, DELAYED = 'penstock:lost', 'penstock:due', 'penstock:delayed'
 local DEAD, UNTOLD, SWEEP, SERIAL = 'penstock:dead', 'penstock:untold', 'penstock:sweep', 'penstock:serial'
+local LOAD = 'penstock:load:'
+local LEVELS = {'0', '3', '6', '9'}
 
 local function now()
   local time = redis.call('TIME')
@@ -57,22 +63,97 @@ end
 
 local function tag_in(name) return string.match(name, '^[^\n]*') end
 
--- The list that the message came from if `token` holds it, else nil.
+local function queue_of(list) return string.match(list, '^[^\6]*') end
+local function level_of(list) return string.match(list, '\6\22(%d)') or '0' end
+
+-- kombu's name of a level's list.
+local function list_of(queue, level) return level == '0' and queue or queue .. '\6\22' .. level end
+
+-- Tokens, bytes, and whether its sender has said the tokens.
+local function cost_of(message)
+  local tokens = string.match(string.sub(message, -512), '"cost"%s*:%s*(%d+)')
+  return math.min(tonumber(tokens) or math.ceil(#message / 4), 1e9), #message, tokens ~= nil
+end
+
+-- What moves is noted here and written by `settle`, once for each script that runs.
+local moved = {}
+
+local function note(queue, what)
+  local key = queue .. '\n' .. what
+  moved[key] = moved[key] or {queue = queue, what = what, n = 0, t = 0, b = 0}
+  return moved[key]
+end
+
+local function count(queue, what, n, tokens, bytes)
+  local sum = note(queue, what)
+  sum.n, sum.t, sum.b = sum.n + n, sum.t + n * tokens, sum.b + n * bytes
+end
+
+-- An empty list holds nothing, whatever was counted: others may have emptied it.
+local function forget(queue, what)
+  local sum = note(queue, what)
+  sum.is_new, sum.n, sum.t, sum.b = true, 0, 0, 0
+end
+
+local function settle()
+  for _, sum in pairs(moved) do
+    local key = LOAD .. sum.queue
+    local n, t, b = 'n:' .. sum.what, 't:' .. sum.what, 'b:' .. sum.what
+    if sum.is_new then redis.call('HDEL', key, n, t, b) end
+    if sum.n ~= 0 or sum.t ~= 0 then
+      redis.call('HINCRBY', key, t, sum.t)
+      redis.call('HINCRBY', key, b, sum.b)
+      if redis.call('HINCRBY', key, n, sum.n) <= 0 then redis.call('HDEL', key, n, t, b) end
+    end
+  end
+  moved = {}
+end
+
+-- Puts a message into a list, as the next one or as the last. Returns the list's length, or an error.
+local function insert(list, message, as_next)
+  local length = redis.pcall(as_next and 'RPUSH' or 'LPUSH', list, message)
+  if type(length) ~= 'number' then return length end
+  local tokens, bytes, is_marked = cost_of(message)
+  if is_marked then
+    if length == 1 then forget(queue_of(list), level_of(list)) end
+    count(queue_of(list), level_of(list), 1, tokens, bytes)
+  end
+  wake(list)
+  return length
+end
+
+-- Takes the next message out of a list; the caller has read it.
+local function remove(list, message)
+  redis.call('RPOP', list)
+  local tokens, bytes, is_marked = cost_of(message)
+  if is_marked then count(queue_of(list), level_of(list), -1, tokens, bytes) end
+  if redis.call('EXISTS', list) == 0 then forget(queue_of(list), level_of(list)) end
+end
+
+-- The list that the message came from if `token` holds it, else nil; its tokens and bytes.
 local function list_held(name, token)
   local lease = redis.call('HGET', LEASES, name)
-  if lease and string.sub(lease, 1, #token + 1) == token .. '\n' then return string.sub(lease, #token + 2) end
+  if lease and string.sub(lease, 1, #token + 1) == token .. '\n' then
+    local list, tokens, bytes = string.match(lease, '\n([^\n]*)\n?(%d*)\n?(%d*)$')
+    return list, tonumber(tokens) or 0, tonumber(bytes) or 0
+  end
 end
+
+local function lease_of(token, list, tokens, bytes) return table.concat({token, list, tokens, bytes}, '\n') end
 
 local function hold(name, message, token, list, lease_end)
+  local tokens, bytes = cost_of(message)
   redis.call('HSET', UNACKED, name, message)
   redis.call('ZADD', INDEX, lease_end, name)
-  redis.call('HSET', LEASES, name, token .. '\n' .. list)
+  redis.call('HSET', LEASES, name, lease_of(token, list, tokens, bytes))
+  count(queue_of(list), 'held', 1, tokens, bytes)
 end
 
-local function drop(name)
+local function drop(name, list, tokens, bytes)
   redis.call('ZREM', INDEX, name)
   redis.call('HDEL', UNACKED, name)
   redis.call('HDEL', LEASES, name)
+  if list ~= '' then count(queue_of(list), 'held', -1, tokens, bytes) end
 end
 
 local function delay(list, message, due)
@@ -82,14 +163,14 @@ local function delay(list, message, due)
 end
 
 -- Back to where it came from, as the next one or as the last.
-local function put_back(name, list, as_next)
+local function put_back(name, list, tokens, bytes, as_next)
   local message = redis.call('HGET', UNACKED, name)
   if message then
-    redis.call(as_next and 'RPUSH' or 'LPUSH', list, message)
+    -- A key of that name which is no list: the lease runs out, and it becomes a dead letter.
+    if type(insert(list, message, as_next)) ~= 'number' then return end
     redis.call('HSETNX', LOST, tag_in(name), 0)
-    wake(list)
   end
-  drop(name)
+  drop(name, list, tokens, bytes)
 end
 
 -- script: push
@@ -102,10 +183,11 @@ for i = 1, #ARGV, 2 do
     delay(KEYS[1], ARGV[i], due)
     n_waiting = 0
   else
-    n_waiting = redis.call('LPUSH', KEYS[1], ARGV[i])
-    wake(KEYS[1])
+    n_waiting = insert(KEYS[1], ARGV[i], false)
+    if type(n_waiting) ~= 'number' then break end
   end
 end
+settle()
 return n_waiting
 
 -- script: pop allow-oom
@@ -133,7 +215,7 @@ local function take(list)
   end
   local name = free_name(UNACKED, tag)
   hold(name, message, token, list, lease_end)
-  redis.call('RPOP', list)
+  remove(list, message)
   share[list] = share[list] - 1
   for _, field in ipairs({list, name, lost, message}) do taken[#taken + 1] = field end
   return true
@@ -163,6 +245,7 @@ for level = 0, #KEYS / n_queues - 1 do
     end
   end
 end
+settle()
 return taken
 
 -- script: ack allow-oom
@@ -170,13 +253,15 @@ return taken
 -- Returns the tags that the token does not hold: others have taken them over.
 local theirs = {}
 for i = 1, #ARGV, 2 do
-  if list_held(ARGV[i], ARGV[i + 1]) then
-    drop(ARGV[i])
+  local list, tokens, bytes = list_held(ARGV[i], ARGV[i + 1])
+  if list then
+    drop(ARGV[i], list, tokens, bytes)
     redis.call('HDEL', LOST, tag_in(ARGV[i]))
   else
     theirs[#theirs + 1] = ARGV[i]
   end
 end
+settle()
 return theirs
 
 -- script: renew allow-oom
@@ -195,24 +280,27 @@ return theirs
 -- script: hand_back allow-oom
 -- ARGV: 1 to be the next ones in their lists, 0 the last, then tag, token; of each. Counts no lost lease.
 for i = 2, #ARGV, 2 do
-  local list = list_held(ARGV[i], ARGV[i + 1])
-  if list then put_back(ARGV[i], list, ARGV[1] == '1') end
+  local list, tokens, bytes = list_held(ARGV[i], ARGV[i + 1])
+  if list then put_back(ARGV[i], list, tokens, bytes, ARGV[1] == '1') end
 end
+settle()
 
 -- script: reclaim allow-oom
 -- ARGV: token of a pop whose reply never arrived. Hands back what it took.
 local leases = redis.call('HGETALL', LEASES)
 for i = 1, #leases, 2 do
-  local list = list_held(leases[i], ARGV[1])
-  if list then put_back(leases[i], list, true) end
+  local list, tokens, bytes = list_held(leases[i], ARGV[1])
+  if list then put_back(leases[i], list, tokens, bytes, true) end
 end
+settle()
 
 -- script: postpone allow-oom
 -- ARGV: tag, token, when it is due. For a message that a foreign sender put in its list before it was due.
-local list = list_held(ARGV[1], ARGV[2])
+local list, tokens, bytes = list_held(ARGV[1], ARGV[2])
 if list then
   delay(list, redis.call('HGET', UNACKED, ARGV[1]), tonumber(ARGV[3]))
-  drop(ARGV[1])
+  drop(ARGV[1], list, tokens, bytes)
+  settle()
 end
 
 -- script: move_due allow-oom
@@ -226,8 +314,7 @@ for i = #names, 1, -1 do
   if entry and digits then
     local list_end = #digits + 1 + tonumber(digits)
     local list = string.sub(entry, #digits + 2, list_end)
-    is_moved = type(redis.pcall('RPUSH', list, string.sub(entry, list_end + 1))) == 'number'
-    if is_moved then wake(list) end
+    is_moved = type(insert(list, string.sub(entry, list_end + 1), true)) == 'number'
   end
   if is_moved then
     redis.call('HDEL', DELAYED, names[i])
@@ -236,6 +323,7 @@ for i = #names, 1, -1 do
     redis.call('ZADD', DUE, now() + 60, names[i]) -- its list is none: the others must not wait for it
   end
 end
+settle()
 local first = redis.call('ZRANGE', DUE, 0, 0, 'WITHSCORES')
 local wait_ms = -1
 if first[2] then wait_ms = math.max(0, math.ceil((tonumber(first[2]) - now()) * 1000)) end
@@ -256,8 +344,8 @@ if time - last > 0.6 * lease and time > from + 2 * lease then from = time + leas
 redis.call('HSET', SWEEP, 'last', time, 'from', from)
 if time < from then return reply end
 
-local function claim(name, list, n_deliveries, message)
-  redis.call('HSET', LEASES, name, ARGV[4] .. '\n' .. list)
+local function claim(name, list, tokens, bytes, n_deliveries, message)
+  redis.call('HSET', LEASES, name, lease_of(ARGV[4], list, tokens, bytes))
   redis.call('ZADD', INDEX, time + lease, name)
   for _, field in ipairs({list, name, n_deliveries, message}) do reply[#reply + 1] = field end
 end
@@ -266,36 +354,39 @@ local names = redis.call('ZRANGEBYSCORE', INDEX, '-inf', time, 'LIMIT', 0, tonum
 for i = #names, 1, -1 do -- whose lease ran out first is the next one in its list
   local name = names[i]
   local message, holder = redis.call('HGET', UNACKED, name), redis.call('HGET', LEASES, name)
+  local list, tokens, bytes = '', 0, 0
+  if holder then list, tokens, bytes = list_held(name, string.match(holder, '^[^\n]*')) end
   if not message then
-    drop(name)
+    drop(name, list, tokens, bytes)
   elseif not holder then
     -- Stock kombu's, whose score is when it was taken: nobody returns it once its hour is over.
-    if tonumber(redis.call('ZSCORE', INDEX, name)) < time - 3600 then claim(name, '', 0, message) end
+    if tonumber(redis.call('ZSCORE', INDEX, name)) < time - 3600 then claim(name, '', 0, 0, 0, message) end
   else
     reply[1] = reply[1] + 1
-    local list, tag = string.match(holder, '\n(.*)$'), tag_in(name)
+    local tag = tag_in(name)
     local lost = tonumber(redis.call('HGET', LOST, tag) or 0)
     if lost < most then lost = redis.call('HINCRBY', LOST, tag, 1) end
-    local length = lost < most and redis.pcall('RPUSH', list, message)
-    if type(length) == 'number' then
-      wake(list)
-      drop(name)
+    if lost < most and type(insert(list, message, true)) == 'number' then
+      drop(name, list, tokens, bytes)
     else
-      claim(name, list, lost, message)
+      claim(name, list, tokens, bytes, lost, message)
     end
   end
 end
+settle()
 return reply
 
 -- script: bury allow-oom
 -- ARGV: tag, token, JSON object without `at`, 1 if its sender must hear of it, seconds until another may tell.
 -- Returns the entry of the dead-letter list, or nil if the token does not hold the message.
-if not list_held(ARGV[1], ARGV[2]) then return false end
+local list, tokens, bytes = list_held(ARGV[1], ARGV[2])
+if not list then return false end
 local entry = string.sub(ARGV[3], 1, -2) .. string.format(',"at":%.6f}', now())
 redis.call('RPUSH', DEAD, entry)
 if ARGV[4] == '1' then redis.call('ZADD', UNTOLD, now() + tonumber(ARGV[5]), entry) end
-drop(ARGV[1])
+drop(ARGV[1], list, tokens, bytes)
 redis.call('HDEL', LOST, tag_in(ARGV[1]))
+settle()
 return entry
 
 -- script: revive
@@ -305,6 +396,7 @@ if redis.call('LREM', DEAD, 1, ARGV[1]) == 0 then return false end
 redis.call('ZREM', UNTOLD, ARGV[1])
 local name = free_name(UNACKED, tag_of(ARGV[2]))
 hold(name, ARGV[2], ARGV[4], ARGV[3], now() + tonumber(ARGV[5]))
+settle()
 return name
 
 -- script: claim_untold allow-oom

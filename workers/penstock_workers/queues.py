@@ -95,7 +95,7 @@ class Queues:
             names = {queue_name(pool, model.name) for model in announced for pool in model.pools}
             for name, model in self._settings.models.items():
                 names |= {queue_name(pool, name) for pool in model.pools}
-            held = Counter(_queue_of(lease.partition(b"\n")[2]) for lease in self._hash(LEASES_KEY).values())
+            held = Counter(_queue_of(lease.split(b"\n")[1]) for lease in self._hash(LEASES_KEY).values())
             delayed = Counter(_queue_of(_list_of(entry)) for entry in self._hash(DELAYED_KEY).values())
             dead = Counter(job.queue for job in self.dead())
             return [self._state(name, held, delayed, dead) for name in sorted(names)]
