@@ -194,7 +194,8 @@ class AsyncJob(Generic[T]):
                     self._note.clear()
                     with contextlib.suppress(BrokerUnavailableError):  # it may come back before the timeout
                         entries = await self._store.read_stream(self.id, last_id)
-                        outcome = self._told() or await self._look()
+                        # Pieces first: behind the last of them the next look finds none, and asks.
+                        outcome = self._told() or (None if entries else await self._look())
                         if entries or outcome is not None:
                             return entries, outcome
                     await self._hear()

@@ -10,11 +10,12 @@ import logging
 import math
 import threading
 import time
+from abc import ABC, abstractmethod
 from bisect import insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final, Generic, NoReturn, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,6 +124,21 @@ def cut_by_count(max_items: int) -> Cut:
     return lambda lengths, _: range(min(len(lengths), max_items))
 
 
+def why_unwanted(
+    job_id: str, deadline: float | None, is_unwanted: Callable[[], bool]
+) -> DeadlineExceededError | JobCancelledError | None:
+    """Return why nobody waits for a job any more; None while somebody does.
+
+    Args:
+        job_id: the job.
+        deadline: Unix seconds.
+        is_unwanted: says whether it was cancelled.
+    """
+    if deadline is not None and (late_s := time.time() - deadline) > 0:
+        return DeadlineExceededError(job_id, late_s)
+    return JobCancelledError(job_id) if is_unwanted() else None
+
+
 class Work(Generic[I, A]):
     """One job's items, answered as a whole.
 
@@ -172,6 +188,12 @@ class Work(Generic[I, A]):
         """Answer with an error; what still waits of it is dropped. Any thread may call."""
         self._end(error=error)
 
+    def is_dropped(self) -> bool:
+        """Fail it if nobody waits for it any more; return whether it is over."""
+        if not self.is_over and (error := why_unwanted(self.job_id, self.deadline, self.is_unwanted)):
+            self.fail(error)
+        return self.is_over
+
     @property
     def is_started(self) -> bool:
         """Whether the model has seen any item of it."""
@@ -214,7 +236,51 @@ class Work(Generic[I, A]):
 Entry = tuple[Work[I, A], int]
 
 
-class Batcher(Generic[I, A]):
+class ModelThread(ABC, Generic[I, A]):
+    """The one thread that touches a model.
+
+    When it ends, what it has not seen is handed back. What it has seen may be why it ended, and stays with
+    this process, which ends too: its lease runs out and is counted, and a job that ends every worker is given
+    up in the end.
+
+    Args:
+        name: of the model, for logs and errors.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._changed = threading.Condition()
+        self._busy_since: float | None = None
+        self._death: BaseException | None = None
+        threading.Thread(target=self._live, name=f"model-{name}", daemon=True).start()
+
+    def is_stalled(self, stall_s: float) -> bool:
+        """Whether the thread has ended, or shown no sign of life for this long, in seconds."""
+        since = self._busy_since
+        return self._death is not None or (since is not None and time.perf_counter() - since > stall_s)
+
+    @abstractmethod
+    def _serve(self) -> NoReturn:
+        """Take jobs and answer them; `_busy_since` says since when, and moves with every sign of life."""
+
+    @abstractmethod
+    def _give_up(self) -> Iterable[Work[I, A]]:
+        """Forget all jobs that were not answered, and return them."""
+
+    def _live(self) -> None:
+        try:
+            self._serve()
+        except BaseException as death:
+            logger.critical("model thread ended", extra={"model": self.name}, exc_info=True)
+            with self._changed:
+                # From now on jobs wait until the process ends, so that no further ones are taken.
+                self._death = death
+                for work in self._give_up():
+                    if not work.is_started:
+                        work.fail(HandBackError(f"the model thread of {self.name} has ended"))
+
+
+class Batcher(ModelThread[I, A]):
     """Joins the items of concurrent jobs into batches and computes them in a thread of its own.
 
     Args:
@@ -224,17 +290,11 @@ class Batcher(Generic[I, A]):
     """
 
     def __init__(self, name: str, run: Run[I, A], cut: Cut) -> None:
-        self.name = name
         self._run, self._cut = run, cut
         self._works: list[Work[I, A]] = []  # with waiting items, most urgent first
-        self._running: list[Entry[I, A]] = []
-        self._changed = threading.Condition()
-        self._busy_since: float | None = None
-        self._death: BaseException | None = None
         self._memory_tokens = math.inf  # what a batch may hold, as far as lacks of memory have told
         self._done_tokens = self._done_s = 0.0
-        self._thread = threading.Thread(target=self._live, name=f"model-{name}", daemon=True)
-        self._thread.start()
+        super().__init__(name)
 
     def submit(
         self,
@@ -261,56 +321,32 @@ class Batcher(Generic[I, A]):
             if items and self._death is None:
                 insort(self._works, work, key=lambda work: work.due)
                 self._changed.notify()
-        # After the thread's death it waits until the process ends, so that no further jobs are taken.
         return work
-
-    def is_stalled(self, stall_s: float) -> bool:
-        """Whether the model thread has ended, or shown no sign of life for this long, in seconds."""
-        since = self._busy_since
-        return self._death is not None or (since is not None and time.perf_counter() - since > stall_s)
 
     @property
     def tokens_per_s(self) -> float | None:
         """Tokens of items computed per second, recent batches weighing most; None before the first."""
         return self._done_tokens / self._done_s if self._done_s else None
 
-    def _live(self) -> None:
-        try:
-            while True:
-                self._running = batch = self._take()
-                self._busy_since = started = time.perf_counter()
-                self._compute(batch)
-                self._busy_since = None
-                self._measure(batch, time.perf_counter() - started)
-        except BaseException as death:
-            logger.critical("model thread ended", extra={"model": self.name}, exc_info=True)
-            with self._changed:
-                self._death = death
-                # What it has seen may be why it died, and stays with this process, which ends now: its lease
-                # runs out and is counted, and a job that ends every worker is given up in the end.
-                for work in self._works:
-                    if not work.is_started:
-                        work.fail(HandBackError(f"the model thread of {self.name} has ended"))
-                self._works.clear()
+    def _serve(self) -> NoReturn:
+        while True:
+            batch = self._take()
+            self._busy_since = started = time.perf_counter()
+            self._compute(batch)
+            self._busy_since = None
+            self._measure(batch, time.perf_counter() - started)
+
+    def _give_up(self) -> Iterable[Work[I, A]]:
+        works, self._works = self._works, []
+        return works
 
     def _take(self) -> list[Entry[I, A]]:
         with self._changed:
             while True:
-                now = time.time()
-                self._drop(now)
+                self._works = [work for work in self._works if not work.is_dropped()]
                 if self._works:
-                    return self._next_batch(now)
+                    return self._next_batch(time.time())
                 self._changed.wait()
-
-    def _drop(self, now: float) -> None:
-        """Forget jobs that are late, cancelled, or have failed."""
-        for work in self._works:
-            if work.deadline is not None and work.deadline < now:
-                work.fail(DeadlineExceededError(work.job_id, now - work.deadline))
-            elif work.is_unwanted():
-                work.fail(JobCancelledError(work.job_id))
-        if any(work.is_over for work in self._works):
-            self._works = [work for work in self._works if not work.is_over]
 
     def _next_batch(self, now: float) -> list[Entry[I, A]]:
         parts: list[Lengths] = []

@@ -4,16 +4,12 @@ The counterpart of `batching` for text that grows: a batch there is cut once, he
 nothing of models: an engine has rows and steps.
 """
 
-import logging
-import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
-from typing import Final, Generic, Protocol, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Final, Generic, NoReturn, Protocol, TypeVar
 
-from penstock.errors import DeadlineExceededError, JobCancelledError, PenstockError
-from penstock_workers.batching import HandBackError, HasTokens, Work
-
-logger = logging.getLogger(__name__)
+from penstock.errors import PenstockError
+from penstock_workers.batching import HasTokens, ModelThread, Work
 
 SWEEP_S: Final = 0.2
 """How often jobs that wait are looked at; running ones are at every step."""
@@ -65,7 +61,7 @@ class MakeRow(Protocol[I_contra, R_co]):
         """Return the row."""
 
 
-class Scheduler(Generic[I, R, A]):
+class Scheduler(ModelThread[I, A], Generic[I, R, A]):
     """Answers the items of concurrent jobs in one batch that they join and leave.
 
     Args:
@@ -75,16 +71,11 @@ class Scheduler(Generic[I, R, A]):
     """
 
     def __init__(self, name: str, steps: Steps[R, A], make_row: MakeRow[I, R]) -> None:
-        self.name = name
         self._steps, self._make_row = steps, make_row
         self._arrived: list[tuple[Work[I, A], int, R]] = []
         self._rows: dict[R, tuple[Work[I, A], int]] = {}
-        self._changed = threading.Condition()
-        self._busy_since: float | None = None
-        self._death: BaseException | None = None
         self._n_tokens = self._seconds = 0.0
-        self._thread = threading.Thread(target=self._live, name=f"model-{name}", daemon=True)
-        self._thread.start()
+        super().__init__(name)
 
     def submit(
         self,
@@ -110,13 +101,7 @@ class Scheduler(Generic[I, R, A]):
             if self._death is None:
                 self._arrived += rows
                 self._changed.notify()
-        # After the thread's death it waits until the process ends, so that no further jobs are taken.
         return work
-
-    def is_stalled(self, stall_s: float) -> bool:
-        """Whether the model thread has ended, or shown no sign of life for this long, in seconds."""
-        since = self._busy_since
-        return self._death is not None or (since is not None and time.perf_counter() - since > stall_s)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -124,38 +109,26 @@ class Scheduler(Generic[I, R, A]):
         return self._n_tokens / self._seconds if self._seconds else None
 
     def _row(self, work: Work[I, A], index: int, item: I, listen: Listen | None) -> R:
-        def is_over() -> bool:
-            if work.deadline is not None and (late_s := time.time() - work.deadline) > 0:
-                work.fail(DeadlineExceededError(work.job_id, late_s))
-            elif not work.is_over and work.is_unwanted():
-                work.fail(JobCancelledError(work.job_id))
-            return work.is_over
-
         on_piece = None if listen is None else (lambda piece: listen(index, piece))
-        return self._make_row(item, is_over=is_over, on_start=work.start, on_piece=on_piece)
+        return self._make_row(item, is_over=work.is_dropped, on_start=work.start, on_piece=on_piece)
 
-    def _live(self) -> None:
-        try:
-            swept = time.perf_counter()
-            while True:
-                self._take()
-                began, n_before = time.perf_counter(), self._steps.n_tokens
-                self._busy_since = began
-                if began - swept > SWEEP_S:
-                    swept = began
-                    self._sweep()
-                self._step()
-                self._measure(self._steps.n_tokens - n_before, time.perf_counter() - began)
-        except BaseException as death:
-            # As in `batching`: what it has seen is left to its lease, the rest goes back into the queue.
-            logger.critical("model thread ended", extra={"model": self.name}, exc_info=True)
-            with self._changed:
-                self._death = death
-                for work in (*(w for w, _ in self._rows.values()), *(w for w, _, _ in self._arrived)):
-                    if not work.is_started:
-                        work.fail(HandBackError(f"the model thread of {self.name} has ended"))
-                self._rows.clear()
-                self._arrived.clear()
+    def _serve(self) -> NoReturn:
+        swept = time.perf_counter()
+        while True:
+            self._take()
+            began, n_before = time.perf_counter(), self._steps.n_tokens
+            self._busy_since = began
+            if began - swept > SWEEP_S:
+                swept = began
+                self._sweep()
+            self._step()
+            self._measure(self._steps.n_tokens - n_before, time.perf_counter() - began)
+
+    def _give_up(self) -> Iterable[Work[I, A]]:
+        works = [*(work for work, _ in self._rows.values()), *(work for work, _, _ in self._arrived)]
+        self._rows.clear()
+        self._arrived.clear()
+        return works
 
     def _take(self) -> None:
         """Let in who has arrived; waits for somebody if there is nothing to do."""

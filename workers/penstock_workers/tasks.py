@@ -9,10 +9,10 @@ from celery import Celery
 from celery.exceptions import Ignore, Reject
 
 from penstock.codec import MAX_RESULT_BYTES, TASK_NAMES, decode_request
-from penstock.errors import DeadlineExceededError, JobCancelledError, PenstockError, ResultTooLargeError
+from penstock.errors import PenstockError, ResultTooLargeError
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
 from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
-from penstock_workers.batching import PATIENCE_S, HandBackError, Work
+from penstock_workers.batching import PATIENCE_S, HandBackError, Work, why_unwanted
 from penstock_workers.cache import Embedded
 from penstock_workers.engines.formats import row_bytes
 from penstock_workers.serving import ServedEmbedder, ServedGenerator, Serving
@@ -58,9 +58,6 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], str
             if job_id in cancelled or _is_answered(self):
                 raise Ignore
             request = decode_request(self.name, args, kwargs)
-            late_s = time.time() - request.deadline if request.deadline else 0.0
-            if late_s > 0:
-                raise DeadlineExceededError(job_id, late_s)
             delivery = Delivery(
                 job_id=job_id,
                 priority=_priority(self),
@@ -68,6 +65,7 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], str
                 reply_to=self.request.reply_to,
                 streams=streams,
             )
+            _check_wanted(delivery, request)
             try:
                 return answer(delivery, request, serving)
             except HandBackError as error:
@@ -166,10 +164,8 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
 
 def _check_wanted(delivery: Delivery, request: Request) -> None:
     """Raise when nobody waits for a job any more."""
-    if request.deadline is not None and (late_s := time.time() - request.deadline) > 0:
-        raise DeadlineExceededError(delivery.job_id, late_s)
-    if delivery.is_unwanted():
-        raise JobCancelledError(delivery.job_id)
+    if error := why_unwanted(delivery.job_id, request.deadline, delivery.is_unwanted):
+        raise error
 
 
 def _timings(request: Request, arrived: float, prepared_s: float, works: Sequence[Work[Any, Any]]) -> Timings:
