@@ -2,6 +2,7 @@
 
 from penstock.blocking import Client, Job
 from penstock.client import AsyncClient
+from penstock.delay import Estimate
 from penstock.errors import (
     BrokerRefusedError,
     BrokerUnavailableError,
@@ -48,6 +49,7 @@ __all__ = [
     "ConfigError",
     "DeadlineExceededError",
     "EngineError",
+    "Estimate",
     "GenerateResult",
     "IncompleteOutputError",
     "InputTooLongError",

@@ -16,8 +16,10 @@ from penstock.client import (
     GenerateOptions,
     progress_bar,
 )
+from penstock.delay import Estimate
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, JobState, T
 from penstock.registry import ModelInfo, Registry
+from penstock.request import PriorityName
 from penstock.result import GenerateResult, Timings, Usage, Vectors
 from penstock.stream import OnRestart, Piece
 
@@ -117,6 +119,10 @@ class Client:
     def registry(self) -> Registry:
         """See `AsyncClient.registry`."""
         return self._run(self._started().registry())
+
+    def estimate(self, model: str, *, priority: PriorityName = "default") -> Estimate:
+        """See `AsyncClient.estimate`."""
+        return self._run(self._started().estimate(model, priority=priority))
 
     def embed(
         self,

@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import redis
 import redis.asyncio as aioredis
@@ -163,6 +163,7 @@ class Broker:
         self.url = url
         self._redis = connect(url, connect_timeout_s=connect_timeout_s)
         self._push = self._redis.register_script(scripts()["push"])
+        self._load = self._redis.register_script(scripts()["load"])
 
     async def registry(self) -> Registry:
         """Read what is served, in one round trip."""
@@ -179,6 +180,11 @@ class Broker:
         keys, arguments = push_arguments(key, *messages)
         with redis_errors(self.url):
             await self._push(keys=keys, args=arguments)
+
+    async def load(self, key: str) -> list[int]:
+        """Return jobs, tokens and bytes of a queue, and the tokens that go before what is pushed now."""
+        with redis_errors(self.url):
+            return cast("list[int]", await self._load(keys=[key]))
 
     async def is_taken(self, job_id: str) -> bool:
         """Say whether a worker holds the job; its id is its delivery tag."""

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, record_sent
 from penstock.codec import encode_message, queue_key, queue_name
+from penstock.delay import Estimate, count_tokens, predict
 from penstock.errors import (
     InvalidOptionError,
     TooManyTextsError,
@@ -140,6 +141,18 @@ class AsyncClient:
     async def registry(self) -> Registry:
         """Return models and workers as they are now."""
         return await self._read_registry(max_age_s=0)
+
+    async def estimate(self, model: str, *, priority: PriorityName = "default") -> Estimate:
+        """Say how long a job for `model` would wait if it was sent now.
+
+        Raises:
+            UnknownModelError: no worker ever announced it.
+        """
+        info = await self._find_model(model)
+        registry = await self._read_registry()
+        queue = queue_name(registry.choose_pool(info), model)
+        load = await self._broker.load(queue_key(queue, _priority(priority)))
+        return predict(queue, load, registry)
 
     async def embed(
         self,
@@ -367,6 +380,7 @@ class AsyncClient:
                 priority=priority,
                 reply_to=store.inbox.reply_to,
                 origin=self._origin,
+                n_tokens=count_tokens(request, registry, model),
             )
             for request, job in zip(requests, jobs, strict=True)
         ]
@@ -384,14 +398,14 @@ class AsyncClient:
         model = registry.models.get(name) if registry else None
         return registry.ready_workers(name, registry.choose_pool(model)) if registry and model else 0
 
-    async def _find_model(self, name: str, task: Task) -> ModelInfo:
+    async def _find_model(self, name: str, task: Task | None = None) -> ModelInfo:
         registry = await self._read_registry()
         if name not in registry.models:
             registry = await self._read_registry(max_age_s=0)
         model = registry.models.get(name)
         if model is None:
             raise UnknownModelError(name, sorted(registry.models))
-        if model.task != task:
+        if task is not None and model.task != task:
             raise WrongTaskError(name, model.task, task)
         return model
 

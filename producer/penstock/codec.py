@@ -54,9 +54,18 @@ def queue_key(queue: str, priority: int) -> str:
 
 
 def encode_message(
-    request: Request, *, job_id: str, queue: str, priority: Priority, reply_to: str, origin: str
+    request: Request,
+    *,
+    job_id: str,
+    queue: str,
+    priority: Priority,
+    reply_to: str,
+    origin: str,
+    n_tokens: int | None = None,
 ) -> bytes:
     """Return what is pushed onto the queue's list.
+
+    With `n_tokens`, what it is expected to cost, it has to be pushed by the script `push`, which counts it.
 
     Source: Celery's message protocol 2 (docs.celeryq.dev, Message Protocol) and the envelope of kombu's
     virtual transports; `body_encoding` utf-8 leaves out base64.
@@ -92,6 +101,8 @@ def encode_message(
             "delivery_info": {"exchange": "", "routing_key": queue},
             "priority": int(priority),
             "body_encoding": "utf-8",
+            # Here, where scripts find them: kombu's own order too.
+            **({} if n_tokens is None else {"cost": n_tokens}),
             "delivery_tag": job_id,
         },
     }

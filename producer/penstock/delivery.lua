@@ -173,6 +173,27 @@ local function put_back(name, list, tokens, bytes, as_next)
   drop(name, list, tokens, bytes)
 end
 
+-- What a queue has: jobs, tokens and bytes that wait or are held, and of the tokens those that are computed before
+-- a message of this level that comes now. What is not counted is taken for like what is held.
+local function load_of(queue, level)
+  local flat, fields = redis.call('HGETALL', LOAD .. queue), {}
+  for i = 1, #flat, 2 do fields[flat[i]] = tonumber(flat[i + 1]) end
+  local n, t, b = fields['n:held'] or 0, fields['t:held'] or 0, fields['b:held'] or 0
+  local plain_t, plain_b = n > 0 and t / n or 256, n > 0 and b / n or 1024
+  local ahead = t
+  for _, each in ipairs(LEVELS) do
+    local length = tonumber(redis.pcall('LLEN', list_of(queue, each))) or 0
+    local counted = math.min(fields['n:' .. each] or 0, length)
+    if length > 0 then
+      local tokens = (length - counted) * plain_t + (counted > 0 and fields['t:' .. each] or 0)
+      n, t = n + length, t + tokens
+      b = b + (length - counted) * plain_b + (counted > 0 and fields['b:' .. each] or 0)
+      if each <= level then ahead = ahead + tokens end
+    end
+  end
+  return n, t, b, ahead
+end
+
 -- script: push
 -- KEYS: the list. ARGV: of each message: itself, when it is due in Unix seconds or ''.
 -- Returns how many wait in the list; 0 if the last message is delayed.
@@ -409,3 +430,8 @@ return entries
 -- script: nudge allow-oom
 -- ARGV: process. Wakes its wait: a place has become free that it did not wait for.
 wake(ARGV[1])
+
+-- script: load allow-oom
+-- KEYS: a list. Returns jobs, tokens and bytes of its queue, and the tokens before a message that comes now.
+local n, t, b, ahead = load_of(queue_of(KEYS[1]), level_of(KEYS[1]))
+return {n, math.ceil(t), math.ceil(b), math.ceil(ahead)}

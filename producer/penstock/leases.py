@@ -66,7 +66,7 @@ def push_arguments(
 
     Args:
         key: the queue's list, see `codec.queue_key`.
-        messages: what workers get.
+        messages: what workers get; with the property `cost`, see docs/messages.md, they are counted by it.
         due_at: not before this, Unix seconds; None for at once.
     """
     due = "" if due_at is None else due_at

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any, Final, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
@@ -90,7 +91,9 @@ class WorkerInfo:
         started_at: Unix seconds.
         load_s: how long each model took to load, seconds.
         memory_bytes: resident memory of the process.
-        units_per_s: measured speed by model: tokens of texts, or new tokens, per second of computing.
+        units_per_s: measured speed by model: tokens of texts, or of prompts and answers, per second.
+        tokens_per_character: measured by model: prompt tokens in a character of what was sent.
+        answer_tokens: measured by model: tokens of an answer.
         cache_hits: texts by model that were answered without computing, where vectors are cached.
         cache_misses: texts by model that were computed, where vectors are cached.
         note: why it is not ready, else empty.
@@ -107,6 +110,8 @@ class WorkerInfo:
     load_s: Mapping[str, float] = field(default_factory=dict)
     memory_bytes: int = 0
     units_per_s: Mapping[str, float] = field(default_factory=dict)
+    tokens_per_character: Mapping[str, float] = field(default_factory=dict)
+    answer_tokens: Mapping[str, float] = field(default_factory=dict)
     cache_hits: Mapping[str, int] = field(default_factory=dict)
     cache_misses: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
@@ -148,14 +153,27 @@ class Registry:
         beats.sort(key=lambda beat: (beat[0].pool, beat[0].host, beat[0].pid))
         return cls(models=found, workers=tuple(beats), results=results.decode() if results else None)
 
-    def ready_workers(self, model: str, pool: PoolName) -> int:
+    def ready_workers(self, model: str, pool: str) -> int:
         """Count the live workers that take this model's jobs in this pool."""
         return sum(
             worker.pool == pool and model in worker.models and worker.state == "ready" and age_s <= ALIVE_S
             for worker, age_s in self.workers
         )
 
-    def speeds(self, model: str, pool: PoolName) -> list[float]:
+    def tokens_per_s(self, model: str, pool: str) -> float | None:
+        """Return what the ready workers of a model do together; None before the first has measured itself.
+
+        One that has not is taken for like the others.
+        """
+        speeds = self.speeds(model, pool)
+        return fmean(speeds) * self.ready_workers(model, pool) if speeds else None
+
+    def measured(self, model: str, name: Literal["tokens_per_character", "answer_tokens"]) -> float | None:
+        """Return the mean over workers of a measure of `WorkerInfo`; None before the first."""
+        found = [values[model] for worker, _ in self.workers if model in (values := getattr(worker, name))]
+        return fmean(found) if found else None
+
+    def speeds(self, model: str, pool: str) -> list[float]:
         """Return the measured speeds of the live workers that take this model's jobs, tokens per second."""
         return [
             worker.units_per_s[model]

@@ -232,9 +232,14 @@ class EmbedRequest(_Request):
         _check_bytes([text] if text else [])
         return text
 
+    @property
+    def n_characters(self) -> int:
+        """Of all texts."""
+        return sum(map(len, self.texts))
+
     def summary(self) -> str:
         """Say how much is asked, without a word of it: for logs and Flower."""
-        return f"{len(self.texts):,} texts, {sum(map(len, self.texts)):,} characters"
+        return f"{len(self.texts):,} texts, {self.n_characters:,} characters"
 
 
 class GenerateRequest(_Request, GenerationOptions):
@@ -292,10 +297,14 @@ class GenerateRequest(_Request, GenerationOptions):
         system = [Message(role="system", content=self.system_prompt)] if self.system_prompt else []
         return [*system, *self.history, Message(role="user", content=self.prompt)]
 
+    @property
+    def n_characters(self) -> int:
+        """Of all turns."""
+        return sum(len(turn.content) for turn in self.messages())
+
     def summary(self) -> str:
         """Say how much is asked, without a word of it: for logs and Flower."""
-        turns = self.messages()
-        return f"{len(turns):,} turns, {sum(len(turn.content) for turn in turns):,} characters"
+        return f"{len(self.messages()):,} turns, {self.n_characters:,} characters"
 
 
 Request = EmbedRequest | GenerateRequest

@@ -65,6 +65,9 @@ POP_MOST: Final = 32
 SHARE: Final = 2
 """One pop takes half of a list at most: of a few large jobs sent together, others have their part."""
 
+BYTES_PER_TOKEN: Final = 4
+"""What a job costs whose sender does not say it; `delivery.lua` has the same for what others push."""
+
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 _OPTIONS = ("lease_s", "max_deliveries")
@@ -273,6 +276,8 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
 
     def _put(self, queue: str, message: dict[str, Any], **options: Any) -> None:
         key = self._q_for_pri(queue, self._get_message_priority(message, reverse=False))
+        if "task" in message.get("headers", {}):  # a job, not a reply to `celery inspect`
+            message["properties"].setdefault("cost", max(1, len(message["body"]) // BYTES_PER_TOKEN))
         keys, arguments = push_arguments(key, dumps(message), due_at=due_time(message.get("headers")))
         batch = options.get("_publish_batch")
         if batch is not None:

@@ -18,6 +18,7 @@ from penstock import (
     ConfigError,
     DeadlineExceededError,
     EngineError,
+    Estimate,
     GenerateResult,
     IncompleteOutputError,
     InputTooLongError,
@@ -173,6 +174,17 @@ def models(client: Client) -> None:
     assert_type(model.dtype, str)
 
 
+def delays(client: Client) -> None:
+    """A caller asks how long a job would wait, and why."""
+    found = client.estimate("minilm", priority="batch")
+    assert_type(found, Estimate)
+    assert_type(found.queue, str)
+    assert_type(found.predicted_wait_s, float | None)
+    assert_type((found.jobs, found.tokens, found.bytes, found.tokens_ahead), tuple[int, int, int, int])
+    assert_type(found.tokens_per_s, float | None)
+    assert_type(found.workers, int)
+
+
 def life() -> None:
     """A client is closed by its `with`, or by hand."""
     with Client("redis://127.0.0.1:6379/0") as client:
@@ -201,6 +213,7 @@ async def twins() -> None:
         await answer.forget()
         async for piece in client.stream("a", model="chat"):
             assert_type(piece, Piece)
+        assert_type(await client.estimate("minilm"), Estimate)
         parts = client.embed_many((str(n) for n in range(1000)), model="minilm", progress=False)
         assert_type(parts, AsyncIterator[Vectors])
         async for part in parts:

@@ -222,12 +222,15 @@ class Heartbeat(threading.Thread):
         return "ready" if self._is_ready else "loading"
 
     def _announce(self, state: WorkerState) -> None:
+        costs = self._serving.costs()
         info = WorkerInfo(
             **cast("dict[str, Any]", self._fields),
             state=state,
             load_s=dict(self._load_s),
             memory_bytes=_memory_bytes(),
             units_per_s=self._serving.speeds(),
+            tokens_per_character={name: cost.tokens_per_character for name, cost in costs.items()},
+            answer_tokens={name: cost.answer_tokens for name, cost in costs.items() if cost.answer_tokens},
             cache_hits={name: cache.n_hits for name, cache in self._serving.caches().items()},
             cache_misses={name: cache.n_misses for name, cache in self._serving.caches().items()},
             note="a forward pass does not end" if state == "stalled" else "",

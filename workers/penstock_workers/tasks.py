@@ -67,9 +67,11 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], str
             )
             _check_wanted(delivery, request)
             try:
-                return answer(delivery, request, serving)
+                result = answer(delivery, request, serving)
             except HandBackError as error:
                 raise Reject(str(error), requeue=True) from None
+            serving.count(request, result.usage)
+            return result
 
     add(EmbedRequest, embed)
     add(GenerateRequest, generate)

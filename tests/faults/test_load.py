@@ -1,0 +1,255 @@
+"""What queues are said to hold is what they hold, whatever is done to them and whoever dies."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+import pytest
+import redis
+from celery import Celery
+
+from penstock import Client
+from penstock.leases import DEAD_KEY, push_arguments, scripts
+from penstock.registry import MODELS_KEY, WORKERS_KEY, ModelInfo, WorkerInfo
+from tests.deployment import Server
+from tests.eventually import eventually
+from tests.faults.fleet import LEASE_S, Fleet, message
+
+QUEUE: Final = "cpu.minilm"
+LISTS: Final = (QUEUE, *(f"{QUEUE}\x06\x16{level}" for level in (3, 6, 9)))
+
+
+def level_of(name: str) -> str:
+    """Return the level of a list."""
+    return name.partition("\x06\x16")[2] or "0"
+
+
+def cost_of(raw: bytes) -> tuple[int, bool]:
+    """Return tokens, and whether the sender told them."""
+    try:
+        told = json.loads(raw)["properties"].get("cost")
+    except ValueError:
+        told = None
+    return (-(-len(raw) // 4), False) if told is None else (told, True)
+
+
+def recount(client: redis.Redis) -> dict[str, int]:
+    """Return what the counters of the queue should be, from the messages themselves."""
+    found: Counter[str] = Counter()
+    for name in LISTS:
+        raws: Any = client.lrange(name, 0, -1)
+        for raw in raws:
+            n_tokens, is_told = cost_of(raw)
+            if is_told:
+                found.update({f"{kind}:{level_of(name)}": n for kind, n in _parts(n_tokens, raw)})
+    held: Any = client.hgetall("unacked")
+    for raw in held.values():
+        found.update({f"{kind}:held": n for kind, n in _parts(cost_of(raw)[0], raw)})
+    return {name: n for name, n in found.items() if n}
+
+
+def _parts(n_tokens: int, raw: bytes) -> list[tuple[str, int]]:
+    return [("n", 1), ("t", n_tokens), ("b", len(raw))]
+
+
+def counters(client: redis.Redis, queue: str = QUEUE) -> dict[str, int]:
+    """Return the counters."""
+    found: Any = client.hgetall(f"penstock:load:{queue}")
+    return {name.decode(): int(n) for name, n in found.items()}
+
+
+class Life:
+    """Does something to the queue, at random."""
+
+    def __init__(self, client: redis.Redis, seed: int) -> None:
+        self.client, self.random = client, random.Random(seed)
+        self._scripts = {name: client.register_script(text) for name, text in scripts().items()}
+        self._n_pops = 0
+        self.held: list[tuple[bytes, str]] = []
+
+    def run(self, script: str, *arguments: Any, keys: tuple[str, ...] = ()) -> Any:
+        """Run one of the scripts."""
+        return self._scripts[script](keys=keys, args=arguments)
+
+    def message(self) -> bytes:
+        """Return a message, of our senders or of others."""
+        _, raw = message("penstock.embed", ["x" * self.random.randrange(200)], queue=QUEUE)
+        if self.random.random() < 0.3:
+            return raw
+        envelope = json.loads(raw)
+        envelope["properties"]["cost"] = self.random.randrange(1, 5000)
+        return json.dumps(envelope).encode()
+
+    def push(self) -> None:
+        """Send one or several."""
+        keys, arguments = push_arguments(
+            self.random.choice(LISTS), *(self.message() for _ in range(self.random.randrange(1, 4)))
+        )
+        self.run("push", *arguments, keys=tuple(keys))
+
+    def push_late(self) -> None:
+        """Send one that is due soon."""
+        due_at = self.client.time()[0] + self.random.choice((0, 1, 5))
+        keys, arguments = push_arguments(self.random.choice(LISTS), self.message(), due_at=due_at)
+        self.run("push", *arguments, keys=tuple(keys))
+
+    def push_foreign(self) -> None:
+        """Send as others do, whose messages say no cost."""
+        self.client.lpush(self.random.choice(LISTS), message("penstock.embed", [], queue=QUEUE)[1])
+        if self.random.random() < 0.1:
+            self.client.lpush(self.random.choice(LISTS), b"garbage")
+
+    def pop(self) -> None:
+        """Take some."""
+        self._n_pops += 1
+        token, most = f"worker/{self._n_pops}", self.random.randrange(1, 6)
+        share = self.random.choice((1, 2))
+        reply = self.run("pop", token, 60, most, 1, 2, share, most, keys=LISTS)
+        self.held += [(tag, token) for tag in reply[1::4]]
+
+    def some(self) -> list[Any]:
+        """Return tags and tokens of some that are held, or were."""
+        self.random.shuffle(self.held)
+        n = self.random.randrange(1, 4)
+        chosen, self.held = self.held[:n], self.held[n:]
+        return [value for pair in chosen for value in pair]
+
+    def ack(self) -> None:
+        """Be done with some."""
+        self.run("ack", *self.some())
+
+    def hand_back(self) -> None:
+        """Return some."""
+        self.run("hand_back", self.random.randrange(2), *self.some())
+
+    def reclaim(self) -> None:
+        """Return all of a pop whose reply was lost."""
+        self.run("reclaim", f"worker/{self.random.randrange(1, self._n_pops + 2)}")
+
+    def postpone(self) -> None:
+        """Delay one."""
+        for pair in self.some()[:2] and [self.some()[:2]]:
+            if pair:
+                self.run("postpone", *pair, self.client.time()[0] + 1)
+
+    def bury(self) -> None:
+        """Give one up."""
+        if pair := self.some()[:2]:
+            raw: Any = self.client.hget("unacked", pair[0])
+            letter = {"message": raw.decode(errors="replace")} if raw else {}
+            self.run("bury", *pair, json.dumps(letter), 0, 60)
+
+    def revive(self) -> None:
+        """Put a dead letter back, or die between the two steps of it."""
+        entries: Any = self.client.lrange(DEAD_KEY, 0, -1)
+        if entries:
+            entry = self.random.choice(entries)
+            raw = json.loads(entry).get("message", "{}")
+            tag = self.run("revive", entry, raw, self.random.choice(LISTS), "people/1", 60)
+            if tag and self.random.random() < 0.7:
+                self.run("hand_back", 0, tag, "people/1")
+
+    def die(self) -> None:
+        """Let some leases run out, and take them over."""
+        tags: Any = self.client.zrange("unacked_index", 0, -1)
+        for tag in tags:
+            if self.random.random() < 0.3:
+                self.client.zadd("unacked_index", {tag: 1})
+        self.client.hset("penstock:sweep", mapping={"last": self.client.time()[0], "from": 0})
+        reply = self.run("take_over", 60, 4, 100, "sweeper/1")
+        self.held += [(tag, "sweeper/1") for tag in reply[2::4]]
+
+    def move_due(self) -> None:
+        """Let what is due go on."""
+        self.run("move_due", 10)
+
+    def purge(self) -> None:
+        """Empty a list as kombu does, which knows nothing of counters; then somebody sends."""
+        key = self.random.choice(LISTS)
+        self.client.delete(key)
+        envelope = json.loads(message("penstock.embed", [], queue=QUEUE)[1])
+        envelope["properties"]["cost"] = 7
+        self.run("push", *push_arguments(key, json.dumps(envelope))[1], keys=(key,))
+
+    def step(self) -> str:
+        """Do one thing; return what."""
+        often = [self.push, self.push, self.pop, self.pop, self.ack]
+        seldom = [self.push_late, self.push_foreign, self.hand_back, self.reclaim, self.postpone, self.bury]
+        seldom += [self.revive, self.die, self.move_due, self.purge]
+        deed: Callable[[], None] = self.random.choice(often if self.random.random() < 0.6 else seldom)
+        deed()
+        return deed.__name__
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_counters_never_drift(own: Server, seed: int) -> None:
+    """After each of hundreds of deeds, in any order, the counters are what a recount finds."""
+    with redis.Redis.from_url(own.broker_url) as client:
+        life = Life(client, seed)
+        for n in range(400):
+            deed = life.step()
+            assert counters(client) == recount(client), (n, deed)
+
+
+def test_nothing_is_left_when_workers_were_killed(fleet: Fleet, sender: Celery) -> None:
+    """Workers die at work, under a load of jobs whose costs are told: the counters end where they began."""
+    fleet.start(3)
+    sent = [f"j{n}" for n in range(150)]
+    for n, name in enumerate(sent):
+        sender.send_task("tests.integration.noop_app.work", (name, 0.05), priority=(0, 3, 9)[n % 3])
+    for _ in range(3):
+        eventually(lambda: fleet.n_held() > 2)
+        next(worker for worker in fleet.workers if worker.process.poll() is None).kill()
+        fleet.start(1, wait=False)
+
+    fleet.wait_for(sent, within_s=40)
+
+    eventually(lambda: counters(fleet.redis, "celery") == {}, within_s=3 * LEASE_S)
+
+
+def test_the_wait_is_predicted_from_load_and_speed(own: Server) -> None:
+    """Tokens that go before a new job, over what the ready workers do together; urgent ones wait less."""
+    with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
+        announce(client, tokens_per_s=100.0, n_workers=2)
+        idle = sender.estimate("minilm")
+        sender.submit_many([["x" * 39] * 10] * 4, model="minilm", priority="default")
+        sender.submit_embed(["x" * 399], model="minilm", priority="batch")
+        push = partial(sender.estimate, "minilm")
+        found = {name: push(priority=name) for name in ("interactive", "default", "batch")}
+
+    assert (idle.predicted_wait_s, idle.jobs, idle.workers) == (0.0, 0, 2)
+    waits = {name: each.predicted_wait_s for name, each in found.items()}
+    assert waits == {"interactive": 0.0, "default": 2.0, "batch": 2.5}
+    assert (found["batch"].jobs, found["batch"].tokens, found["batch"].tokens_per_s) == (5, 500, 200.0)
+    assert str(found["batch"]) == "cpu.minilm: 2.50 s = 500 tokens before it / 200 tokens/s of 2 workers"
+
+
+def announce(client: redis.Redis, *, tokens_per_s: float | None, n_workers: int = 1) -> None:
+    """Put a model and its workers into the registry; nobody works."""
+    info = ModelInfo(
+        name="minilm",
+        task="embed",
+        pools=("cpu",),
+        dim=3,
+        max_tokens=None,
+        max_texts=16,
+        deadline_s=None,
+        dtype="float32",
+    )
+    client.hset(MODELS_KEY, "minilm", info.to_json())
+    for n in range(n_workers):
+        worker = WorkerInfo(
+            id=f"w{n}",
+            host="h",
+            pid=n,
+            pool="cpu",
+            device="cpu",
+            state="ready",
+            models=("minilm",),
+            started_at=0.0,
+            units_per_s={"minilm": tokens_per_s} if tokens_per_s else {},
+        )
+        client.hset(WORKERS_KEY, worker.id, f"{client.time()[0] + 3600}\n{worker.to_json()}")
