@@ -1,0 +1,95 @@
+"""Token buckets in Redis: what all processes of a cluster together may do in a time.
+
+Knows `bucket.lua` and nothing of what is counted. One call asks and takes, on Redis's own clock; a call that
+may wait books its place, so that a rate is used up although every process wakes a little late.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Final, NamedTuple, cast
+
+import redis.asyncio as aioredis
+
+BUCKET_PREFIX: Final = "penstock:bucket:"
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """An allowance.
+
+    Attributes:
+        key: of the Redis that holds it; under `BUCKET_PREFIX`, for the users' rights.
+        rate: what flows in, per second; above 0.
+        burst: what it holds when nobody has taken for long; above 0.
+    """
+
+    key: str
+    rate: float
+    burst: float
+
+    def of(self, cost: float) -> "Share":
+        """Return a share of it.
+
+        Args:
+            cost: above `burst` it waits for a full bucket and leaves a debt; below 0 it is given back.
+        """
+        return Share(self, cost)
+
+
+class Share(NamedTuple):
+    """What is wanted from a bucket."""
+
+    bucket: Bucket
+    cost: float
+
+
+class Taken(NamedTuple):
+    """The answer of a bucket.
+
+    Attributes:
+        is_taken: whether it was taken, from all buckets; else from none.
+        wait_s: before acting; where nothing was taken, before it is worth asking again.
+    """
+
+    is_taken: bool
+    wait_s: float
+
+
+async def take(store: aioredis.Redis, *shares: Share, within_s: float = 0.0) -> Taken:
+    """Take from buckets, from all or from none.
+
+    Args:
+        store: the Redis that holds them.
+        shares: of different buckets.
+        within_s: the longest wait that is booked; more is not taken. With 0, now or not at all.
+    """
+    keys, arguments = take_arguments(*shares, within_s=within_s)
+    return read_taken(await store.register_script(take_script())(keys=keys, args=arguments))
+
+
+def take_arguments(*shares: Share, within_s: float = 0.0) -> tuple[list[str], list[float]]:
+    """Return the keys and arguments of `take_script`; for clients that do not await, too."""
+    arguments = [within_s]
+    for bucket, cost in shares:
+        arguments += [bucket.rate, bucket.burst, cost]
+    return [bucket.key for bucket, _ in shares], arguments
+
+
+def read_taken(reply: object) -> Taken:
+    """Read what `take_script` returns."""
+    is_taken, wait_s = cast("Sequence[Any]", reply)
+    return Taken(bool(is_taken), float(wait_s))
+
+
+@cache
+def take_script() -> str:
+    """Return the script that takes from buckets."""
+    return f"{bucket_functions()}\nreturn take(KEYS, ARGV, 1)\n"
+
+
+@cache
+def bucket_functions() -> str:
+    """Return `bucket.lua`, for scripts that take along with something else."""
+    return files("penstock").joinpath("bucket.lua").read_text(encoding="utf-8")
