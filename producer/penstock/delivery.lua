@@ -14,7 +14,7 @@
 -- | `penstock:untold` | sorted set | entry of `penstock:dead` whose sender must hear -> when another worker may tell | `bury`, `claim_untold`; workers |
 -- | `penstock:sweep` | hash | when leases were last looked through, and from when on they may be taken over | `take_over` |
 -- | `penstock:serial` | string | counter that tells two messages of one tag apart | these scripts |
--- | `penstock:load:<queue>` | hash | jobs `n:`, tokens `t:` and bytes `b:` that wait in each level and are `held` | these scripts |
+-- | `penstock:load:<queue>` | hash | level, or `held` -> jobs, tokens and bytes that wait there, or that workers hold | these scripts |
 --
 -- A tag is the message's own `delivery_tag`. A token names one pop of one process, so what a process took twice
 -- has two tokens: only the last holder acknowledges, renews or hands back.
@@ -75,13 +75,19 @@ local function cost_of(message)
   return math.min(tonumber(tokens) or math.ceil(#message / 4), 1e9), #message, tokens ~= nil
 end
 
+-- Jobs, tokens and bytes, as they stand in a field of the load.
+local function read_sum(text)
+  local n, t, b = string.match(text or '', '^(%d+) (%d+) (%d+)$')
+  return tonumber(n) or 0, tonumber(t) or 0, tonumber(b) or 0
+end
+
 -- What moves is noted here and written by `settle`, once for each script that runs.
 local moved = {}
 
 local function note(queue, what)
-  local key = queue .. '\n' .. what
-  moved[key] = moved[key] or {queue = queue, what = what, n = 0, t = 0, b = 0}
-  return moved[key]
+  moved[queue] = moved[queue] or {}
+  moved[queue][what] = moved[queue][what] or {n = 0, t = 0, b = 0}
+  return moved[queue][what]
 end
 
 local function count(queue, what, n, tokens, bytes)
@@ -96,15 +102,22 @@ local function forget(queue, what)
 end
 
 local function settle()
-  for _, sum in pairs(moved) do
-    local key = LOAD .. sum.queue
-    local n, t, b = 'n:' .. sum.what, 't:' .. sum.what, 'b:' .. sum.what
-    if sum.is_new then redis.call('HDEL', key, n, t, b) end
-    if sum.n ~= 0 or sum.t ~= 0 then
-      redis.call('HINCRBY', key, t, sum.t)
-      redis.call('HINCRBY', key, b, sum.b)
-      if redis.call('HINCRBY', key, n, sum.n) <= 0 then redis.call('HDEL', key, n, t, b) end
+  for queue, sums in pairs(moved) do
+    local names, full, empty = {}, {}, {}
+    for what in pairs(sums) do names[#names + 1] = what end
+    local before = redis.call('HMGET', LOAD .. queue, unpack(names))
+    for i, what in ipairs(names) do
+      local sum = sums[what]
+      local n, t, b = read_sum(not sum.is_new and before[i] or '')
+      if n + sum.n > 0 then
+        full[#full + 1] = what
+        full[#full + 1] = string.format('%.0f %.0f %.0f', n + sum.n, math.max(t + sum.t, 0), math.max(b + sum.b, 0))
+      elseif before[i] then
+        empty[#empty + 1] = what
+      end
     end
+    if #full > 0 then redis.call('HSET', LOAD .. queue, unpack(full)) end
+    if #empty > 0 then redis.call('HDEL', LOAD .. queue, unpack(empty)) end
   end
   moved = {}
 end
@@ -176,18 +189,17 @@ end
 -- What a queue has: jobs, tokens and bytes that wait or are held, and of the tokens those that are computed before
 -- a message of this level that comes now. What is not counted is taken for like what is held.
 local function load_of(queue, level)
-  local flat, fields = redis.call('HGETALL', LOAD .. queue), {}
-  for i = 1, #flat, 2 do fields[flat[i]] = tonumber(flat[i + 1]) end
-  local n, t, b = fields['n:held'] or 0, fields['t:held'] or 0, fields['b:held'] or 0
+  local fields = redis.call('HMGET', LOAD .. queue, 'held', unpack(LEVELS))
+  local n, t, b = read_sum(fields[1])
   local plain_t, plain_b = n > 0 and t / n or 256, n > 0 and b / n or 1024
   local ahead = t
-  for _, each in ipairs(LEVELS) do
-    local length = tonumber(redis.pcall('LLEN', list_of(queue, each))) or 0
-    local counted = math.min(fields['n:' .. each] or 0, length)
-    if length > 0 then
-      local tokens = (length - counted) * plain_t + (counted > 0 and fields['t:' .. each] or 0)
-      n, t = n + length, t + tokens
-      b = b + (length - counted) * plain_b + (counted > 0 and fields['b:' .. each] or 0)
+  for i, each in ipairs(LEVELS) do
+    local length = redis.pcall('LLEN', list_of(queue, each))
+    if type(length) == 'number' and length > 0 then
+      local counted_n, counted_t, counted_b = read_sum(fields[i + 1])
+      local plain_n = math.max(length - counted_n, 0)
+      local tokens = plain_n * plain_t + counted_t
+      n, t, b = n + length, t + tokens, b + plain_n * plain_b + counted_b
       if each <= level then ahead = ahead + tokens end
     end
   end

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -36,29 +36,29 @@ def cost_of(raw: bytes) -> tuple[int, bool]:
     return (-(-len(raw) // 4), False) if told is None else (told, True)
 
 
-def recount(client: redis.Redis) -> dict[str, int]:
+def recount(client: redis.Redis) -> dict[str, tuple[int, ...]]:
     """Return what the counters of the queue should be, from the messages themselves."""
-    found: Counter[str] = Counter()
+    found: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+
+    def add(what: str, n_tokens: int, raw: bytes) -> None:
+        found[what] = [sum(pair) for pair in zip(found[what], (1, n_tokens, len(raw)), strict=True)]
+
     for name in LISTS:
         raws: Any = client.lrange(name, 0, -1)
         for raw in raws:
             n_tokens, is_told = cost_of(raw)
             if is_told:
-                found.update({f"{kind}:{level_of(name)}": n for kind, n in _parts(n_tokens, raw)})
+                add(level_of(name), n_tokens, raw)
     held: Any = client.hgetall("unacked")
     for raw in held.values():
-        found.update({f"{kind}:held": n for kind, n in _parts(cost_of(raw)[0], raw)})
-    return {name: n for name, n in found.items() if n}
+        add("held", cost_of(raw)[0], raw)
+    return {name: tuple(sums) for name, sums in found.items()}
 
 
-def _parts(n_tokens: int, raw: bytes) -> list[tuple[str, int]]:
-    return [("n", 1), ("t", n_tokens), ("b", len(raw))]
-
-
-def counters(client: redis.Redis, queue: str = QUEUE) -> dict[str, int]:
-    """Return the counters."""
+def counters(client: redis.Redis, queue: str = QUEUE) -> dict[str, tuple[int, ...]]:
+    """Return jobs, tokens and bytes by level, and of what is held."""
     found: Any = client.hgetall(f"penstock:load:{queue}")
-    return {name.decode(): int(n) for name, n in found.items()}
+    return {name.decode(): tuple(map(int, sums.split())) for name, sums in found.items()}
 
 
 class Life:
