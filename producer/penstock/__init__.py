@@ -19,6 +19,7 @@ from penstock.errors import (
     ModelLoadError,
     OutOfMemoryError,
     PenstockError,
+    QueueDelayError,
     RequestError,
     RequestTooLargeError,
     ResultDecodeError,
@@ -39,6 +40,7 @@ from penstock.registry import ModelInfo
 from penstock.request import Message, ResponseFormat
 from penstock.result import GenerateResult, Timings, Usage
 from penstock.stream import Piece
+from penstock.waiting import WaitPolicy
 
 __all__ = [
     "AsyncClient",
@@ -66,6 +68,7 @@ __all__ = [
     "OutOfMemoryError",
     "PenstockError",
     "Piece",
+    "QueueDelayError",
     "RequestError",
     "RequestTooLargeError",
     "ResponseFormat",
@@ -80,6 +83,7 @@ __all__ = [
     "UnknownJobError",
     "UnknownModelError",
     "Usage",
+    "WaitPolicy",
     "WorkerError",
     "WorkerLostError",
     "WrongTaskError",

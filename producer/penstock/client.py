@@ -2,21 +2,23 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence, Sized
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypedDict, TypeVar, Unpack
 
 from tqdm import tqdm
 
-from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, record_sent
+from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, forget_sent, record_sent
 from penstock.codec import encode_message, queue_key, queue_name
-from penstock.delay import Estimate, count_tokens, predict
+from penstock.delay import Estimate, count_tokens, predict, queue_limits
 from penstock.errors import (
     InvalidOptionError,
+    QueueDelayError,
     TooManyTextsError,
     TransportError,
     UnknownModelError,
@@ -42,17 +44,23 @@ from penstock.request import (
 )
 from penstock.result import GenerateResult, Vectors
 from penstock.stream import OnRestart, Piece
+from penstock.waiting import WaitPolicy, try_again
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
 REGISTRY_TTL_S: Final = 5.0
 
+_OF_SENDING: Final = ("priority", "deadline_s", "wait")
+
 R = TypeVar("R", EmbedRequest, GenerateRequest)
+S = TypeVar("S")
 
 
 class EmbedOptions(TypedDict, total=False):
     """Options of an embedding job; `penstock.request.EmbedRequest` explains them.
 
     `priority` says which waiting jobs go first; after `deadline_s` seconds the job is not worth computing.
+    `wait` tries again where the queue is full, or a worker or Redis failed for now; without it the first
+    error counts.
     """
 
     prompt_name: str | None
@@ -62,12 +70,15 @@ class EmbedOptions(TypedDict, total=False):
     precision: Precision
     priority: PriorityName
     deadline_s: float | None
+    wait: WaitPolicy | None
 
 
 class GenerateOptions(TypedDict, total=False):
     """Options of a generation job; `penstock.request.GenerateRequest` explains them.
 
     `priority` says which waiting jobs go first; after `deadline_s` seconds the job is not worth computing.
+    `wait` tries again where the queue is full, or a worker or Redis failed for now; without it the first
+    error counts.
     """
 
     system_prompt: str | None
@@ -87,6 +98,7 @@ class GenerateOptions(TypedDict, total=False):
     response_format: ResponseFormat | None
     priority: PriorityName
     deadline_s: float | None
+    wait: WaitPolicy | None
 
 
 class AsyncClient:
@@ -178,11 +190,14 @@ class AsyncClient:
 
         Raises:
             RequestError: the request cannot be served as it is; nothing was sent.
+            QueueDelayError: too much waits, or longer than `deadline_s`; nothing was sent.
             TransportError: Redis is out of reach, or the result did not come in time.
             WorkerError: the model failed on these texts.
         """
         request, priority = await self._prepare(EmbedRequest, "embed", _embed_fields(texts, model, options))
-        return await self._joiner.embed(request, priority, timeout_s)
+        return await self._again(
+            options.get("wait"), lambda: self._joiner.embed(request, priority, timeout_s), request
+        )
 
     async def submit_embed(
         self, texts: Sequence[str], *, model: str, **options: Unpack[EmbedOptions]
@@ -215,11 +230,18 @@ class AsyncClient:
 
         Raises:
             RequestError: the request cannot be served as it is.
+            QueueDelayError: too much waits, or longer than `deadline_s`; nothing was sent.
             TransportError: Redis is out of reach, or the result did not come in time.
             WorkerError: the model failed on this prompt.
         """
-        job = await self.submit_generate(prompt, model=model, **options)
-        return await job.result(timeout_s)
+        request, priority = await self._prepare_generate(prompt, model, options, is_stream=False)
+
+        async def answer() -> GenerateResult:
+            job: AsyncJob[GenerateResult]
+            (job,) = await self._send([request], priority, is_recorded=True)
+            return await job.result(timeout_s)
+
+        return await self._again(options.get("wait"), answer, request)
 
     async def submit_generate(
         self, prompt: str, *, model: str, **options: Unpack[GenerateOptions]
@@ -270,15 +292,22 @@ class AsyncClient:
     async def _submit_generate(
         self, prompt: str, model: str, options: GenerateOptions, *, is_stream: bool
     ) -> AsyncJob[GenerateResult]:
+        request, priority = await self._prepare_generate(prompt, model, options, is_stream=is_stream)
+        jobs: list[AsyncJob[GenerateResult]] = await self._again(
+            options.get("wait"), lambda: self._send([request], priority, is_recorded=True), request
+        )
+        return jobs[0]
+
+    async def _prepare_generate(
+        self, prompt: str, model: str, options: GenerateOptions, *, is_stream: bool
+    ) -> tuple[GenerateRequest, Priority]:
         fields: dict[str, Any] = {**options, "model": model, "prompt": prompt, "stream": is_stream}
         if "history" in fields:
             turns = fields["history"]
             fields["history"] = [t.model_dump() if isinstance(t, Message) else t for t in turns]
         if is_stream and fields.get("seed") is None:
             fields["seed"] = secrets.randbits(63)
-        request, priority = await self._prepare(GenerateRequest, "generate", fields)
-        jobs: list[AsyncJob[GenerateResult]] = await self._send([request], priority, is_recorded=True)
-        return jobs[0]
+        return await self._prepare(GenerateRequest, "generate", fields)
 
     async def job(self, job_id: str) -> AsyncJob[Vectors | GenerateResult]:
         """Return a job that any client sent, by its id; whether it exists shows when it is asked."""
@@ -337,7 +366,15 @@ class AsyncClient:
         if not prepared:
             return []
         requests, (priority, *_) = zip(*prepared, strict=True)
-        return await self._send(requests, priority, is_recorded=is_recorded)
+        return await self._again(
+            options.get("wait"),
+            lambda: self._send(requests, priority, is_recorded=is_recorded),
+            min(requests, key=lambda request: request.deadline or math.inf),
+        )
+
+    async def _again(self, wait: WaitPolicy | None, call: Callable[[], Awaitable[S]], request: Request) -> S:
+        """Call, and again as `wait` says until the request's deadline."""
+        return await try_again(wait, call, deadline=request.deadline, ask=self._broker.ask_for_retry)
 
     def _pace(
         self, texts: Iterable[str], model: str, timeout_s: float | None, options: EmbedOptions
@@ -346,7 +383,7 @@ class AsyncClient:
 
     async def _prepare(self, kind: type[R], task: Task, fields: Mapping[str, Any]) -> tuple[R, Priority]:
         """Check what can be known before anything is sent."""
-        plain = {name: value for name, value in fields.items() if name not in ("priority", "deadline_s")}
+        plain = {name: value for name, value in fields.items() if name not in _OF_SENDING}
         priority = _priority(fields.get("priority", "default"))
         now = time.time()
         request = kind.parse(plain | {"sent_at": now, "deadline": _deadline(now, fields.get("deadline_s"))})
@@ -367,7 +404,8 @@ class AsyncClient:
         """
         store, registry = await self._open_store(), await self._read_registry()
         model = registry.models[requests[0].model]
-        queue = queue_name(registry.choose_pool(model), model.name)
+        pool = registry.choose_pool(model)
+        queue = queue_name(pool, model.name)
         jobs: list[AsyncJob[T]] = [
             AsyncJob(new_job_id(), self._broker, store, is_ours=True, is_recorded=is_recorded)
             for _ in requests
@@ -384,9 +422,16 @@ class AsyncClient:
             )
             for request, job in zip(requests, jobs, strict=True)
         ]
+        limits = queue_limits(model, registry, pool, requests)
+        job_ids = [job.id for job in jobs]
         if is_recorded:
-            await record_sent(store.redis, store.url, [job.id for job in jobs])
-        await self._broker.push(queue_key(queue, priority), *messages)
+            await record_sent(store.redis, store.url, job_ids)
+        try:
+            await self._broker.push(queue, priority, *messages, limits=limits)
+        except QueueDelayError:
+            if is_recorded:
+                await forget_sent(store.redis, store.url, job_ids)
+            raise
         return jobs
 
     async def _send_unrecorded(self, request: EmbedRequest, priority: Priority) -> AsyncJob[Vectors]:
@@ -434,7 +479,10 @@ class _Sender:
     """Sends the jobs of one `embed_many`; see `pacing.Sender`."""
 
     def __init__(self, client: AsyncClient, model: str, options: EmbedOptions) -> None:
-        self._client, self._model, self._options = client, model, options
+        self._client, self._model = client, model
+        # A full queue is what so many texts lead to, and no reason to stop.
+        self._options = EmbedOptions(wait=WaitPolicy(attempts=None))
+        self._options.update(options)
 
     async def look(self) -> tuple[Registry, ModelInfo]:
         model = await self._client._find_model(self._model, "embed")

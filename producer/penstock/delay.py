@@ -5,9 +5,12 @@ characters, by what workers measured; the scripts of `delivery.lua` keep their s
 """
 
 import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from penstock.leases import Limits
 from penstock.registry import ModelInfo, Registry
 from penstock.request import EmbedRequest, Request
 
@@ -69,6 +72,19 @@ def predict(queue: str, load: list[int], registry: Registry) -> Estimate:
         tokens_ahead=ahead,
         tokens_per_s=speed,
         workers=n_workers,
+    )
+
+
+def queue_limits(model: ModelInfo, registry: Registry, pool: str, requests: Sequence[Request]) -> Limits:
+    """Return what the queue of a model takes of these requests."""
+    now = time.time()
+    deadlines = [request.deadline - now for request in requests if request.deadline is not None]
+    return Limits(
+        jobs=model.max_waiting_jobs,
+        tokens=model.max_waiting_tokens,
+        bytes=model.max_waiting_bytes,
+        tokens_per_s=registry.tokens_per_s(model.name, pool),
+        wait_s=max(0.0, min(deadlines)) if deadlines else None,
     )
 
 

@@ -23,6 +23,7 @@ PenstockError
 │   ├── BrokerUnavailableError
 │   ├── BrokerRefusedError
 │   └── ResultTimeoutError
+├── QueueDelayError              too much waits; nothing was sent
 ├── IncompleteOutputError
 ├── StreamRestartedError
 ├── JobCancelledError
@@ -267,6 +268,28 @@ class ResultTimeoutError(TransportError):
 
     def __str__(self) -> str:
         return f"job {self.job_id} has no result after {self.timeout_s:g} s"
+
+
+class QueueDelayError(PenstockError):
+    """The queue is full, or the job would wait until after its deadline; nothing was enqueued.
+
+    `exceeded` is `jobs`, `tokens`, `bytes` or `deadline`; the predicted wait is None if no worker has told
+    its speed.
+    """
+
+    retryable = True
+
+    def __init__(
+        self, queue: str, exceeded: str, retry_after_s: float, predicted_wait_s: float | None = None
+    ) -> None:
+        super().__init__(queue, exceeded, retry_after_s, predicted_wait_s)
+        self.queue, self.exceeded = queue, exceeded
+        self.retry_after_s, self.predicted_wait_s = retry_after_s, predicted_wait_s
+
+    def __str__(self) -> str:
+        wait = "" if self.predicted_wait_s is None else f", a job would wait {self.predicted_wait_s:.1f} s"
+        why = "takes longer than the deadline" if self.exceeded == "deadline" else f"is full: {self.exceeded}"
+        return f"queue {self.queue} {why}{wait}; try again in {self.retry_after_s:.1f} s"
 
 
 class IncompleteOutputError(PenstockError):

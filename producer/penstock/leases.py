@@ -59,8 +59,35 @@ def scripts() -> Mapping[str, str]:
     }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a queue takes; None is no limit.
+
+    Attributes:
+        jobs: that wait or are held, those that are pushed included.
+        tokens: of these jobs.
+        bytes: of their messages.
+        tokens_per_s: what the workers of the queue do together.
+        wait_s: how long a message may wait by that speed.
+    """
+
+    jobs: int | None = None
+    tokens: int | None = None
+    bytes: int | None = None
+    tokens_per_s: float | None = None
+    wait_s: float | None = None
+
+    def arguments(self) -> list[Value]:
+        """Return them as the script `push` takes them."""
+        values = (self.jobs, self.tokens, self.bytes, self.tokens_per_s, self.wait_s)
+        return ["" if value is None else value for value in values]
+
+
+NO_LIMITS: Final = Limits()
+
+
 def push_arguments(
-    key: str, *messages: bytes | str, due_at: float | None = None
+    key: str, *messages: bytes | str, due_at: float | None = None, limits: Limits = NO_LIMITS
 ) -> tuple[list[str], list[Value]]:
     """Return keys and arguments of the script `push`, which queues messages and wakes idle workers.
 
@@ -68,9 +95,10 @@ def push_arguments(
         key: the queue's list, see `codec.queue_key`.
         messages: what workers get; with the property `cost`, see docs/messages.md, they are counted by it.
         due_at: not before this, Unix seconds; None for at once.
+        limits: of the queue.
     """
     due = "" if due_at is None else due_at
-    return [key], [value for message in messages for value in (message, due)]
+    return [key], [*limits.arguments(), *(value for message in messages for value in (message, due))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,6 +53,9 @@ class ModelInfo:
         int8_ranges: lowest and highest values behind its int8 vectors, for each dimension, or one for all; an
             int8 v stands for lowest + (v + 128.5) * (highest - lowest) / 255. The latter are for vectors of
             unit length, and sqrt(dim / truncate_dim) times as wide for those that were cut and normalised.
+        max_waiting_jobs: of one queue, those that workers hold included; None is no limit.
+        max_waiting_tokens: of these jobs.
+        max_waiting_bytes: of their messages.
     """
 
     name: str
@@ -65,6 +68,9 @@ class ModelInfo:
     dtype: str
     batching: str = ""
     int8_ranges: tuple[tuple[float, ...], ...] | None = None
+    max_waiting_jobs: int | None = None
+    max_waiting_tokens: int | None = None
+    max_waiting_bytes: int | None = None
 
     def to_json(self) -> str:
         """Return the registry's form."""

@@ -162,6 +162,12 @@ class ModelSettings(_Section):
     """Requests that a generation model answers at a time."""
     deadline_s: float | None = Field(default=None, gt=0)
     """Deadline of jobs that name none, seconds after they were sent."""
+    max_waiting_jobs: int | None = Field(default=None, ge=1)
+    """Jobs that one of its queues takes; more are refused with QueueDelayError. None: no limit."""
+    max_waiting_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of these jobs, as their senders estimate them."""
+    max_waiting_bytes: int | None = Field(default=None, ge=1)
+    """Bytes of their messages."""
     generation: GenerationOptions = GenerationOptions()
     """Options of calls that do not set their own."""
 

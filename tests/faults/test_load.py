@@ -2,24 +2,36 @@
 
 import json
 import random
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import redis
 from celery import Celery
 
-from penstock import Client
+from penstock import Client, QueueDelayError, WaitPolicy
 from penstock.leases import DEAD_KEY, push_arguments, scripts
 from penstock.registry import MODELS_KEY, WORKERS_KEY, ModelInfo, WorkerInfo
+from penstock.waiting import RETRIES
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import LEASE_S, Fleet, message
+from tests.faults.light import MODEL, LightWorker
 
 QUEUE: Final = "cpu.minilm"
 LISTS: Final = (QUEUE, *(f"{QUEUE}\x06\x16{level}" for level in (3, 6, 9)))
+
+
+@pytest.fixture
+def light(own: Server, tmp_path: Path) -> LightWorker:
+    """A worker without torch, not started."""
+    return LightWorker(tmp_path, own)
 
 
 def level_of(name: str) -> str:
@@ -227,7 +239,7 @@ def test_the_wait_is_predicted_from_load_and_speed(own: Server) -> None:
     assert str(found["batch"]) == "cpu.minilm: 2.50 s = 500 tokens before it / 200 tokens/s of 2 workers"
 
 
-def announce(client: redis.Redis, *, tokens_per_s: float | None, n_workers: int = 1) -> None:
+def announce(client: redis.Redis, *, tokens_per_s: float | None, n_workers: int = 1, **limits: Any) -> None:
     """Put a model and its workers into the registry; nobody works."""
     info = ModelInfo(
         name="minilm",
@@ -253,3 +265,98 @@ def announce(client: redis.Redis, *, tokens_per_s: float | None, n_workers: int 
             units_per_s={"minilm": tokens_per_s} if tokens_per_s else {},
         )
         client.hset(WORKERS_KEY, worker.id, f"{client.time()[0] + 3600}\n{worker.to_json()}")
+    if limits:
+        client.hset(MODELS_KEY, "minilm", replace(info, **limits).to_json())
+
+
+@pytest.mark.parametrize(
+    ("limits", "exceeded"),
+    [
+        ({"max_waiting_jobs": 4}, "jobs"),
+        ({"max_waiting_tokens": 450}, "tokens"),
+        ({"max_waiting_bytes": 4000}, "bytes"),
+    ],
+)
+def test_a_full_queue_takes_all_or_nothing(own: Server, limits: dict[str, int], exceeded: str) -> None:
+    """What exceeds a limit is refused as a whole, with the time until it fits, and leaves no trace."""
+    with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
+        announce(client, tokens_per_s=100.0, **limits)
+        first = sender.submit_many([["x" * 399]] * 3, model="minilm")  # 100 tokens each
+        before, records = counters(client), n_records(own)
+
+        with pytest.raises(QueueDelayError) as caught:
+            sender.submit_many([["x" * 399]] * 2, model="minilm")
+        after = counters(client), n_records(own)
+        client.delete(*LISTS)
+        sender.submit_many([["x" * 399]] * 9, model="minilm")  # an empty queue takes anything
+
+    assert len(first) == 3
+    assert after == (before, records)
+    assert (caught.value.exceeded, caught.value.predicted_wait_s) == (exceeded, 3.0)
+    assert 0 < caught.value.retry_after_s <= 3
+    assert caught.value.retryable
+
+
+def n_records(own: Server) -> int:
+    """Count the jobs that are known to have been sent."""
+    with redis.Redis.from_url(own.results_url) as results:
+        return len(results.keys("penstock:job:*"))  # type: ignore[arg-type]  # redis-py: sync or async
+
+
+def test_a_wait_past_the_deadline_is_refused(own: Server) -> None:
+    """Whoever would be answered too late hears it at once; without a known speed nothing is predicted."""
+    with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
+        announce(client, tokens_per_s=None)
+        sender.submit_many([["x" * 399]] * 3, model="minilm", deadline_s=1)
+        announce(client, tokens_per_s=100.0)
+    with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
+        sender.submit_embed(["x"], model="minilm", deadline_s=5)
+        sender.submit_embed(["x"], model="minilm", deadline_s=1, priority="interactive")
+        with pytest.raises(QueueDelayError) as caught:
+            sender.embed(["x"], model="minilm", deadline_s=2)
+
+    assert caught.value.exceeded == "deadline"
+    assert caught.value.predicted_wait_s == pytest.approx(3.02)
+    assert caught.value.retry_after_s == pytest.approx(1.02, abs=0.1)
+
+
+def test_callers_can_wait_for_room(own: Server) -> None:
+    """A policy tries again after what the server asks for, until there is room or no time left."""
+    with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
+        announce(client, tokens_per_s=1000.0, max_waiting_jobs=1)
+        sender.submit_embed(["x" * 399], model="minilm")
+        began = time.monotonic()
+        with pytest.raises(QueueDelayError):
+            sender.submit_embed(["x"], model="minilm", deadline_s=1, wait=WaitPolicy(attempts=None))
+        gave_up_s = time.monotonic() - began
+        waiting = threading.Timer(0.5, lambda: client.delete(*LISTS))
+        waiting.start()
+        job = sender.submit_embed(["x"], model="minilm", wait=WaitPolicy(attempts=None, base_s=0.2))
+        waiting.join()
+
+    assert job.id
+    assert gave_up_s <= 1.1
+
+
+def test_retries_of_all_share_a_budget(own: Server) -> None:
+    """When the cluster's retries are used up and none comes in time, the error is told instead."""
+    with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
+        announce(client, tokens_per_s=1000.0, max_waiting_jobs=1)
+        sender.submit_embed(["x"], model="minilm")
+        client.set(RETRIES.key, client.time()[0] + 60)
+        began = time.monotonic()
+
+        with pytest.raises(QueueDelayError):
+            sender.submit_embed(["x"], model="minilm", wait=WaitPolicy(max_wait_s=5, base_s=0.1))
+
+    assert time.monotonic() - began < 4
+
+
+def test_many_texts_wait_for_room(light: LightWorker, own: Server) -> None:
+    """`embed_many` paces itself where the queue takes less than it would send."""
+    with light.running(), Client(own.broker_url) as sender:
+        info = json.loads(light.book.hget(MODELS_KEY, MODEL) or b"")
+        light.book.hset(MODELS_KEY, MODEL, json.dumps(info | {"max_waiting_jobs": 1}))
+        parts = list(sender.embed_many((f"t{n} 0.01" for n in range(60)), model=MODEL, timeout_s=30))
+
+    assert sum(map(len, parts)) == 60

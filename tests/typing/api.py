@@ -35,6 +35,7 @@ from penstock import (
     OutOfMemoryError,
     PenstockError,
     Piece,
+    QueueDelayError,
     RequestError,
     RequestTooLargeError,
     ResponseFormat,
@@ -49,6 +50,7 @@ from penstock import (
     UnknownJobError,
     UnknownModelError,
     Usage,
+    WaitPolicy,
     WorkerError,
     WorkerLostError,
     WrongTaskError,
@@ -80,6 +82,7 @@ def embed(client: Client) -> None:
             precision="binary",
             priority="interactive",
             deadline_s=2.5,
+            wait=WaitPolicy(max_wait_s=30.0, attempts=5, base_s=0.1, most_s=5.0),
         ),
         Vectors,
     )
@@ -284,6 +287,9 @@ def other_ends(error: PenstockError) -> None:
             assert_type(error.job_id, str)
         case IncompleteOutputError():
             assert_type((error.n_tokens, error.text), tuple[int, str])
+        case QueueDelayError():
+            assert_type((error.queue, error.exceeded), tuple[str, str])
+            assert_type((error.retry_after_s, error.predicted_wait_s), tuple[float, float | None])
         case DeadlineExceededError():
             assert_type((error.job_id, error.late_s), tuple[str, float])
         case ResultDecodeError():

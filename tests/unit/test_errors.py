@@ -9,7 +9,7 @@ from penstock import errors
 from penstock.codec import decode_outcome, encode_failure
 from penstock.errors import PenstockError, WorkerError, error_classes, rebuild_error
 
-EXAMPLES = {str: "grün", int: 7, float: 1.5, Sequence[str]: ["first", "second"]}
+EXAMPLES = {str: "grün", int: 7, float: 1.5, float | None: 2.5, Sequence[str]: ["first", "second"]}
 CLASSES = [cls for cls in error_classes() if cls.__module__ == "penstock.errors"]
 
 
@@ -148,4 +148,5 @@ def test_only_the_workers_and_redis_faults_are_retryable() -> None:
         "TransportError",
         "BrokerUnavailableError",
         "ResultTimeoutError",
+        "QueueDelayError",
     }

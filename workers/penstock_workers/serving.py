@@ -199,6 +199,9 @@ def _describe(
         max_tokens=max_tokens,
         max_texts=model.max_texts,
         deadline_s=model.deadline_s,
+        max_waiting_jobs=model.max_waiting_jobs,
+        max_waiting_tokens=model.max_waiting_tokens,
+        max_waiting_bytes=model.max_waiting_bytes,
         dtype=dtype,
         batching=batching,
     )
