@@ -120,9 +120,11 @@ class Client:
         """See `AsyncClient.registry`."""
         return self._run(self._started().registry())
 
-    def estimate(self, model: str, *, priority: PriorityName = "default") -> Estimate:
+    def estimate(
+        self, model: str, *, priority: PriorityName = "default", tenant: str | None = None
+    ) -> Estimate:
         """See `AsyncClient.estimate`."""
-        return self._run(self._started().estimate(model, priority=priority))
+        return self._run(self._started().estimate(model, priority=priority, tenant=tenant))
 
     def embed(
         self,

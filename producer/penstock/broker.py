@@ -27,9 +27,10 @@ from redis.sentinel import Sentinel
 
 from penstock.bucket import take
 from penstock.codec import queue_key
-from penstock.errors import BrokerRefusedError, BrokerUnavailableError, QueueDelayError
+from penstock.errors import BrokerRefusedError, BrokerUnavailableError, QueueDelayError, RateLimitError
 from penstock.leases import Limits, push_arguments, scripts
 from penstock.registry import MODELS_KEY, RESULTS_KEY, WORKERS_KEY, Registry, mask_url
+from penstock.request import Lane
 from penstock.sentinel import SentinelUrl, is_sentinel
 from penstock.store import RECORD_TTL_S, SENT, record_key
 from penstock.waiting import RETRIES
@@ -178,23 +179,31 @@ class Broker:
                 models, workers, results, (second, microsecond) = await pipe.execute()
         return Registry.read(models, workers, results, second + microsecond / 1e6)
 
-    async def push(self, queue: str, priority: int, *messages: bytes, limits: Limits) -> None:
+    async def push(self, queue: str, lane: Lane, *messages: bytes, limits: Limits) -> None:
         """Put messages at the end of a queue, and wake idle workers: all in one step, or none.
 
         Raises:
             QueueDelayError: one of the limits would be exceeded; nothing was sent.
+            RateLimitError: the tenant sends too much; nothing was sent.
         """
-        keys, arguments = push_arguments(queue_key(queue, priority), *messages, limits=limits)
+        keys, arguments = push_arguments(queue_key(queue, *lane), *messages, limits=limits)
         with redis_errors(self.url):
             reply = await self._push(keys=keys, args=arguments)
         if isinstance(reply, list):
             retry_s, wait_s, exceeded = (text.decode() for text in reply)
+            if exceeded == "rate":
+                raise RateLimitError(lane.tenant, float(retry_s))
             raise QueueDelayError(queue, exceeded, float(retry_s), float(wait_s) if wait_s else None)
 
     async def load(self, key: str) -> list[int]:
         """Return jobs, tokens and bytes of a queue, and the tokens that go before what is pushed now."""
         with redis_errors(self.url):
             return cast("list[int]", await self._load(keys=[key]))
+
+    async def count_spilled(self, queue: str, n_jobs: int) -> None:
+        """Count jobs that came here because the wait in the preferred pool was longer."""
+        with redis_errors(self.url):
+            await self._redis.hincrby(f"penstock:load:{queue}", "spilled", n_jobs)
 
     async def ask_for_retry(self, within_s: float) -> float | None:
         """Take one retry of what all clients and workers share; see `waiting.Ask`."""

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, forget_sent, record_sent
 from penstock.codec import encode_message, queue_key, queue_name
-from penstock.delay import Estimate, count_tokens, predict, queue_limits
+from penstock.delay import Estimate, Router, count_tokens, predict, queue_limits
 from penstock.errors import (
     InvalidOptionError,
     QueueDelayError,
+    RateLimitError,
     TooManyTextsError,
     TransportError,
     UnknownModelError,
@@ -30,8 +31,10 @@ from penstock.joining import Joiner
 from penstock.pacing import Pacer
 from penstock.registry import ModelInfo, Registry, locate_results
 from penstock.request import (
+    TENANT,
     EmbedRequest,
     GenerateRequest,
+    Lane,
     Message,
     Precision,
     Priority,
@@ -49,7 +52,7 @@ from penstock.waiting import WaitPolicy, try_again
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
 REGISTRY_TTL_S: Final = 5.0
 
-_OF_SENDING: Final = ("priority", "deadline_s", "wait")
+_OF_SENDING: Final = ("priority", "tenant", "deadline_s", "wait")
 
 R = TypeVar("R", EmbedRequest, GenerateRequest)
 S = TypeVar("S")
@@ -59,6 +62,7 @@ class EmbedOptions(TypedDict, total=False):
     """Options of an embedding job; `penstock.request.EmbedRequest` explains them.
 
     `priority` says which waiting jobs go first; after `deadline_s` seconds the job is not worth computing.
+    Jobs of a `tenant` take turns with those of others, by the shares of the deployment's settings.
     `wait` tries again where the queue is full, or a worker or Redis failed for now; without it the first
     error counts.
     """
@@ -69,6 +73,7 @@ class EmbedOptions(TypedDict, total=False):
     truncate_dim: int | None
     precision: Precision
     priority: PriorityName
+    tenant: str | None
     deadline_s: float | None
     wait: WaitPolicy | None
 
@@ -77,6 +82,7 @@ class GenerateOptions(TypedDict, total=False):
     """Options of a generation job; `penstock.request.GenerateRequest` explains them.
 
     `priority` says which waiting jobs go first; after `deadline_s` seconds the job is not worth computing.
+    Jobs of a `tenant` take turns with those of others, by the shares of the deployment's settings.
     `wait` tries again where the queue is full, or a worker or Redis failed for now; without it the first
     error counts.
     """
@@ -97,6 +103,7 @@ class GenerateOptions(TypedDict, total=False):
     truncation: Truncation | None
     response_format: ResponseFormat | None
     priority: PriorityName
+    tenant: str | None
     deadline_s: float | None
     wait: WaitPolicy | None
 
@@ -129,6 +136,7 @@ class AsyncClient:
         self._registry: Registry | None = None
         self._registry_read_at = 0.0
         self._reading: asyncio.Task[Registry] | None = None
+        self._router = Router(self._estimate)
         self._joiner = Joiner(self._send_unrecorded, self._n_workers)
 
     async def __aenter__(self) -> Self:
@@ -154,17 +162,22 @@ class AsyncClient:
         """Return models and workers as they are now."""
         return await self._read_registry(max_age_s=0)
 
-    async def estimate(self, model: str, *, priority: PriorityName = "default") -> Estimate:
+    async def estimate(
+        self, model: str, *, priority: PriorityName = "default", tenant: str | None = None
+    ) -> Estimate:
         """Say how long a job for `model` would wait if it was sent now.
 
         Raises:
             UnknownModelError: no worker ever announced it.
         """
         info = await self._find_model(model)
-        registry = await self._read_registry()
-        queue = queue_name(registry.choose_pool(info), model)
-        load = await self._broker.load(queue_key(queue, _priority(priority)))
-        return predict(queue, load, registry)
+        registry, lane = await self._read_registry(), Lane(_priority(priority), _tenant(tenant))
+        pool = await self._router.choose(info, registry, lane)
+        return await self._estimate(queue_name(pool, model), lane)
+
+    async def _estimate(self, queue: str, lane: Lane) -> Estimate:
+        load = await self._broker.load(queue_key(queue, *lane))
+        return predict(queue, load, await self._read_registry())
 
     async def embed(
         self,
@@ -191,12 +204,13 @@ class AsyncClient:
         Raises:
             RequestError: the request cannot be served as it is; nothing was sent.
             QueueDelayError: too much waits, or longer than `deadline_s`; nothing was sent.
+            RateLimitError: the tenant sends more than it may; nothing was sent.
             TransportError: Redis is out of reach, or the result did not come in time.
             WorkerError: the model failed on these texts.
         """
-        request, priority = await self._prepare(EmbedRequest, "embed", _embed_fields(texts, model, options))
+        request, lane = await self._prepare(EmbedRequest, "embed", _embed_fields(texts, model, options))
         return await self._again(
-            options.get("wait"), lambda: self._joiner.embed(request, priority, timeout_s), request
+            options.get("wait"), lambda: self._joiner.embed(request, lane, timeout_s), request
         )
 
     async def submit_embed(
@@ -231,14 +245,15 @@ class AsyncClient:
         Raises:
             RequestError: the request cannot be served as it is.
             QueueDelayError: too much waits, or longer than `deadline_s`; nothing was sent.
+            RateLimitError: the tenant sends more than it may; nothing was sent.
             TransportError: Redis is out of reach, or the result did not come in time.
             WorkerError: the model failed on this prompt.
         """
-        request, priority = await self._prepare_generate(prompt, model, options, is_stream=False)
+        request, lane = await self._prepare_generate(prompt, model, options, is_stream=False)
 
         async def answer() -> GenerateResult:
             job: AsyncJob[GenerateResult]
-            (job,) = await self._send([request], priority, is_recorded=True)
+            (job,) = await self._send([request], lane, is_recorded=True)
             return await job.result(timeout_s)
 
         return await self._again(options.get("wait"), answer, request)
@@ -292,15 +307,15 @@ class AsyncClient:
     async def _submit_generate(
         self, prompt: str, model: str, options: GenerateOptions, *, is_stream: bool
     ) -> AsyncJob[GenerateResult]:
-        request, priority = await self._prepare_generate(prompt, model, options, is_stream=is_stream)
+        request, lane = await self._prepare_generate(prompt, model, options, is_stream=is_stream)
         jobs: list[AsyncJob[GenerateResult]] = await self._again(
-            options.get("wait"), lambda: self._send([request], priority, is_recorded=True), request
+            options.get("wait"), lambda: self._send([request], lane, is_recorded=True), request
         )
         return jobs[0]
 
     async def _prepare_generate(
         self, prompt: str, model: str, options: GenerateOptions, *, is_stream: bool
-    ) -> tuple[GenerateRequest, Priority]:
+    ) -> tuple[GenerateRequest, Lane]:
         fields: dict[str, Any] = {**options, "model": model, "prompt": prompt, "stream": is_stream}
         if "history" in fields:
             turns = fields["history"]
@@ -365,10 +380,10 @@ class AsyncClient:
         prepared = [await self._prepare(EmbedRequest, "embed", each) for each in fields]
         if not prepared:
             return []
-        requests, (priority, *_) = zip(*prepared, strict=True)
+        requests, (lane, *_) = zip(*prepared, strict=True)
         return await self._again(
             options.get("wait"),
-            lambda: self._send(requests, priority, is_recorded=is_recorded),
+            lambda: self._send(requests, lane, is_recorded=is_recorded),
             min(requests, key=lambda request: request.deadline or math.inf),
         )
 
@@ -381,10 +396,10 @@ class AsyncClient:
     ) -> Pacer:
         return Pacer(texts, _Sender(self, model, options), timeout_s)
 
-    async def _prepare(self, kind: type[R], task: Task, fields: Mapping[str, Any]) -> tuple[R, Priority]:
+    async def _prepare(self, kind: type[R], task: Task, fields: Mapping[str, Any]) -> tuple[R, Lane]:
         """Check what can be known before anything is sent."""
         plain = {name: value for name, value in fields.items() if name not in _OF_SENDING}
-        priority = _priority(fields.get("priority", "default"))
+        lane = Lane(_priority(fields.get("priority", "default")), _tenant(fields.get("tenant")))
         now = time.time()
         request = kind.parse(plain | {"sent_at": now, "deadline": _deadline(now, fields.get("deadline_s"))})
         model = await self._find_model(request.model, task)
@@ -392,11 +407,9 @@ class AsyncClient:
             raise TooManyTextsError(len(request.texts), model.max_texts)
         if request.deadline is None and model.deadline_s is not None:
             request = request.model_copy(update={"deadline": now + model.deadline_s})
-        return request, priority
+        return request, lane
 
-    async def _send(
-        self, requests: Sequence[Request], priority: Priority, *, is_recorded: bool
-    ) -> list[AsyncJob[T]]:
+    async def _send(self, requests: Sequence[Request], lane: Lane, *, is_recorded: bool) -> list[AsyncJob[T]]:
         """Queue requests of one model, all together or none.
 
         A job whose id the caller is told is recorded, and before it is queued: an error then means that
@@ -404,8 +417,9 @@ class AsyncClient:
         """
         store, registry = await self._open_store(), await self._read_registry()
         model = registry.models[requests[0].model]
-        pool = registry.choose_pool(model)
+        pool = await self._router.choose(model, registry, lane)
         queue = queue_name(pool, model.name)
+        n_tokens = [count_tokens(request, registry, model) for request in requests]
         jobs: list[AsyncJob[T]] = [
             AsyncJob(new_job_id(), self._broker, store, is_ours=True, is_recorded=is_recorded)
             for _ in requests
@@ -415,27 +429,31 @@ class AsyncClient:
                 request,
                 job_id=job.id,
                 queue=queue,
-                priority=priority,
+                priority=lane.priority,
+                tenant=lane.tenant,
                 reply_to=store.inbox.reply_to,
                 origin=self._origin,
-                n_tokens=count_tokens(request, registry, model),
+                n_tokens=cost,
             )
-            for request, job in zip(requests, jobs, strict=True)
+            for request, job, cost in zip(requests, jobs, n_tokens, strict=True)
         ]
         limits = queue_limits(model, registry, pool, requests)
         job_ids = [job.id for job in jobs]
         if is_recorded:
             await record_sent(store.redis, store.url, job_ids)
         try:
-            await self._broker.push(queue, priority, *messages, limits=limits)
-        except QueueDelayError:
+            await self._broker.push(queue, lane, *messages, limits=limits)
+        except (QueueDelayError, RateLimitError):
             if is_recorded:
                 await forget_sent(store.redis, store.url, job_ids)
             raise
+        self._router.sent(model, registry, lane, pool, sum(n_tokens))
+        if pool != registry.choose_pool(model):
+            await self._broker.count_spilled(queue, len(jobs))
         return jobs
 
-    async def _send_unrecorded(self, request: EmbedRequest, priority: Priority) -> AsyncJob[Vectors]:
-        jobs: list[AsyncJob[Vectors]] = await self._send([request], priority, is_recorded=False)
+    async def _send_unrecorded(self, request: EmbedRequest, lane: Lane) -> AsyncJob[Vectors]:
+        jobs: list[AsyncJob[Vectors]] = await self._send([request], lane, is_recorded=False)
         return jobs[0]
 
     def _n_workers(self, name: str) -> int:
@@ -509,6 +527,14 @@ def _priority(name: object) -> Priority:
     except KeyError:
         allowed = ", ".join(priority.name.lower() for priority in Priority)
         raise InvalidOptionError("priority", repr(name)[:80], f"one of {allowed}") from None
+
+
+def _tenant(name: object) -> str:
+    if name is None:
+        return ""
+    if not (isinstance(name, str) and TENANT.fullmatch(name)):
+        raise InvalidOptionError("tenant", repr(name)[:80], "up to 64 of a-z A-Z 0-9 . _ @ -")
+    return name
 
 
 def _deadline(now: float, deadline_s: object) -> float | None:

@@ -6,16 +6,22 @@ characters, by what workers measured; the scripts of `delivery.lua` keep their s
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from penstock.codec import queue_name
 from penstock.leases import Limits
 from penstock.registry import ModelInfo, Registry
-from penstock.request import EmbedRequest, Request
+from penstock.request import EmbedRequest, Lane, PoolName, Request
 
 TOKENS_PER_CHARACTER: Final = 0.25
 """Until a worker has measured it."""
+SPILL_S: Final = 1.0
+"""By how much the wait in the preferred pool has to be longer for jobs to go to the next one, seconds."""
+LOOK_S: Final = 0.5
+"""How often a client looks at the queues of a model in two pools, seconds."""
+MOST_CHOICES: Final = 1000
 ANSWER_TOKENS: Final = 128
 """Of an answer, until a worker has measured it, unless `max_new_tokens` is less."""
 
@@ -96,3 +102,68 @@ def count_tokens(request: Request, registry: Registry, model: ModelInfo) -> int:
         return math.ceil(sum(min(len(text) + 1, longest) for text in request.texts) * ratio)
     answer = registry.measured(model.name, "answer_tokens") or ANSWER_TOKENS
     return math.ceil(request.n_characters * ratio + min(request.max_new_tokens or math.inf, answer))
+
+
+@dataclass(slots=True)
+class _Choice:
+    """Which pool a model's jobs go to, and why.
+
+    Attributes:
+        waits: predicted wait of each pool, seconds, with what was sent since they were looked at.
+        looked_at: when, on this process' monotonic clock.
+        is_spilling: whether the preferred pool is passed by.
+    """
+
+    waits: dict[PoolName, float]
+    looked_at: float
+    is_spilling: bool = False
+
+
+class Router:
+    """Chooses the pool of each job: the preferred one, or the next where the wait is shorter by a margin.
+
+    A client looks every `LOOK_S` and adds what it sends itself in between, so that it does not send all to
+    one pool until the next look; it goes back at half the margin.
+
+    Args:
+        estimate: looks at a queue; takes its name and the lane.
+    """
+
+    def __init__(self, estimate: Callable[[str, Lane], Awaitable[Estimate]]) -> None:
+        self._estimate = estimate
+        self._choices: dict[tuple[str, Lane], _Choice] = {}
+
+    async def choose(self, model: ModelInfo, registry: Registry, lane: Lane) -> PoolName:
+        """Return the pool for the next job of `model`."""
+        pools = [pool for pool in model.pools if registry.ready_workers(model.name, pool)]
+        if len(pools) < 2:
+            return registry.choose_pool(model)
+        choice = self._choices.get((model.name, lane))
+        if choice is None or time.monotonic() - choice.looked_at > LOOK_S:
+            choice = await self._look(
+                model, lane, pools, is_spilling=choice is not None and choice.is_spilling
+            )
+        first, second = (choice.waits.get(pool) for pool in pools[:2])
+        if first is None or second is None:  # nobody has told a speed
+            return pools[0]
+        choice.is_spilling = first > second + (SPILL_S / 2 if choice.is_spilling else SPILL_S)
+        return pools[1] if choice.is_spilling else pools[0]
+
+    def sent(self, model: ModelInfo, registry: Registry, lane: Lane, pool: PoolName, n_tokens: int) -> None:
+        """Take note of what was sent."""
+        choice = self._choices.get((model.name, lane))
+        speed = registry.tokens_per_s(model.name, pool)
+        if choice is not None and pool in choice.waits and speed:
+            choice.waits[pool] += n_tokens / speed
+
+    async def _look(
+        self, model: ModelInfo, lane: Lane, pools: Sequence[PoolName], *, is_spilling: bool
+    ) -> _Choice:
+        found = {pool: await self._estimate(queue_name(pool, model.name), lane) for pool in pools}
+        waits = {
+            pool: each.predicted_wait_s for pool, each in found.items() if each.predicted_wait_s is not None
+        }
+        if len(self._choices) > MOST_CHOICES:  # of tenants that come and go
+            self._choices.clear()
+        choice = self._choices[model.name, lane] = _Choice(waits, time.monotonic(), is_spilling)
+        return choice

@@ -14,7 +14,12 @@
 -- | `penstock:untold` | sorted set | entry of `penstock:dead` whose sender must hear -> when another worker may tell | `bury`, `claim_untold`; workers |
 -- | `penstock:sweep` | hash | when leases were last looked through, and from when on they may be taken over | `take_over` |
 -- | `penstock:serial` | string | counter that tells two messages of one tag apart | these scripts |
--- | `penstock:load:<queue>` | hash | level, or `held` -> jobs, tokens and bytes that wait there, or that workers hold | these scripts |
+-- | `<list>\x06\x17<tenant>` | list | waiting messages of one tenant | these scripts |
+-- | `penstock:turns:<list>` | sorted set | tenant with waiting messages -> tokens it has had, by its share | these scripts |
+-- | `penstock:passed:<list>` | sorted set | the same of tenants without, while others wait | these scripts |
+-- | `penstock:tenants` | hash | tenant -> its share, and its tokens per second or 0 | workers, by their settings |
+-- | `penstock:bucket:tenant:<tenant>` | string | see `bucket.lua` | `push` |
+-- | `penstock:load:<queue>` | hash | level (`+`: of tenants) or `held` -> jobs, tokens and bytes; `age:<level>` -> tokens that went before it in turn; `spilled` -> jobs that came from another pool | these scripts |
 --
 -- A tag is the message's own `delivery_tag`. A token names one pop of one process, so what a process took twice
 -- has two tokens: only the last holder acknowledges, renews or hands back.
@@ -29,7 +34,7 @@
 local UNACKED, INDEX, LEASES = 'unacked', 'unacked_index', 'penstock:leases'
 local LOST, DUE, DELAYED = 'penstock:lost', 'penstock:due', 'penstock:delayed'
 local DEAD, UNTOLD, SWEEP, SERIAL = 'penstock:dead', 'penstock:untold', 'penstock:sweep', 'penstock:serial'
-local LOAD = 'penstock:load:'
+local LOAD, TURNS, PASSED, TENANTS = 'penstock:load:', 'penstock:turns:', 'penstock:passed:', 'penstock:tenants'
 local LEVELS = {'0', '3', '6', '9'}
 
 local function now()
@@ -40,7 +45,7 @@ end
 -- One token is enough: a token that lies there means that nobody waits, and whoever takes it and leaves messages
 -- wakes the next. Idle workers look for themselves every second, so older tokens serve nobody.
 local function wake(list)
-  local key = 'penstock:wake:' .. list
+  local key = 'penstock:wake:' .. string.gsub(list, '\6\23.*', '')
   local left_ms = redis.call('PTTL', key)
   if left_ms == -2 then redis.call('LPUSH', key, '1') end
   if left_ms < 1000 then redis.call('PEXPIRE', key, 2000) end
@@ -65,6 +70,20 @@ local function tag_in(name) return string.match(name, '^[^\n]*') end
 
 local function queue_of(list) return string.match(list, '^[^\6]*') end
 local function level_of(list) return string.match(list, '\6\22(%d)') or '0' end
+
+-- The list of a level, and the tenant whose part of it this is; '' for those that name none.
+local function split(list)
+  local base, tenant = string.match(list, '^(.-)\6\23(.*)$')
+  return base or list, tenant or ''
+end
+
+local function part_of(base, tenant) return tenant == '' and base or base .. '\6\23' .. tenant end
+
+-- Share, and tokens per second that a tenant may send, 0 if there is no limit.
+local function terms_of(tenant)
+  local share, rate = string.match(redis.call('HGET', TENANTS, tenant) or '', '^(%S+) (%S+)$')
+  return tonumber(share) or 1, tonumber(rate) or 0
+end
 
 -- kombu's name of a level's list.
 local function list_of(queue, level) return level == '0' and queue or queue .. '\6\22' .. level end
@@ -122,25 +141,67 @@ local function settle()
   moved = {}
 end
 
+-- Tenants take turns: who has had least goes first, what is taken counts by share. Who comes is put beside the first
+-- of those that wait, but not before what he has had already: Start-time Fair Queuing, Goyal et al. 1996, section 3.
+local function enter(base, tenant)
+  if redis.call('ZSCORE', TURNS .. base, tenant) then return end
+  local first = redis.call('ZRANGE', TURNS .. base, 0, 0, 'WITHSCORES')
+  local had = redis.call('ZSCORE', PASSED .. base, tenant)
+  redis.call('ZADD', TURNS .. base, math.max(tonumber(first[2]) or 0, tonumber(had) or 0), tenant)
+  if had then redis.call('ZREM', PASSED .. base, tenant) end
+end
+
+local function leave(base, tenant)
+  local had = redis.call('ZSCORE', TURNS .. base, tenant)
+  redis.call('ZREM', TURNS .. base, tenant)
+  local first = redis.call('ZRANGE', TURNS .. base, 0, 0, 'WITHSCORES')
+  if first[2] then
+    redis.call('ZREMRANGEBYSCORE', PASSED .. base, '-inf', first[2])
+    if had then redis.call('ZADD', PASSED .. base, had, tenant) end
+  else
+    redis.call('DEL', PASSED .. base)
+    forget(queue_of(base), level_of(base) .. '+')
+  end
+end
+
+local function tally(list, n, message)
+  local tokens, bytes, is_marked = cost_of(message)
+  if select(2, split(list)) ~= '' then
+    count(queue_of(list), level_of(list) .. '+', n, tokens, bytes)
+    count(list, 'own', n, tokens, bytes)
+  elseif is_marked then
+    count(queue_of(list), level_of(list), n, tokens, bytes)
+  end
+  return tokens
+end
+
 -- Puts a message into a list, as the next one or as the last. Returns the list's length, or an error.
 local function insert(list, message, as_next)
   local length = redis.pcall(as_next and 'RPUSH' or 'LPUSH', list, message)
   if type(length) ~= 'number' then return length end
-  local tokens, bytes, is_marked = cost_of(message)
-  if is_marked then
-    if length == 1 then forget(queue_of(list), level_of(list)) end
-    count(queue_of(list), level_of(list), 1, tokens, bytes)
+  local base, tenant = split(list)
+  if length == 1 and tenant ~= '' then
+    enter(base, tenant)
+    forget(list, 'own')
+  elseif length == 1 and select(3, cost_of(message)) then
+    forget(queue_of(list), level_of(list))
   end
+  tally(list, 1, message)
   wake(list)
   return length
 end
 
--- Takes the next message out of a list; the caller has read it.
+-- Takes the next message out of a list; the caller has read it. Returns its tokens, and whether the list is empty.
 local function remove(list, message)
   redis.call('RPOP', list)
-  local tokens, bytes, is_marked = cost_of(message)
-  if is_marked then count(queue_of(list), level_of(list), -1, tokens, bytes) end
-  if redis.call('EXISTS', list) == 0 then forget(queue_of(list), level_of(list)) end
+  local tokens = tally(list, -1, message)
+  local is_empty = redis.call('EXISTS', list) == 0
+  if is_empty then
+    local base, tenant = split(list)
+    if tenant ~= '' then forget(list, 'own') else forget(queue_of(list), level_of(list)) end
+    if base ~= queue_of(base) then redis.call('HDEL', LOAD .. queue_of(base), 'age:' .. level_of(base)) end
+  end
+  return tokens, is_empty
 end
 
 -- The list that the message came from if `token` holds it, else nil; its tokens and bytes.
@@ -187,20 +248,39 @@ local function put_back(name, list, tokens, bytes, as_next)
 end
 
 -- What a queue has: jobs, tokens and bytes that wait or are held, and of the tokens those that are computed before
--- a message of this level that comes now. What is not counted is taken for like what is held.
-local function load_of(queue, level)
-  local fields = redis.call('HMGET', LOAD .. queue, 'held', unpack(LEVELS))
+-- a message that comes into this list now. What is not counted is taken for like what is held.
+local function load_of(list)
+  local queue, level, base, tenant = queue_of(list), level_of(list), split(list)
+  local fields = redis.call('HMGET', LOAD .. queue, 'held', '0', '3', '6', '9', '0+', '3+', '6+', '9+')
   local n, t, b = read_sum(fields[1])
   local plain_t, plain_b = n > 0 and t / n or 256, n > 0 and b / n or 1024
   local ahead = t
   for i, each in ipairs(LEVELS) do
     local length = redis.pcall('LLEN', list_of(queue, each))
-    if type(length) == 'number' and length > 0 then
+    if type(length) ~= 'number' then length = 0 end
+    local tokens = 0
+    if length > 0 then
       local counted_n, counted_t, counted_b = read_sum(fields[i + 1])
       local plain_n = math.max(length - counted_n, 0)
-      local tokens = plain_n * plain_t + counted_t
+      tokens = plain_n * plain_t + counted_t
       n, t, b = n + length, t + tokens, b + plain_n * plain_b + counted_b
-      if each <= level then ahead = ahead + tokens end
+    end
+    local tenants_n, tenants_t, tenants_b = read_sum(fields[i + 5])
+    n, t, b = n + tenants_n, t + tenants_t, b + tenants_b
+    if each < level then ahead = ahead + tokens + tenants_t end
+    if each == level then
+      local all = tokens + tenants_t
+      if tenant ~= '' or tenants_n > 0 then
+        -- Before a tenant's last message goes what it has waiting itself, and of the others as much by their shares,
+        -- which are taken for 1.
+        local own = tokens
+        if tenant ~= '' then own = select(2, read_sum(redis.call('HGET', LOAD .. list, 'own'))) end
+        local others = redis.call('ZCARD', TURNS .. base)
+        if redis.call('ZSCORE', TURNS .. base, tenant) then others = others - 1 end
+        if tenant ~= '' and length > 0 and not redis.call('ZSCORE', TURNS .. base, '') then others = others + 1 end
+        all = math.min(all, own * (1 + others / terms_of(tenant)))
+      end
+      ahead = ahead + all
     end
   end
   return n, t, b, ahead
@@ -218,7 +298,7 @@ if limits[1] or limits[2] or limits[3] or (speed and most_s) then
     local tokens, bytes = cost_of(ARGV[i])
     sums, last_tokens = {sums[1] + 1, sums[2] + tokens, sums[3] + bytes}, tokens
   end
-  local n, t, b, ahead = load_of(queue_of(KEYS[1]), level_of(KEYS[1]))
+  local n, t, b, ahead = load_of(KEYS[1])
   local wait = speed and ahead / speed
   local wait_of_last = speed and (ahead + sums[2] - last_tokens) / speed
   -- How long until the queue has worked off what is too much, and which limit takes longest.
@@ -235,6 +315,16 @@ if limits[1] or limits[2] or limits[3] or (speed and most_s) then
   end
   if exceeded ~= '' then
     return {string.format('%.3f', retry), wait and string.format('%.3f', wait) or '', exceeded}
+  end
+end
+local base, tenant = split(KEYS[1])
+if tenant ~= '' then
+  local _, rate = terms_of(tenant)
+  if rate > 0 then
+    local tokens = 0
+    for i = 6, #ARGV, 2 do tokens = tokens + cost_of(ARGV[i]) end
+    local taken = take({'penstock:bucket:tenant:' .. tenant}, {0, rate, 60 * rate, tokens}, 1)
+    if taken[1] == 0 then return {taken[2], '', 'rate'} end
   end
 end
 local n_waiting
@@ -260,14 +350,37 @@ local token, lease_end = ARGV[1], now() + tonumber(ARGV[2])
 local room, suspects, suspect_at = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local credits, n_queues = {}, #ARGV - 6
 for queue = 1, n_queues do credits[queue] = tonumber(ARGV[6 + queue]) end
-local taken, share = {}, {}
+local taken, share, fair = {}, {}, {}
+
+-- The part of a level whose turn it is.
+local function next_part(base)
+  if fair[base] == nil then
+    fair[base] = redis.call('EXISTS', TURNS .. base) == 1
+    if fair[base] and redis.call('EXISTS', base) == 1 then enter(base, '') end
+  end
+  return fair[base] and redis.call('ZRANGE', TURNS .. base, 0, 0)[1] or ''
+end
+
+local function length_of(base)
+  local length = redis.pcall('LLEN', base)
+  if type(length) ~= 'number' then length = 1 end
+  local tenants = fair[base] and redis.call('HGET', LOAD .. queue_of(base), level_of(base) .. '+')
+  return length + read_sum(tenants)
+end
 
 -- Read first and removed last: an error in between leaves the message where it was.
-local function take(list)
-  share[list] = share[list] or math.ceil((tonumber(redis.pcall('LLEN', list)) or 1) / tonumber(ARGV[6]))
-  if share[list] == 0 then return false end
+-- Returns the tokens of what was taken; false if there is nothing to take.
+local function take(base)
+  local tenant = next_part(base)
+  local list = part_of(base, tenant)
+  share[base] = share[base] or math.ceil(length_of(base) / tonumber(ARGV[6]))
   local message = redis.pcall('LINDEX', list, -1)
-  if type(message) ~= 'string' then return false end
+  if type(message) ~= 'string' then
+    if not (fair[base] and redis.call('ZSCORE', TURNS .. base, tenant)) then return false end
+    leave(base, tenant) -- others have emptied it
+    return take(base)
+  end
+  if share[base] <= 0 then return false end
   local tag = tag_of(message)
   local lost = tonumber(redis.call('HGET', LOST, tag) or -1)
   if lost >= suspect_at then
@@ -276,33 +389,87 @@ local function take(list)
   end
   local name = free_name(UNACKED, tag)
   hold(name, message, token, list, lease_end)
-  remove(list, message)
-  share[list] = share[list] - 1
+  local tokens, is_empty = remove(list, message)
+  share[base] = share[base] - 1
+  if fair[base] then
+    redis.call('ZINCRBY', TURNS .. base, tokens / terms_of(tenant), tenant)
+    if is_empty then leave(base, tenant) end
+  end
   for _, field in ipairs({list, name, lost, message}) do taken[#taken + 1] = field end
-  return true
+  return tokens
 end
 
-for level = 0, #KEYS / n_queues - 1 do
-  local is_open, took, any = {}, {}, true
-  while any and room > 0 do
-    any = false
-    for queue = 1, n_queues do
-      local list = KEYS[level * n_queues + queue]
-      if room > 0 and credits[queue] > 0 and is_open[queue] ~= false then
-        is_open[queue] = take(list)
-        if is_open[queue] then
-          any, took[list] = true, true
-          room, credits[queue] = room - 1, credits[queue] - 1
-        end
+-- Levels of one queue. A more urgent one goes first, but of eight tokens one is for each level that waits behind it:
+-- `ages` are the tokens that are due to it so, and once they reach AGE it has its turn.
+local AGE, PART = 1000, 1 / 8
+local queues = {}
+for queue = 1, n_queues do
+  local bases = {}
+  for level = 1, #KEYS / n_queues do bases[level] = KEYS[(level - 1) * n_queues + queue] end
+  queues[queue] = {bases = bases, closed = {}, touched = {}}
+end
+
+local function read_ages(of)
+  local keys = {}
+  for _, base in ipairs(of.bases) do
+    keys[#keys + 1] = base
+    keys[#keys + 1] = TURNS .. base
+  end
+  of.ages = {}
+  if #of.bases == 1 or redis.call('EXISTS', unpack(keys, 3)) == 0 then return end
+  for level = 2, #of.bases do
+    local base = of.bases[level]
+    if redis.call('EXISTS', base, TURNS .. base) > 0 then
+      of.ages[level] = tonumber(redis.call('HGET', LOAD .. queue_of(base), 'age:' .. level_of(base))) or 0
+    end
+  end
+end
+
+-- Take one message of a queue; false if there is none to take.
+local function take_one(of)
+  if not of.ages then read_ages(of) end
+  local order = {}
+  for level = #of.bases, 2, -1 do
+    if (of.ages[level] or 0) >= AGE then order[#order + 1] = level end
+  end
+  for level = 1, #of.bases do order[#order + 1] = level end
+  for place, level in ipairs(order) do
+    local base = of.bases[level]
+    local tokens = not of.closed[level] and take(base)
+    if tokens then
+      of.touched[level] = true
+      for other in pairs(of.ages) do
+        if other > level then of.ages[other] = of.ages[other] + PART * tokens end
+      end
+      if of.ages[level] then of.ages[level] = place <= #order - #of.bases and of.ages[level] - tokens or 0 end
+      return true
+    end
+    of.closed[level] = true
+    -- What is left is for others, and goes before what is less urgent.
+    if of.touched[level] and redis.call('EXISTS', base, TURNS .. base) > 0 then return false end
+  end
+  return false
+end
+
+local any = true
+while any and room > 0 do
+  any = false
+  for queue = 1, n_queues do
+    if room > 0 and credits[queue] > 0 then
+      if take_one(queues[queue]) then
+        any, room, credits[queue] = true, room - 1, credits[queue] - 1
+      else
+        credits[queue] = 0
       end
     end
   end
-  -- What is left is for others, one that is idle is woken for it, and goes before what is less urgent.
-  for queue = 1, n_queues do
-    local list = KEYS[level * n_queues + queue]
-    if took[list] and redis.call('EXISTS', list) == 1 then
-      wake(list)
-      if share[list] == 0 then credits[queue] = 0 end
+end
+for _, of in ipairs(queues) do
+  for level, base in ipairs(of.bases) do
+    local is_left = (of.touched[level] or of.ages and of.ages[level]) and redis.call('EXISTS', base, TURNS .. base) > 0
+    if of.touched[level] and is_left then wake(base) end -- one that is idle
+    if next(of.touched) and of.ages[level] and is_left then
+      redis.call('HSET', LOAD .. queue_of(base), 'age:' .. level_of(base), string.format('%.0f', of.ages[level]))
     end
   end
 end
@@ -473,5 +640,23 @@ wake(ARGV[1])
 
 -- script: load allow-oom
 -- KEYS: a list. Returns jobs, tokens and bytes of its queue, and the tokens before a message that comes now.
-local n, t, b, ahead = load_of(queue_of(KEYS[1]), level_of(KEYS[1]))
+local n, t, b, ahead = load_of(KEYS[1])
 return {n, math.ceil(t), math.ceil(b), math.ceil(ahead)}
+
+-- script: purge allow-oom
+-- KEYS: the lists of a queue. Returns how many messages were dropped, those of tenants included.
+local n = 0
+for _, base in ipairs(KEYS) do
+  local lists = {base}
+  for _, tenant in ipairs(redis.call('ZRANGE', TURNS .. base, 0, -1)) do
+    if tenant ~= '' then lists[#lists + 1] = part_of(base, tenant) end
+  end
+  for _, list in ipairs(lists) do
+    n = n + redis.call('LLEN', list)
+    redis.call('DEL', list)
+    if list ~= base then redis.call('DEL', LOAD .. list) end
+  end
+  redis.call('DEL', TURNS .. base, PASSED .. base)
+  redis.call('HDEL', LOAD .. queue_of(base), level_of(base), level_of(base) .. '+', 'age:' .. level_of(base))
+end
+return n

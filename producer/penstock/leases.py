@@ -25,6 +25,8 @@ from typing import Any, Final
 import redis
 from redis.commands.core import Script
 
+from penstock.bucket import bucket_functions
+
 logger = logging.getLogger(__name__)
 
 LEASE_S: Final = 20.0
@@ -52,9 +54,10 @@ def scripts() -> Mapping[str, str]:
     text = files("penstock").joinpath("delivery.lua").read_text(encoding="utf-8")
     _, *sections = re.split(r"^-- script: (\w+)( allow-oom)?$", text, flags=re.MULTILINE)
     names, flags, bodies = sections[::3], sections[1::3], sections[2::3]
-    shared = bodies[0]
+    # `push` takes from buckets of tenants too.
+    shared, buckets = bodies[0], bucket_functions()
     return {
-        name: f"#!lua flags={(flag or '').strip()}\n{shared}{body}"
+        name: f"#!lua flags={(flag or '').strip()}\n{shared}\n{buckets if name == 'push' else ''}\n{body}"
         for name, flag, body in zip(names[1:], flags[1:], bodies[1:], strict=True)
     }
 

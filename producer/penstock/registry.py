@@ -5,6 +5,7 @@
 | `penstock:models` | hash | model name -> `ModelInfo` |
 | `penstock:workers` | hash | worker id -> time of its last heartbeat, newline, `WorkerInfo` |
 | `penstock:results` | string | where results are kept, without credentials |
+| `penstock:tenants` | hash | tenant -> its share, and its tokens per second or 0 |
 
 A model stays known when its workers are gone: its jobs are accepted and wait.
 """
@@ -23,6 +24,7 @@ from penstock.sentinel import SentinelUrl, is_sentinel
 MODELS_KEY: Final = "penstock:models"
 WORKERS_KEY: Final = "penstock:workers"
 RESULTS_KEY: Final = "penstock:results"
+TENANTS_KEY: Final = "penstock:tenants"
 HEARTBEAT_S: Final = 2.0
 ALIVE_S: Final = 15.0
 """A worker that was silent for longer counts as gone."""

@@ -5,10 +5,11 @@ configuration file, and each range stands in one place.
 """
 
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Annotated, Any, Literal, NotRequired, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, NotRequired, Self
 
 from pydantic import (
     BaseModel,
@@ -55,6 +56,15 @@ class Priority(IntEnum):
 
 
 PriorityName = Literal["interactive", "default", "batch"]
+TENANT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+"""What a tenant may be called."""
+
+
+class Lane(NamedTuple):
+    """Where in a queue a job waits."""
+
+    priority: Priority
+    tenant: str = ""
 
 
 class Message(BaseModel):

@@ -11,13 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import kombu.transport
 import pytest
 import redis
 from celery import Celery
+from kombu import Connection
 
-from penstock import Client, QueueDelayError, WaitPolicy
+from penstock import Client, DeadlineExceededError, QueueDelayError, RateLimitError, WaitPolicy
 from penstock.leases import DEAD_KEY, push_arguments, scripts
 from penstock.registry import MODELS_KEY, WORKERS_KEY, ModelInfo, WorkerInfo
+from penstock.request import PoolName
+from penstock.transport import install
 from penstock.waiting import RETRIES
 from tests.deployment import Server
 from tests.eventually import eventually
@@ -26,6 +30,7 @@ from tests.faults.light import MODEL, LightWorker
 
 QUEUE: Final = "cpu.minilm"
 LISTS: Final = (QUEUE, *(f"{QUEUE}\x06\x16{level}" for level in (3, 6, 9)))
+PARTS: Final = tuple(f"{name}\x06\x17{tenant}" for name in LISTS for tenant in ("a", "b"))
 
 
 @pytest.fixture
@@ -36,7 +41,8 @@ def light(own: Server, tmp_path: Path) -> LightWorker:
 
 def level_of(name: str) -> str:
     """Return the level of a list."""
-    return name.partition("\x06\x16")[2] or "0"
+    base, _, tenant = name.partition("\x06\x17")
+    return (base.partition("\x06\x16")[2] or "0") + ("+" if tenant else "")
 
 
 def cost_of(raw: bytes) -> tuple[int, bool]:
@@ -55,11 +61,11 @@ def recount(client: redis.Redis) -> dict[str, tuple[int, ...]]:
     def add(what: str, n_tokens: int, raw: bytes) -> None:
         found[what] = [sum(pair) for pair in zip(found[what], (1, n_tokens, len(raw)), strict=True)]
 
-    for name in LISTS:
+    for name in (*LISTS, *PARTS):
         raws: Any = client.lrange(name, 0, -1)
         for raw in raws:
             n_tokens, is_told = cost_of(raw)
-            if is_told:
+            if is_told or name in PARTS:
                 add(level_of(name), n_tokens, raw)
     held: Any = client.hgetall("unacked")
     for raw in held.values():
@@ -70,7 +76,11 @@ def recount(client: redis.Redis) -> dict[str, tuple[int, ...]]:
 def counters(client: redis.Redis, queue: str = QUEUE) -> dict[str, tuple[int, ...]]:
     """Return jobs, tokens and bytes by level, and of what is held."""
     found: Any = client.hgetall(f"penstock:load:{queue}")
-    return {name.decode(): tuple(map(int, sums.split())) for name, sums in found.items()}
+    return {
+        name.decode(): tuple(map(int, sums.split()))
+        for name, sums in found.items()
+        if not name.startswith(b"age:")
+    }
 
 
 class Life:
@@ -98,14 +108,14 @@ class Life:
     def push(self) -> None:
         """Send one or several."""
         keys, arguments = push_arguments(
-            self.random.choice(LISTS), *(self.message() for _ in range(self.random.randrange(1, 4)))
+            self.random.choice(LISTS + PARTS), *(self.message() for _ in range(self.random.randrange(1, 4)))
         )
         self.run("push", *arguments, keys=tuple(keys))
 
     def push_late(self) -> None:
         """Send one that is due soon."""
         due_at = self.client.time()[0] + self.random.choice((0, 1, 5))
-        keys, arguments = push_arguments(self.random.choice(LISTS), self.message(), due_at=due_at)
+        keys, arguments = push_arguments(self.random.choice(LISTS + PARTS), self.message(), due_at=due_at)
         self.run("push", *arguments, keys=tuple(keys))
 
     def push_foreign(self) -> None:
@@ -160,7 +170,7 @@ class Life:
         if entries:
             entry = self.random.choice(entries)
             raw = json.loads(entry).get("message", "{}")
-            tag = self.run("revive", entry, raw, self.random.choice(LISTS), "people/1", 60)
+            tag = self.run("revive", entry, raw, self.random.choice(LISTS + PARTS), "people/1", 60)
             if tag and self.random.random() < 0.7:
                 self.run("hand_back", 0, tag, "people/1")
 
@@ -204,6 +214,12 @@ def test_counters_never_drift(own: Server, seed: int) -> None:
         for n in range(400):
             deed = life.step()
             assert counters(client) == recount(client), (n, deed)
+        while life.held or any(client.llen(name) for name in (*LISTS, *PARTS)):
+            life.pop()
+            life.ack()
+        left: Any = client.keys("penstock:[tp]*")
+
+    assert left == []  # nobody's turn, when nobody waits
 
 
 def test_nothing_is_left_when_workers_were_killed(fleet: Fleet, sender: Celery) -> None:
@@ -239,7 +255,14 @@ def test_the_wait_is_predicted_from_load_and_speed(own: Server) -> None:
     assert str(found["batch"]) == "cpu.minilm: 2.50 s = 500 tokens before it / 200 tokens/s of 2 workers"
 
 
-def announce(client: redis.Redis, *, tokens_per_s: float | None, n_workers: int = 1, **limits: Any) -> None:
+def announce(
+    client: redis.Redis,
+    *,
+    tokens_per_s: float | None,
+    n_workers: int = 1,
+    pool: PoolName = "cpu",
+    **limits: Any,
+) -> None:
     """Put a model and its workers into the registry; nobody works."""
     info = ModelInfo(
         name="minilm",
@@ -254,10 +277,10 @@ def announce(client: redis.Redis, *, tokens_per_s: float | None, n_workers: int 
     client.hset(MODELS_KEY, "minilm", info.to_json())
     for n in range(n_workers):
         worker = WorkerInfo(
-            id=f"w{n}",
+            id=f"{pool}{n}",
             host="h",
             pid=n,
-            pool="cpu",
+            pool=pool,
             device="cpu",
             state="ready",
             models=("minilm",),
@@ -360,3 +383,157 @@ def test_many_texts_wait_for_room(light: LightWorker, own: Server) -> None:
         parts = list(sender.embed_many((f"t{n} 0.01" for n in range(60)), model=MODEL, timeout_s=30))
 
     assert sum(map(len, parts)) == 60
+
+
+def order(client: redis.Redis, n: int) -> list[str]:
+    """Take messages one by one; return the part of the queue that each came from."""
+    pop = client.register_script(scripts()["pop"])
+    taken = []
+    for number in range(n):
+        name, tag, _, _ = pop(keys=LISTS, args=[f"w/{number}", 60, 1, 1, 2, 1, 1])
+        taken.append(name.decode().removeprefix(QUEUE))
+        client.register_script(scripts()["ack"])(args=[tag, f"w/{number}"])
+    return taken
+
+
+def costly(n_tokens: int) -> bytes:
+    """Return a message of this cost."""
+    envelope = json.loads(message("penstock.embed", [], queue=QUEUE)[1])
+    envelope["properties"]["cost"] = n_tokens
+    return json.dumps(envelope).encode()
+
+
+def send(client: redis.Redis, key: str, n: int, n_tokens: int) -> None:
+    """Push messages of one cost."""
+    keys, arguments = push_arguments(key, *(costly(n_tokens) for _ in range(n)))
+    client.register_script(scripts()["push"])(keys=keys, args=arguments)
+
+
+def test_tenants_take_turns_by_tokens(own: Server) -> None:
+    """One who sends 1,000 jobs does not hold back one who sends ten; a share of 3 is three times as much."""
+    default = f"{QUEUE}\x06\x163"
+    bulk, small, big = (f"{default}\x06\x17{name}" for name in ("bulk", "small", "big"))
+    with redis.Redis.from_url(own.broker_url) as client:
+        send(client, bulk, 1000, 100)
+        order(client, 50)
+        send(client, small, 10, 100)
+        fair = order(client, 20)
+        client.hset("penstock:tenants", "big", "3 0")
+        send(client, big, 100, 200)
+        send(client, default, 100, 50)
+        shares = order(client, 90)
+
+    assert fair.count("\x06\x163\x06\x17small") >= 9
+    tokens = {name: shares.count(name.removeprefix(QUEUE)) for name in (bulk, big, default)}
+    assert tokens[big] * 200 == pytest.approx(3 * tokens[bulk] * 100, rel=0.15)
+    assert tokens[default] * 50 == pytest.approx(tokens[bulk] * 100, rel=0.15)
+
+
+def test_a_tenant_is_not_better_off_one_by_one(own: Server) -> None:
+    """Who sends the next large job when the one before was taken gets no more than his share of tokens."""
+    with redis.Redis.from_url(own.broker_url) as client:
+        patient, eager = (f"{QUEUE}\x06\x17{name}" for name in ("patient", "eager"))
+        send(client, patient, 200, 100)
+        taken = []
+        for _ in range(110):
+            if not client.llen(eager):
+                send(client, eager, 1, 1000)
+            taken += order(client, 1)
+
+    n_eager = taken.count("\x06\x17eager")
+    assert n_eager * 1000 == pytest.approx((len(taken) - n_eager) * 100, rel=0.2)
+
+
+def test_nothing_starves_behind_urgent_jobs(own: Server) -> None:
+    """However many urgent jobs wait, of eight tokens one is for the level behind; urgent ones go first."""
+    default, batch = (f"{QUEUE}\x06\x16{level}" for level in (3, 6))
+    with redis.Redis.from_url(own.broker_url) as client:
+        send(client, batch, 20, 500)
+        send(client, default, 100, 500)
+        send(client, QUEUE, 400, 500)
+        taken = order(client, 200)
+
+    assert taken[:10] == [""] * 10
+    counts = {name: taken.count(name) for name in ("", "\x06\x163", "\x06\x166")}
+    assert counts[""] > 150
+    assert counts["\x06\x163"] >= 15
+    assert counts["\x06\x166"] >= 10
+
+
+def test_a_tenant_may_send_so_much(own: Server) -> None:
+    """Above its tokens per minute a tenant is told when to come again; others are not concerned."""
+    with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
+        announce(client, tokens_per_s=None)
+        client.hset("penstock:tenants", "noisy", "1 10")
+        sender.submit_embed(["x" * 2399], model="minilm", tenant="noisy")
+        records = n_records(own)
+        with pytest.raises(RateLimitError) as caught:
+            sender.submit_embed(["x" * 399], model="minilm", tenant="noisy")
+        left = n_records(own) - records
+        sender.submit_embed(["x" * 399], model="minilm", tenant="other")
+        lengths = [client.llen(f"{QUEUE}\x06\x163\x06\x17{name}") for name in ("noisy", "other")]
+
+    assert (caught.value.tenant, left, lengths) == ("noisy", 0, [1, 1])
+    assert caught.value.retry_after_s == pytest.approx(10, abs=1)
+
+
+def test_a_tenant_waits_for_its_own_jobs(own: Server) -> None:
+    """The wait that is predicted for a small tenant is not that of the bulk beside it."""
+    with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
+        announce(client, tokens_per_s=100.0)
+        sender.submit_many([["x" * 399]] * 50, model="minilm", tenant="bulk")
+        sender.submit_embed(["x" * 399], model="minilm", tenant="small")
+        waits = [sender.estimate("minilm", tenant=name).predicted_wait_s for name in ("bulk", "small", None)]
+
+    assert waits == [51.0, 2.0, 0.0]
+
+
+def test_celery_sends_and_counts_for_tenants(own: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header names the tenant; lengths and purge take its messages along."""
+    monkeypatch.setattr(kombu.transport, "TRANSPORT_ALIASES", dict(kombu.transport.TRANSPORT_ALIASES))
+    monkeypatch.setattr(kombu.transport, "_transport_cache", {})
+    install()
+    with redis.Redis.from_url(own.broker_url) as client, Connection(own.broker_url) as connection:
+        queue = connection.SimpleQueue("q")
+        for tenant in ("a", "b", None, "not a name"):
+            headers = {"task": "t", **({"tenant": tenant} if tenant else {})}
+            queue.put({}, headers=headers)
+        lengths = [client.llen(key) for key in ("q", "q\x06\x17a", "q\x06\x17b")]
+        n_waiting, n_dropped = queue.qsize(), queue.clear()
+        left: Any = client.keys("*penstock:[lt]*")
+
+    assert (lengths, n_waiting, n_dropped, left) == ([2, 1, 1], 4, 4, [])
+
+
+def test_a_late_job_tells_where_its_time_went(light: LightWorker, own: Server) -> None:
+    """A job that waited behind others until its deadline says so, and is not computed."""
+    with light.running(), Client(own.broker_url) as sender:
+        slow = sender.submit_embed(["slow 1.5"], model=MODEL)
+        eventually(lambda: light.runs()["slow"])
+        late = sender.submit_embed(["late 0"], model=MODEL, deadline_s=0.5)
+        with pytest.raises(DeadlineExceededError, match=r"after its deadline \(queued") as caught:
+            late.result(timeout_s=10)
+        slow.result(timeout_s=10)
+
+    assert set(caught.value.timings) == {"queued_s", "prepared_s", "batched_s", "computed_s"}
+    assert 0.4 < caught.value.timings["batched_s"] < 3
+    assert caught.value.timings["computed_s"] == 0
+    assert not light.runs()["late"]
+
+
+def test_jobs_spill_where_the_wait_is_shorter(own: Server) -> None:
+    """The second pool takes what would wait longer in the first, until it would not; it is counted."""
+    with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
+        announce(client, tokens_per_s=100.0, pool="gpu", pools=("gpu", "cpu"))
+        announce(client, tokens_per_s=50.0, pool="cpu", pools=("gpu", "cpu"))
+        for _ in range(30):
+            sender.submit_embed(["x" * 199], model="minilm")  # 50 tokens
+        lengths = [client.llen(f"{pool}.minilm\x06\x163") for pool in ("gpu", "cpu")]
+        spilled = client.hget("penstock:load:cpu.minilm", "spilled")
+        client.delete("gpu.minilm\x06\x163")
+        eventually(lambda: sender.estimate("minilm").queue == "gpu.minilm", within_s=5)
+
+    waits = [lengths[0] * 50 / 100, lengths[1] * 50 / 50]
+    assert waits[0] - waits[1] == pytest.approx(1.0, abs=1.1)
+    assert sum(lengths) == 30
+    assert int(spilled or 0) == lengths[1] > 5

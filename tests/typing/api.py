@@ -36,6 +36,7 @@ from penstock import (
     PenstockError,
     Piece,
     QueueDelayError,
+    RateLimitError,
     RequestError,
     RequestTooLargeError,
     ResponseFormat,
@@ -82,6 +83,7 @@ def embed(client: Client) -> None:
             precision="binary",
             priority="interactive",
             deadline_s=2.5,
+            tenant="search",
             wait=WaitPolicy(max_wait_s=30.0, attempts=5, base_s=0.1, most_s=5.0),
         ),
         Vectors,
@@ -287,11 +289,14 @@ def other_ends(error: PenstockError) -> None:
             assert_type(error.job_id, str)
         case IncompleteOutputError():
             assert_type((error.n_tokens, error.text), tuple[int, str])
+        case RateLimitError():
+            assert_type((error.tenant, error.retry_after_s), tuple[str, float])
         case QueueDelayError():
             assert_type((error.queue, error.exceeded), tuple[str, str])
             assert_type((error.retry_after_s, error.predicted_wait_s), tuple[float, float | None])
         case DeadlineExceededError():
             assert_type((error.job_id, error.late_s), tuple[str, float])
+            assert_type(error.timings, Mapping[str, float])
         case ResultDecodeError():
             assert_type(error.problem, str)
         case ConfigError():

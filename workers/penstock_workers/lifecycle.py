@@ -25,6 +25,7 @@ from penstock.registry import (
     HEARTBEAT_S,
     MODELS_KEY,
     RESULTS_KEY,
+    TENANTS_KEY,
     WORKERS_KEY,
     WorkerInfo,
     WorkerState,
@@ -243,6 +244,8 @@ class Heartbeat(threading.Thread):
         try:
             self._redis.hset(MODELS_KEY, mapping=models)  # type: ignore[arg-type]  # str keys are fine
             self._redis.set(RESULTS_KEY, results)
+            if tenants := {name: tenant.terms() for name, tenant in self._settings.tenants.items()}:
+                self._redis.hset(TENANTS_KEY, mapping=tenants)  # type: ignore[arg-type]  # str keys are fine
         except (redis.RedisError, OSError) as error:
             logger.warning("registry out of reach: %s", type(error).__name__)
         self._is_ready = True

@@ -14,7 +14,7 @@ from penstock.delay import predict
 from penstock.errors import UnknownJobError
 from penstock.leases import DEAD_KEY, LEASE_S, scripts
 from penstock.registry import MODELS_KEY, WORKERS_KEY, Registry
-from penstock.request import Priority
+from penstock.request import TENANT, Priority
 from penstock.settings import Settings
 from penstock.store import RECORD_TTL_S, SENT, record_key, result_key
 
@@ -37,6 +37,7 @@ class QueueState:
         tokens: of jobs that wait or that workers hold, as their senders estimated them.
         predicted_wait_s: until a job of the default priority that came now is computed; None if no worker of
             the queue has told its speed.
+        spilled: jobs that came here so far because the wait in the model's preferred pool was longer.
         oldest_s: age of the job that waits longest, seconds, by its sender's clock; None if it does not say.
     """
 
@@ -47,6 +48,7 @@ class QueueState:
     dead: int
     tokens: int
     predicted_wait_s: float | None
+    spilled: int
     oldest_s: float | None
 
 
@@ -133,8 +135,11 @@ class Queues:
         It is leased in between: whoever drops or requeues it meanwhile finds it gone, and if this process
         dies here, a worker takes it over.
         """
-        number = json.loads(job.message).get("properties", {}).get("priority")
-        key = queue_key(job.queue, number if number in PRIORITIES else 0)
+        message = json.loads(job.message)
+        number = message.get("properties", {}).get("priority")
+        tenant = message.get("headers", {}).get("tenant")
+        is_tenant = isinstance(tenant, str) and TENANT.fullmatch(tenant)
+        key = queue_key(job.queue, number if number in PRIORITIES else 0, tenant if is_tenant else "")
         token = secrets.token_hex(8)
         with redis_errors(self._settings.redis.broker_url):
             tag = self._run("revive", job.entry, job.message, key, token, LEASE_S)
@@ -163,6 +168,8 @@ class Queues:
     ) -> QueueState:
         load = self._run("load", keys=(queue_key(queue, Priority.DEFAULT),))
         keys = [queue_key(queue, priority) for priority in PRIORITIES]
+        fields = ["spilled", *(f"{priority}+" for priority in PRIORITIES)]
+        spilled, *sums = self._broker.hmget(f"penstock:load:{queue}", fields)
         with self._broker.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.llen(key)
@@ -171,12 +178,13 @@ class Queues:
         ages = [age for message in found[1::2] if message and (age := _age_s(message)) is not None]
         return QueueState(
             queue=queue,
-            waiting=sum(found[::2]),
+            waiting=sum(found[::2]) + sum(int(text.split()[0]) for text in sums if text),
             in_flight=held.get(queue, 0),
             delayed=delayed.get(queue, 0),
             dead=dead.get(queue, 0),
             tokens=load[1],
             predicted_wait_s=predict(queue, load, registry).predicted_wait_s,
+            spilled=int(spilled or 0),
             oldest_s=max(ages, default=None),
         )
 
@@ -202,7 +210,7 @@ def _dead_job(entry: bytes) -> DeadJob:
 
 
 def _queue_of(key: bytes) -> str:
-    return key.partition(b"\x06\x16")[0].decode(errors="replace")
+    return key.partition(b"\x06")[0].decode(errors="replace")
 
 
 def _list_of(entry: bytes) -> bytes:
@@ -223,11 +231,11 @@ def table(states: Sequence[QueueState]) -> Iterator[str]:
     width = max((len(state.queue) for state in states), default=5)
     yield (
         f"{'queue':{width}}  {'waiting':>8} {'in flight':>9} {'delayed':>8} {'dead':>6} {'tokens':>10} "
-        f"{'new waits':>10} {'oldest':>10}"
+        f"{'new waits':>10} {'spilled':>8} {'oldest':>10}"
     )
     for state in states:
         counts = f"{state.waiting:>8,} {state.in_flight:>9,} {state.delayed:>8,} {state.dead:>6,}"
-        waits = f"{_seconds(state.predicted_wait_s):>10} {_seconds(state.oldest_s):>10}"
+        waits = f"{_seconds(state.predicted_wait_s):>10} {state.spilled:>8,} {_seconds(state.oldest_s):>10}"
         yield f"{state.queue:{width}}  {counts} {state.tokens:>10,} {waits}"
 
 
