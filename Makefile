@@ -14,13 +14,13 @@ test: lint
 up: .venv/ready
 	$(BIN)/penstock up --config configs/demo.toml
 
-lint: .venv/ready
+lint: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/ready
+bench: .venv/dev
 	$(BIN)/python -m benchmarks.embedding --quick
 
 clean:
@@ -30,5 +30,12 @@ clean:
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[workers,flower,bundled,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[workers,flower,bundled]"
 	touch .venv/ready
+
+# What tests, benchmarks and checks need besides. langchain-tests goes without what it requires: seven plugins of
+# pytest, which would change how all of ours run.
+.venv/dev: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[workers,openvino,flower,bundled,lightrag,langchain,llama-index,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps langchain-tests
+	touch .venv/dev

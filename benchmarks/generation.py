@@ -3,9 +3,10 @@
 A random Llama of 32 million parameters (no download, no real text) answers prompts of 8 to 128 tokens with
 64 tokens each, greedily, in this process, on one thread per core. Ours is the worker's scheduler, with its
 thread and its queue; peers are transformers' `generate` on a batch that is formed beforehand, `generate`
-one by one, and transformers' own continuous batching. Ways take turns; medians are compared.
+one by one, and transformers' own continuous batching. Ways take turns; medians are compared. The section
+`beside` embeds single texts with the bundled model while sixteen such requests are answered without end.
 
-Run: python -m benchmarks.generation [--quick] [--json FILE] [--plot FILE]
+Run: python -m benchmarks.generation [--quick] [--only SECTION ...] [--json FILE] [--plot FILE]
 """
 
 import logging
@@ -14,7 +15,8 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,11 +25,17 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, L
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.report import Figure, Report, Row, arguments, finish
-from penstock_workers.engines.causal_lm import Sharing, find_sharing
+from penstock.request import EmbedRequest
+from penstock.settings import ModelSettings
+from penstock_workers.batching import Batcher
+from penstock_workers.engines.causal_lm import Sharing, find_sharing, pause_between_layers
 from penstock_workers.engines.decoding import Decoding
 from penstock_workers.engines.decoding import Row as Line
+from penstock_workers.engines.embedding import Embedder
 from penstock_workers.engines.sampling import Sampling, Trail
 from penstock_workers.scheduling import Scheduler
+from penstock_workers.serving import DEFAULT_SHARES, cut_texts
+from penstock_workers.turns import Device, Turn
 
 N_NEW = 64
 GREEDY = Sampling(
@@ -58,22 +66,31 @@ class Times:
     last: list[float] = field(default_factory=list)
 
 
+Found = tuple[list[Row], dict[str, Figure]]
+
+
 def main() -> None:
-    options = arguments(__doc__)
+    sections: dict[str, Callable[[PreTrainedModel], Found]] = {
+        "throughput": lambda model: throughput(model, n_rounds=1 if quick else 5, with_64=not quick),
+        "steps": lambda model: step_overhead(model, n_rounds=5 if quick else 15),
+        "arrivals": lambda model: arrivals(model, n_requests=8 if quick else 60),
+        "shared": lambda model: shared_prompts(model, n_rounds=1 if quick else 5),
+        "equality": lambda _: equality(n_requests=60 if quick else 200),
+        "endurance": lambda _: endurance(n_requests=500 if quick else 10_000),
+        "beside": lambda model: beside(model, n_texts=50 if quick else 150, n_rounds=1 if quick else 5),
+    }
+    options = arguments(__doc__, list(sections))
+    quick = options.quick
     logging.disable(logging.WARNING)
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # not annotated
     torch.set_num_threads(os.cpu_count() or 1)
     model = make_model()
-    n_rounds = 1 if options.quick else 5
-    rows, figures = throughput(model, n_rounds=n_rounds, with_64=not options.quick)
-    for part in (
-        step_overhead(model, n_rounds=5 if options.quick else 15),
-        arrivals(model, n_requests=8 if options.quick else 60),
-        equality(n_requests=60 if options.quick else 200),
-        endurance(n_requests=500 if options.quick else 10_000),
-    ):
-        rows += part[0]
-        figures |= part[1]
+    rows: list[Row] = []
+    figures: dict[str, Figure] = {}
+    for name in options.only:
+        found = sections[name](model)
+        rows += found[0]
+        figures |= found[1]
     finish(Report(name="generation", rows=rows, figures=figures), options)
 
 
@@ -155,9 +172,7 @@ def generate_continuous(model: PreTrainedModel, asks: Sequence[Ask]) -> list[lis
     return [list(one.generated_tokens) for one in out.values()]
 
 
-def throughput(
-    model: PreTrainedModel, *, n_rounds: int, with_64: bool
-) -> tuple[list[Row], dict[str, Figure]]:
+def throughput(model: PreTrainedModel, *, n_rounds: int, with_64: bool) -> Found:
     """Compare whole batches."""
     schedulers = {n: start(model, max_rows=n) for n in (16, 64)}
     asks = make_asks(64)
@@ -197,7 +212,7 @@ def throughput(
 
 
 @torch.inference_mode()
-def step_overhead(model: PreTrainedModel, *, n_rounds: int) -> tuple[list[Row], dict[str, Figure]]:
+def step_overhead(model: PreTrainedModel, *, n_rounds: int) -> Found:
     """Compare a decode step, sampling and bookkeeping included, with the bare forward pass."""
     width, rows, ratios = 64, [], []
     for n in (1, 2, 4, 8, 16, 32, 64):
@@ -233,7 +248,7 @@ def step_overhead(model: PreTrainedModel, *, n_rounds: int) -> tuple[list[Row], 
     return rows, {"step_overhead": Figure(value=max(ratios), unit="x", goal=1.1, at_most=True)}
 
 
-def arrivals(model: PreTrainedModel, *, n_requests: int) -> tuple[list[Row], dict[str, Figure]]:
+def arrivals(model: PreTrainedModel, *, n_requests: int) -> Found:
     """Let requests arrive at random, at half of what batches of 16 sustain; seconds to first and last."""
     asks = make_asks(n_requests, seed=2)
     began = time.perf_counter()
@@ -305,7 +320,33 @@ def stream_formed(model: PreTrainedModel, asks: Sequence[Ask], at: Sequence[floa
     return times
 
 
-def equality(*, n_requests: int) -> tuple[list[Row], dict[str, Figure]]:
+def shared_prompts(model: PreTrainedModel, *, n_rounds: int) -> Found:
+    """Send 16 requests at once, whose prompts begin alike or do not; seconds to the first token of each."""
+    kinds = ("begin with the same 512 tokens", "have nothing in common")
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for round_ in range(n_rounds + 1):  # the first is a warm-up
+        for kind in kinds:
+            system = make_words(512, seed=round_)
+            asks = [
+                replace(
+                    ask, ids=(system if kind == kinds[0] else make_words(512, seed=100 + index)) + ask.ids
+                )
+                for index, ask in enumerate(make_asks(16, seed=round_))
+            ]
+            times = stream_ours(model, asks, [0.0] * len(asks))
+            if round_:
+                found[kind].append(statistics.median(times.first))
+    rows = [Row(way=f"16 prompts that {kind}: first token", unit="s", values=v) for kind, v in found.items()]
+    return rows, {"shared_prompt": Figure(value=rows[1].median / rows[0].median, unit="x", goal=2.0)}
+
+
+def make_words(n: int, *, seed: int) -> tuple[int, ...]:
+    """Return random tokens."""
+    dice = random.Random(seed)
+    return tuple(dice.randrange(1, 8192) for _ in range(n))
+
+
+def equality(*, n_requests: int) -> Found:
     """Count answers that company changes, among requests that come and go at random."""
     # Small, with large weights: decisive logits, so that rounding does not choose between tokens.
     model = make_model(
@@ -349,7 +390,7 @@ def alone(model: PreTrainedModel, ask: Ask) -> list[int]:
     return line.trail.tokens
 
 
-def endurance(*, n_requests: int) -> tuple[list[Row], dict[str, Figure]]:
+def endurance(*, n_requests: int) -> Found:
     """Send many short requests through a small cache; watch what it allocates and what is left behind."""
     model = make_model(
         vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
@@ -371,6 +412,72 @@ def endurance(*, n_requests: int) -> tuple[list[Row], dict[str, Figure]]:
         "cache_vs_budget": Figure(value=most / (budget * bytes_per_token), unit="x", goal=1.0, at_most=True),
         "growth_mib": Figure(value=(grown[-1] - grown[1]) / 2**20, unit="MiB", goal=4.0, at_most=True),
     }
+
+
+def beside(model: PreTrainedModel, *, n_texts: int, n_rounds: int) -> Found:
+    """Embed single texts, on an idle process and while it generates, with turns on the device and without."""
+    settings, cpu = ModelSettings(task="embed", source="bundled:minilm"), torch.device("cpu")
+    embedder = Embedder.load("minilm", settings, cpu)
+    items = embedder.prepare(EmbedRequest(model="minilm", texts=["How much water does the wheel need?"]))
+    device, dice = Device(), random.Random(7)
+    embeds, generates = (device.turn(DEFAULT_SHARES[task]) for task in ("embed", "generate"))
+    pause_between_layers(model, generates.pause)
+    texts: dict[str, list[float]] = {}
+    speeds: dict[str, list[float]] = {}
+
+    def embed(batcher: Batcher[Any, Any]) -> list[float]:
+        found = []
+        for _ in range(n_texts):
+            time.sleep(dice.uniform(0.005, 0.03))  # at any moment of a step
+            began = time.perf_counter()
+            batcher.submit("text", items, None).wait()
+            found.append(1e3 * (time.perf_counter() - began))
+        return found
+
+    for _ in range(n_rounds + 1):  # the first is a warm-up
+        for way, turns in (("idle", None), ("with turns", (embeds, generates)), ("without", (None, None))):
+            cut = cut_texts(settings, embedder, cpu)
+            batcher = Batcher("minilm", embedder.run, cut, turns and turns[0])
+            if turns is None:
+                texts.setdefault("idle", []).append(statistics.median(embed(batcher)))
+                continue
+            with generating(model, turns[1]) as decoding:
+                for what in ("alone", "beside texts"):
+                    n_before, began = decoding.n_tokens, time.perf_counter()
+                    if what == "alone":
+                        time.sleep(n_texts * 0.02)
+                    else:
+                        texts.setdefault(f"beside generation, {way}", []).append(
+                            statistics.median(embed(batcher))
+                        )
+                    speed = (decoding.n_tokens - n_before) / (time.perf_counter() - began)
+                    speeds.setdefault(f"{what}, {way}", []).append(speed)
+    rows = [Row(way=f"one text {way}, p50", unit="ms", values=found[1:]) for way, found in texts.items()]
+    rows += [Row(way=f"generation {way}", unit="tokens/s", values=s[1:]) for way, s in speeds.items()]
+    idle, with_turns, without = (row.median for row in rows[:3])
+    return rows, {
+        "text_beside_generation": Figure(value=with_turns / idle, unit="x", goal=2.0, at_most=True),
+        "text_beside_generation_without_turns": Figure(value=without / idle, unit="x"),
+    }
+
+
+@contextmanager
+def generating(model: PreTrainedModel, turn: Turn | None) -> Iterator[Decoding[list[int]]]:
+    """Answer sixteen requests at a time, without end."""
+    decoding = make_decoding(model, max_rows=16)
+    scheduler, is_over = Scheduler("benchmark", decoding, make_line, turn), threading.Event()
+
+    def answer(ask: Ask) -> None:
+        while not is_over.is_set():
+            scheduler.submit("answer", [ask], None).wait()
+
+    threads = [threading.Thread(target=answer, args=(ask,)) for ask in make_asks(16, seed=8)]
+    for thread in threads:
+        thread.start()
+    yield decoding
+    is_over.set()
+    for thread in threads:
+        thread.join()
 
 
 def resident_bytes() -> int:

@@ -96,14 +96,19 @@ class Report:
         figure.savefig(path, dpi=120)
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """Read the options that all benchmarks take."""
+def arguments(description: str | None, sections: Sequence[str] = ()) -> argparse.Namespace:
+    """Read the options that all benchmarks take; `only` is there where there are sections, all by default."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--quick", action="store_true", help="under a minute: the same code, fewer repetitions"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and figures")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, as .png or .svg")
+    if sections:
+        what = ", ".join(sections)
+        parser.add_argument(
+            "--only", choices=sections, nargs="+", default=sections, metavar="SECTION", help=what
+        )
     return parser.parse_args()
 
 

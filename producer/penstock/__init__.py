@@ -1,4 +1,4 @@
-"""Send embedding and generation jobs to Penstock's workers; numpy arrays and text come back."""
+"""Send embedding, generation and reranking jobs to Penstock's workers; numpy arrays and text come back."""
 
 from penstock.blocking import Client, Job
 from penstock.client import AsyncClient
@@ -38,8 +38,8 @@ from penstock.errors import (
 )
 from penstock.job import AsyncJob, JobState
 from penstock.registry import ModelInfo
-from penstock.request import Message, ResponseFormat
-from penstock.result import GenerateResult, Timings, Usage
+from penstock.request import Message, ResponseFormat, Tool, ToolCall
+from penstock.result import Choice, GenerateResult, Logprobs, RerankResult, Timings, TokenLogprob, Usage
 from penstock.stream import Piece
 from penstock.waiting import WaitPolicy
 
@@ -48,6 +48,7 @@ __all__ = [
     "AsyncJob",
     "BrokerRefusedError",
     "BrokerUnavailableError",
+    "Choice",
     "Client",
     "ConfigError",
     "DeadlineExceededError",
@@ -63,6 +64,7 @@ __all__ = [
     "Job",
     "JobCancelledError",
     "JobState",
+    "Logprobs",
     "Message",
     "ModelInfo",
     "ModelLoadError",
@@ -73,6 +75,7 @@ __all__ = [
     "RateLimitError",
     "RequestError",
     "RequestTooLargeError",
+    "RerankResult",
     "ResponseFormat",
     "ResultDecodeError",
     "ResultExpiredError",
@@ -80,7 +83,10 @@ __all__ = [
     "ResultTooLargeError",
     "StreamRestartedError",
     "Timings",
+    "TokenLogprob",
     "TooManyTextsError",
+    "Tool",
+    "ToolCall",
     "TransportError",
     "UnknownJobError",
     "UnknownModelError",

@@ -14,13 +14,14 @@ from penstock.client import (
     AsyncClient,
     EmbedOptions,
     GenerateOptions,
+    RerankOptions,
     progress_bar,
 )
 from penstock.delay import Estimate
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, JobState, T
 from penstock.registry import ModelInfo, Registry
 from penstock.request import PriorityName
-from penstock.result import GenerateResult, Timings, Usage, Vectors
+from penstock.result import GenerateResult, RerankResult, Timings, Usage, Vectors
 from penstock.stream import OnRestart, Piece
 
 S = TypeVar("S")
@@ -152,7 +153,7 @@ class Client:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | None,
         *,
         model: str,
         timeout_s: float | None = RESULT_TIMEOUT_S,
@@ -162,14 +163,14 @@ class Client:
         return self._run(self._started().generate(prompt, model=model, timeout_s=timeout_s, **options))
 
     def submit_generate(
-        self, prompt: str, *, model: str, **options: Unpack[GenerateOptions]
+        self, prompt: str | None, *, model: str, **options: Unpack[GenerateOptions]
     ) -> Job[GenerateResult]:
         """See `AsyncClient.submit_generate`."""
         return Job(self._run(self._started().submit_generate(prompt, model=model, **options)), self)
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | None,
         *,
         model: str,
         on_restart: OnRestart = "hide",
@@ -182,7 +183,26 @@ class Client:
         )
         return self._iterate(pieces)
 
-    def job(self, job_id: str) -> Job[Vectors | GenerateResult]:
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        model: str,
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[RerankOptions],
+    ) -> RerankResult:
+        """See `AsyncClient.rerank`."""
+        asked = self._started().rerank(query, documents, model=model, timeout_s=timeout_s, **options)
+        return self._run(asked)
+
+    def submit_rerank(
+        self, query: str, documents: Sequence[str], *, model: str, **options: Unpack[RerankOptions]
+    ) -> Job[RerankResult]:
+        """See `AsyncClient.submit_rerank`."""
+        return Job(self._run(self._started().submit_rerank(query, documents, model=model, **options)), self)
+
+    def job(self, job_id: str) -> Job[Vectors | GenerateResult | RerankResult]:
         """See `AsyncClient.job`."""
         return Job(self._run(self._started().job(job_id)), self)
 

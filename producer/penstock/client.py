@@ -36,16 +36,19 @@ from penstock.request import (
     GenerateRequest,
     Lane,
     Message,
+    Mode,
     Precision,
     Priority,
     PriorityName,
     Request,
+    RerankRequest,
     ResponseFormat,
     Task,
+    Tool,
     Truncation,
     new_job_id,
 )
-from penstock.result import GenerateResult, Vectors
+from penstock.result import GenerateResult, RerankResult, Vectors
 from penstock.stream import OnRestart, Piece
 from penstock.waiting import WaitPolicy, try_again
 
@@ -54,7 +57,7 @@ REGISTRY_TTL_S: Final = 5.0
 
 _OF_SENDING: Final = ("priority", "tenant", "deadline_s", "wait")
 
-R = TypeVar("R", EmbedRequest, GenerateRequest)
+R = TypeVar("R", EmbedRequest, GenerateRequest, RerankRequest)
 S = TypeVar("S")
 
 
@@ -88,7 +91,9 @@ class GenerateOptions(TypedDict, total=False):
     """
 
     system_prompt: str | None
-    history: Sequence[Message | Mapping[str, str]]
+    history: Sequence[Message | Mapping[str, Any]]
+    tools: Sequence[Tool] | None
+    mode: Mode
     max_new_tokens: int | None
     context_window: int | None
     temperature: float | None
@@ -101,7 +106,24 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     truncation: Truncation | None
+    enable_thinking: bool | None
+    n: int
+    logprobs: bool
+    top_logprobs: int | None
     response_format: ResponseFormat | None
+    priority: PriorityName
+    tenant: str | None
+    deadline_s: float | None
+    wait: WaitPolicy | None
+
+
+class RerankOptions(TypedDict, total=False):
+    """Options of a reranking job; `penstock.request.RerankRequest` explains them.
+
+    `priority` says which waiting jobs go first; after `deadline_s` seconds the job is not worth computing.
+    """
+
+    top_n: int | None
     priority: PriorityName
     tenant: str | None
     deadline_s: float | None
@@ -228,7 +250,7 @@ class AsyncClient:
 
     async def generate(
         self,
-        prompt: str,
+        prompt: str | None,
         *,
         model: str,
         timeout_s: float | None = RESULT_TIMEOUT_S,
@@ -237,9 +259,11 @@ class AsyncClient:
         """Answer `prompt`.
 
         Args:
-            prompt: the user's turn.
+            prompt: the user's turn; None answers the last turn of `history`, such as a tool's. With
+                `mode="complete"` the text to go on with.
             model: name it is served under.
-            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes.
+            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes. A call
+                that is cancelled takes its job back.
             **options: see `GenerateOptions`.
 
         Raises:
@@ -250,23 +274,18 @@ class AsyncClient:
             WorkerError: the model failed on this prompt.
         """
         request, lane = await self._prepare_generate(prompt, model, options, is_stream=False)
-
-        async def answer() -> GenerateResult:
-            job: AsyncJob[GenerateResult]
-            (job,) = await self._send([request], lane, is_recorded=True)
-            return await job.result(timeout_s)
-
-        return await self._again(options.get("wait"), answer, request)
+        result: GenerateResult = await self._answer(request, lane, options.get("wait"), timeout_s)
+        return result
 
     async def submit_generate(
-        self, prompt: str, *, model: str, **options: Unpack[GenerateOptions]
+        self, prompt: str | None, *, model: str, **options: Unpack[GenerateOptions]
     ) -> AsyncJob[GenerateResult]:
         """Send a generation job and return at once; see `generate`."""
         return await self._submit_generate(prompt, model, options, is_stream=False)
 
     async def stream(
         self,
-        prompt: str,
+        prompt: str | None,
         *,
         model: str,
         on_restart: OnRestart = "hide",
@@ -279,7 +298,8 @@ class AsyncClient:
         another one, and with the same seed, so that it says the same. Leaving the loop cancels the job.
 
         Args:
-            prompt: the user's turn.
+            prompt: the user's turn; None answers the last turn of `history`, such as a tool's. With
+                `mode="complete"` the text to go on with.
             model: name it is served under.
             on_restart: when a job begins again, `hide` leaves out what it repeats, and `show` yields a piece
                 with `is_restart` and the text from its beginning.
@@ -305,7 +325,7 @@ class AsyncClient:
                     await job.cancel()
 
     async def _submit_generate(
-        self, prompt: str, model: str, options: GenerateOptions, *, is_stream: bool
+        self, prompt: str | None, model: str, options: GenerateOptions, *, is_stream: bool
     ) -> AsyncJob[GenerateResult]:
         request, lane = await self._prepare_generate(prompt, model, options, is_stream=is_stream)
         jobs: list[AsyncJob[GenerateResult]] = await self._again(
@@ -314,17 +334,79 @@ class AsyncClient:
         return jobs[0]
 
     async def _prepare_generate(
-        self, prompt: str, model: str, options: GenerateOptions, *, is_stream: bool
+        self, prompt: str | None, model: str, options: GenerateOptions, *, is_stream: bool
     ) -> tuple[GenerateRequest, Lane]:
         fields: dict[str, Any] = {**options, "model": model, "prompt": prompt, "stream": is_stream}
         if "history" in fields:
             turns = fields["history"]
-            fields["history"] = [t.model_dump() if isinstance(t, Message) else t for t in turns]
+            fields["history"] = [
+                t.model_dump(exclude_none=True) if isinstance(t, Message) else t for t in turns
+            ]
+        if isinstance(fields.get("tools"), tuple):
+            fields["tools"] = list(fields["tools"])
         if is_stream and fields.get("seed") is None:
             fields["seed"] = secrets.randbits(63)
         return await self._prepare(GenerateRequest, "generate", fields)
 
-    async def job(self, job_id: str) -> AsyncJob[Vectors | GenerateResult]:
+    async def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        model: str,
+        timeout_s: float | None = RESULT_TIMEOUT_S,
+        **options: Unpack[RerankOptions],
+    ) -> RerankResult:
+        """Score how well each document answers `query`, with a cross-encoder.
+
+        Args:
+            query: what is asked.
+            documents: up to the model's `max_texts`.
+            model: name it is served under.
+            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes. A call
+                that is cancelled takes its job back.
+            **options: see `RerankOptions`.
+
+        Returns:
+            Scores in the documents' order, float32, shape (n_documents,), and the order of the best.
+
+        Raises:
+            PenstockError: see `embed`.
+        """
+        request, lane = await self._prepare_rerank(query, documents, model, options)
+        result: RerankResult = await self._answer(request, lane, options.get("wait"), timeout_s)
+        return result
+
+    async def submit_rerank(
+        self, query: str, documents: Sequence[str], *, model: str, **options: Unpack[RerankOptions]
+    ) -> AsyncJob[RerankResult]:
+        """Send a reranking job and return at once; see `rerank`."""
+        request, lane = await self._prepare_rerank(query, documents, model, options)
+        jobs: list[AsyncJob[RerankResult]] = await self._again(
+            options.get("wait"), lambda: self._send([request], lane, is_recorded=True), request
+        )
+        return jobs[0]
+
+    async def _prepare_rerank(
+        self, query: str, documents: Sequence[str], model: str, options: RerankOptions
+    ) -> tuple[RerankRequest, Lane]:
+        listed = list(documents) if isinstance(documents, tuple) else documents
+        fields = {**options, "model": model, "query": query, "documents": listed}
+        return await self._prepare(RerankRequest, "rerank", fields)
+
+    async def _answer(
+        self, request: Request, lane: Lane, wait: WaitPolicy | None, timeout_s: float | None
+    ) -> Any:
+        """Send a job whose id nobody is told, and wait for its result."""
+
+        async def answer() -> Any:
+            job: AsyncJob[Any]
+            (job,) = await self._send([request], lane, is_recorded=True)
+            return await _result_or_cancel(job, timeout_s)
+
+        return await self._again(wait, answer, request)
+
+    async def job(self, job_id: str) -> AsyncJob[Vectors | GenerateResult | RerankResult]:
         """Return a job that any client sent, by its id; whether it exists shows when it is asked."""
         return AsyncJob(job_id, self._broker, await self._open_store(), is_ours=False)
 
@@ -403,8 +485,9 @@ class AsyncClient:
         now = time.time()
         request = kind.parse(plain | {"sent_at": now, "deadline": _deadline(now, fields.get("deadline_s"))})
         model = await self._find_model(request.model, task)
-        if isinstance(request, EmbedRequest) and len(request.texts) > model.max_texts:
-            raise TooManyTextsError(len(request.texts), model.max_texts)
+        n_texts = _n_texts(request)
+        if n_texts > model.max_texts:
+            raise TooManyTextsError(n_texts, model.max_texts)
         if request.deadline is None and model.deadline_s is not None:
             request = request.model_copy(update={"deadline": now + model.deadline_s})
         return request, lane
@@ -519,6 +602,22 @@ def progress_bar(texts: Iterable[str], progress: bool) -> "tqdm[NoReturn]":
 
 def _embed_fields(texts: Sequence[str], model: str, options: EmbedOptions) -> dict[str, Any]:
     return {**options, "model": model, "texts": list(texts) if isinstance(texts, tuple) else texts}
+
+
+async def _result_or_cancel(job: AsyncJob[T], timeout_s: float | None) -> T:
+    """Wait for the result of a job whose id nobody else knows."""
+    try:
+        return await job.result(timeout_s)
+    except asyncio.CancelledError:
+        with contextlib.suppress(TransportError):
+            await job.cancel()
+        raise
+
+
+def _n_texts(request: Request) -> int:
+    if isinstance(request, EmbedRequest):
+        return len(request.texts)
+    return len(request.documents) if isinstance(request, RerankRequest) else 0
 
 
 def _priority(name: object) -> Priority:

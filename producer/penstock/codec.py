@@ -22,21 +22,36 @@ from penstock.errors import (
     ResultTooLargeError,
     rebuild_error,
 )
-from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
-from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
+from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
+from penstock.result import (
+    Choice,
+    EmbedResult,
+    GenerateResult,
+    Logprobs,
+    RerankResult,
+    Result,
+    Timings,
+    Usage,
+)
 
-TASK_NAMES: Mapping[type, str] = {EmbedRequest: "penstock.embed", GenerateRequest: "penstock.generate"}
+TASK_NAMES: Mapping[type, str] = {
+    EmbedRequest: "penstock.embed",
+    GenerateRequest: "penstock.generate",
+    RerankRequest: "penstock.rerank",
+}
 CONTENT_TYPE = "application/x-penstock-result"
 SERIALIZER = "penstock"
 
 MAGIC = b"PNS\x01"
 PREAMBLE = struct.Struct("<4sI")  # magic with the version, length of the header in bytes
 ALIGNMENT = 64  # buffers start at a multiple: numpy and any SIMD code read them in place
-DTYPES: Mapping[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("<f4", "<f2", "|i1", "|u1")}
+DTYPES: Mapping[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("<f4", "<f2", "<i4", "|i1", "|u1")}
 MAX_RESULT_BYTES = 512 << 20
 """Redis' own limit of one string: `proto-max-bulk-len`, 512 MB by default."""
 
-_RECORDS: Mapping[str, type] = {cls.__name__: cls for cls in (EmbedResult, GenerateResult, Timings, Usage)}
+_RECORDS: Mapping[str, type] = {
+    cls.__name__: cls for cls in (Choice, EmbedResult, GenerateResult, Logprobs, RerankResult, Timings, Usage)
+}
 
 
 TENANT_SEPARATOR = "\x06\x17"
@@ -151,13 +166,15 @@ def encode_meta(meta: Any) -> bytes:
             little = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
             if little.dtype.str not in DTYPES:
                 raise TypeError(
-                    f"arrays of dtype {value.dtype} are not sent, only float32, float16, int8 and uint8"
+                    f"arrays of dtype {value.dtype} are not sent, only float32, float16, int32, int8, uint8"
                 )
             arrays.append(little)
             return {"__array__": len(arrays) - 1, "dtype": little.dtype.str, "shape": list(little.shape)}
         if type(value).__name__ in _RECORDS:
             record = {field.name: getattr(value, field.name) for field in fields(value)}  # type: ignore[arg-type]  # a dataclass: it is in _RECORDS
-            return {"__record__": type(value).__name__, **record}
+            # None is what came after version 1 was first written: clients of then read all but that.
+            present = {name: item for name, item in record.items() if item is not None}
+            return {"__record__": type(value).__name__, **present}
         raise TypeError(f"{type(value).__name__} objects are not sent")
 
     # A lone surrogate, in what an error quotes, must not cost the caller his error.
@@ -228,6 +245,8 @@ def decode_outcome(job_id: str, payload: bytes) -> Outcome:
             raise ResultDecodeError("the result is of another task")
         if isinstance(result, EmbedResult) and not isinstance(result.vectors, np.ndarray):
             raise ResultDecodeError("its vectors are no array")
+        if isinstance(result, RerankResult) and not isinstance(result.scores, np.ndarray):
+            raise ResultDecodeError("its scores are no array")
         return Outcome(status="SUCCESS", result=result)
     failure = meta.get("result")
     if meta["status"] == "REVOKED":

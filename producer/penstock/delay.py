@@ -13,7 +13,7 @@ from typing import Final
 from penstock.codec import queue_name
 from penstock.leases import Limits
 from penstock.registry import ModelInfo, Registry
-from penstock.request import EmbedRequest, Lane, PoolName, Request
+from penstock.request import EmbedRequest, Lane, PoolName, Request, RerankRequest
 
 TOKENS_PER_CHARACTER: Final = 0.25
 """Until a worker has measured it."""
@@ -100,8 +100,12 @@ def count_tokens(request: Request, registry: Registry, model: ModelInfo) -> int:
     if isinstance(request, EmbedRequest):
         longest = (model.max_tokens or math.inf) / ratio  # the rest of a text is cut off
         return math.ceil(sum(min(len(text) + 1, longest) for text in request.texts) * ratio)
+    if isinstance(request, RerankRequest):
+        return math.ceil(request.n_characters * ratio)
     answer = registry.measured(model.name, "answer_tokens") or ANSWER_TOKENS
-    return math.ceil(request.n_characters * ratio + min(request.max_new_tokens or math.inf, answer))
+    return math.ceil(
+        request.n_characters * ratio + request.n * min(request.max_new_tokens or math.inf, answer)
+    )
 
 
 @dataclass(slots=True)

@@ -307,7 +307,7 @@ class RateLimitError(PenstockError):
 
 
 class IncompleteOutputError(PenstockError):
-    """The length limit ended an answer before its response format did; `text` is what there is of it."""
+    """An answer ended before its response format did, at its limit or in thought; `text` is what there is."""
 
     def __init__(self, n_tokens: int, text: str) -> None:
         super().__init__(n_tokens, text)

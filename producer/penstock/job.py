@@ -8,7 +8,7 @@ from typing import Final, Generic, TypeVar, cast
 
 import redis.asyncio as aioredis
 
-from penstock.broker import Broker, redis_errors
+from penstock.broker import Broker, connect_sync, redis_errors
 from penstock.codec import Outcome, decode_outcome, encode_failure
 from penstock.errors import (
     BrokerUnavailableError,
@@ -21,7 +21,7 @@ from penstock.errors import (
 from penstock.inbox import LOOK_AGAIN_S, Inbox
 from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
 from penstock.store import END_JOB, RECORD_TTL_S, SENT, end_job_arguments, record_key, result_key
-from penstock.stream import OnRestart, Piece, Reader, stream_key
+from penstock.stream import OnRestart, Part, Piece, Reader, stream_key
 
 T = TypeVar("T")
 
@@ -30,6 +30,7 @@ RESULT_TIMEOUT_S: Final = 600.0
 FORGET_EVERY_S: Final = 1.0
 PIECES_AT_ONCE: Final = 1000
 LATE_DELIVERY_S: Final = 600
+LARGE_BYTES: Final = 1 << 16
 
 
 class JobState(StrEnum):
@@ -48,18 +49,28 @@ _ENDED = {"SUCCESS": JobState.SUCCEEDED, "FAILURE": JobState.FAILED, "REVOKED": 
 
 
 class ResultStore:
-    """The Redis that holds results, as one client sees it."""
+    """The Redis that holds results, as one client sees it.
+
+    Large results come through blocking connections, in threads: asyncio takes twice as long for megabytes,
+    and holds the loop meanwhile.
+    """
 
     def __init__(self, redis: aioredis.Redis, url: str, inbox: Inbox) -> None:
         self.redis, self.url, self.inbox = redis, url, inbox
+        self._blocking = connect_sync(url, read_bytes=1 << 18)
         self._unwanted: list[str] = []
         self._clearing: asyncio.Task[None] | None = None
 
     async def look(self, job_id: str) -> tuple[Outcome | None, str | None]:
         """Return how the job ended, if it has, and its record."""
         with redis_errors(self.url):
-            found = await self.redis.mget(result_key(job_id), record_key(job_id))
-        payload, record = cast("list[bytes | None]", found)
+            async with self.redis.pipeline(transaction=False) as pipe:
+                pipe.getrange(result_key(job_id), 0, LARGE_BYTES - 1)
+                pipe.get(record_key(job_id))
+                payload, record = cast("tuple[bytes | None, bytes | None]", await pipe.execute())
+            if payload and len(payload) == LARGE_BYTES:
+                found = await asyncio.to_thread(self._blocking.get, result_key(job_id))
+                payload = cast("bytes | None", found)
         known = record.decode() if record else None
         # A retry in between is stored too, with a status that is not the end.
         outcome = decode_outcome(job_id, payload) if payload and known in _ENDED else None
@@ -119,6 +130,7 @@ class ResultStore:
                 await self._clearing
         await self.inbox.close()
         await self.redis.aclose()
+        self._blocking.close()
 
 
 class AsyncJob(Generic[T]):
@@ -176,7 +188,8 @@ class AsyncJob(Generic[T]):
             for entry_id, fields in entries:
                 last_id = f"({entry_id.decode()}"
                 run, at, text = (fields[name].decode() for name in (b"run", b"at", b"text"))
-                for piece in reader.take(run, int(at), text):
+                part = cast("Part", fields.get(b"part", b"text").decode())
+                for piece in reader.take(run, int(at), text, part):
                     yield piece
             if outcome is not None:
                 self._outcome = outcome

@@ -1,12 +1,13 @@
 """How `embed_many` cuts texts into jobs, and how many of them are under way: by the workers' live speed.
 
 A job is half a second of one worker's work. Three for each worker: it computes one, the next fills its
-batches, and one is on its way.
+batches, and one is on its way. Towards a known end they become smaller, so that all workers end together
+(guided self-scheduling: Polychronopoulos and Kuck, IEEE Trans. Computers C-36, 1987).
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from statistics import median
 from typing import Final, Protocol
@@ -22,6 +23,7 @@ TEXTS_PER_JOB: Final = 64
 """Until the workers' speed is known."""
 TEXTS_PER_WORKER: Final = 256
 """As many at least are under way: batches of texts of like length are cut from these."""
+FEWEST_TEXTS: Final = 16
 MOST_TEXTS: Final = 4096
 MOST_CHARACTERS: Final = 1_000_000
 """Of one job; its message may take four bytes for each."""
@@ -46,6 +48,7 @@ class Pacer:
 
     def __init__(self, texts: Iterable[str], sender: Sender, timeout_s: float | None) -> None:
         self._texts: Iterator[str] = iter(texts)
+        self._left = len(texts) if isinstance(texts, Sized) else None
         self._sender, self._timeout_s = sender, timeout_s
         self._jobs: deque[tuple[AsyncJob[Vectors], int]] = deque()
         self._n_characters = self._n_texts = 0
@@ -101,12 +104,16 @@ class Pacer:
 
     def _cut(self) -> list[str]:
         part: list[str] = []
-        n_characters = 0
-        for text in islice(self._texts, self._part_texts):
+        n_characters, most = 0, self._part_texts
+        if self._left is not None and self._n_workers > 1:
+            most = min(most, max(FEWEST_TEXTS, self._left // (2 * self._n_workers)))
+        for text in islice(self._texts, most):
             part.append(text)
             n_characters += len(text) if isinstance(text, str) else 0
             if n_characters >= self._part_characters:
                 break
+        if self._left is not None:
+            self._left -= len(part)
         return part
 
 

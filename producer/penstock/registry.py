@@ -51,7 +51,8 @@ class ModelInfo:
         deadline_s: deadline of jobs that name none, seconds after they were sent.
         dtype: number format that it computes in.
         batching: how texts or requests share forward passes, as the engine calls it: `packed` end to end or
-            `padded` to the longest; for generation see `engines.causal_lm.Sharing`.
+            `padded` to the longest, by torch or `padded, OpenVINO`; for generation see
+            `engines.causal_lm.Sharing`.
         int8_ranges: lowest and highest values behind its int8 vectors, for each dimension, or one for all; an
             int8 v stands for lowest + (v + 128.5) * (highest - lowest) / 255. The latter are for vectors of
             unit length, and sqrt(dim / truncate_dim) times as wide for those that were cut and normalised.

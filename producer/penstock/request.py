@@ -4,6 +4,7 @@ pydantic models, not dataclasses: the same classes read keyword arguments, queue
 configuration file, and each range stands in one place.
 """
 
+import contextlib
 import json
 import re
 import uuid
@@ -38,13 +39,18 @@ MAX_REQUEST_BYTES = 16 << 20
 """All texts of a request together, in UTF-8; Redis and Celery copy a message several times."""
 MAX_FORMAT_BYTES = 64 << 10
 """A response format, as JSON in UTF-8."""
+MAX_TOOLS_BYTES = 256 << 10
+"""All tools of a request, or the calls of a turn, as JSON in UTF-8."""
 MAX_FORMAT_DEPTH = 64
-"""Objects and lists inside each other in a response format."""
+"""Objects and lists inside each other in a response format, tools or calls."""
+MAX_CHOICES = 16
+"""Answers to one request: as many as a batch has by default."""
 
-Task = Literal["embed", "generate"]
+Task = Literal["embed", "generate", "rerank"]
 PoolName = Literal["gpu", "cpu"]
 Precision = Literal["float32", "float16", "int8", "binary", "ubinary"]
-Truncation = Literal["error", "oldest_turns"]
+Truncation = Literal["error", "oldest_turns", "middle"]
+Mode = Literal["chat", "complete"]
 
 
 class Priority(IntEnum):
@@ -67,16 +73,98 @@ class Lane(NamedTuple):
     tenant: str = ""
 
 
+_exact = with_config(ConfigDict(extra="forbid", strict=True))
+_Name = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+@_exact
+class ToolFunction(TypedDict):
+    """A function that the model may call; `strict` is without effect."""
+
+    name: _Name
+    description: NotRequired[str]
+    parameters: NotRequired[dict[str, Any]]
+    strict: NotRequired[bool | None]
+
+
+@_exact
+class Tool(TypedDict):
+    """A tool in OpenAI's form."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+@_exact
+class CalledFunction(TypedDict):
+    """A function and its arguments: a JSON object, or the text of one, as OpenAI has it."""
+
+    name: _Name
+    arguments: str | dict[str, Any]
+
+
+@_exact
+class ToolCall(TypedDict):
+    """What an assistant's turn asks of a tool, in OpenAI's form."""
+
+    function: CalledFunction
+    type: NotRequired[Literal["function"]]
+    id: NotRequired[str]
+
+
 class Message(BaseModel):
-    """One turn of a conversation, in OpenAI's form."""
+    """One turn of a conversation, in OpenAI's form.
+
+    Attributes:
+        role: who speaks; `tool` is a function that answers a call of the assistant.
+        content: what is said; a message may leave it out beside `tool_calls`.
+        reasoning: what the assistant thought before; many templates leave it out of older turns.
+        tool_calls: the assistant's.
+        tool_call_id: which call a tool's turn answers.
+        name: of the function whose turn it is.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    reasoning: str | None = None
+    tool_calls: Annotated[tuple[ToolCall, ...], Field(min_length=1)] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _content_beside_calls(cls, value: object) -> object:
+        if not isinstance(value, dict) or not (calls := value.get("tool_calls")):
+            return value
+        _check_json("tool_calls", calls, MAX_TOOLS_BYTES)
+        calls = tuple(calls) if isinstance(calls, list) else calls
+        return {**value, "content": value.get("content") or "", "tool_calls": calls}
+
+    @model_validator(mode="after")
+    def _suits_its_role(self) -> Self:
+        roles = {"tool_calls": "assistant", "reasoning": "assistant", "tool_call_id": "tool", "name": "tool"}
+        for name, role in roles.items():
+            if getattr(self, name) is not None and self.role != role:
+                raise ValueError(f"only a turn of role {role} has {name}")
+        for call in self.tool_calls or ():
+            parse_arguments(call)
+        return self
 
 
-_exact = with_config(ConfigDict(extra="forbid", strict=True))
+def parse_arguments(call: ToolCall) -> dict[str, Any]:
+    """Return the arguments of a call.
+
+    Raises:
+        ValueError: they are not a JSON object.
+    """
+    arguments: object = call["function"]["arguments"]
+    with contextlib.suppress(ValueError, RecursionError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(arguments, dict):
+        raise ValueError("the arguments of a call are a JSON object")
+    return arguments
 
 
 @_exact
@@ -141,7 +229,10 @@ class GenerationOptions(BaseModel):
         seed: makes sampling repeatable, alone and in company.
         stop: the answer ends before the first of these; at most 16, at most 256 characters each.
         stop_token_ids: tokens that end the answer, besides the model's own; at most 64.
-        truncation: what to do with a prompt that leaves no room for the answer.
+        truncation: what to do with a prompt that leaves no room for the answer: `oldest_turns` leaves turns
+            out, `middle` the middle of the longest one of user or tool. The system prompt and the end of
+            the last turn always stay.
+        enable_thinking: whether the model thinks before it answers, where its chat template has a switch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -162,6 +253,7 @@ class GenerationOptions(BaseModel):
         default=None, max_length=64
     )
     truncation: Truncation | None = None
+    enable_thinking: bool | None = None
 
     @field_validator("stop", "stop_token_ids", mode="before")
     @classmethod
@@ -253,23 +345,36 @@ class EmbedRequest(_Request):
 
 
 class GenerateRequest(_Request, GenerationOptions):
-    """A conversation to go on with.
+    """A conversation to go on with, or a text.
 
     Attributes:
-        prompt: the user's turn to answer.
+        prompt: the user's turn to answer; None answers the last turn of `history`.
         system_prompt: how to answer.
         history: earlier turns, oldest first.
+        tools: functions that the model may ask for.
+        mode: `complete` goes on with the prompt as it is: no chat template, and control tokens that it holds
+            are control tokens.
         stream: the text can be read while it is generated.
+        n: how many answers, each drawn with a seed of its own that follows from `seed`, the first with `seed`
+            itself; all are equal where `temperature` is 0. A stream has one.
+        logprobs: tell the log-probability of each token of the answer: the model's own, before penalties,
+            formats and temperature.
+        top_logprobs: also those of this many of the likeliest tokens at each place; needs `logprobs`.
         response_format: what the answer has to be; it alone then says where the answer ends, so a call that
-            sets `stop` or `stop_token_ids` too is refused.
+            sets `stop` or `stop_token_ids` too is refused. What the model thinks before is not bound by it.
         sent_at: when the request left its sender, Unix seconds on its clock.
         deadline: after this the request is not worth computing, Unix seconds.
     """
 
-    prompt: str = Field(min_length=1)
+    prompt: str | None = Field(default=None, min_length=1)
     system_prompt: str | None = None
     history: tuple[Message, ...] = ()
+    tools: Annotated[tuple[Tool, ...], Field(min_length=1)] | None = None
+    mode: Mode = "chat"
     stream: bool = False
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: Annotated[ResponseFormat, Field(discriminator="type")] | None = None
 
     @field_validator("history", mode="before")
@@ -277,11 +382,35 @@ class GenerateRequest(_Request, GenerationOptions):
     def _take_lists_of_turns(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _take_lists_of_tools(cls, value: object) -> object:
+        _check_json("tools", value, MAX_TOOLS_BYTES)
+        return tuple(value) if isinstance(value, list) else value
+
     @field_validator("response_format", mode="before")
     @classmethod
     def _is_plain(cls, wanted: object) -> object:
-        _check_format(wanted)
+        _check_json("response_format", wanted, MAX_FORMAT_BYTES)
         return wanted
+
+    @model_validator(mode="after")
+    def _has_something_to_answer(self) -> Self:
+        if self.mode == "complete":
+            for name in ("system_prompt", "history", "tools", "enable_thinking"):
+                if getattr(self, name) not in (None, (), ""):
+                    raise InvalidOptionError(name, "set", "mode 'complete' has no conversation")
+        if self.prompt is None and (not self.history or self.history[-1].role not in ("user", "tool")):
+            raise InvalidMessageError("field 'prompt' is missing, and history ends with no turn to answer")
+        calls: Sequence[ToolCall] = ()
+        for place, turn in enumerate(self.history):
+            if turn.role != "tool":
+                calls = turn.tool_calls or ()
+            elif not calls or (turn.tool_call_id and turn.tool_call_id not in _ids(calls)):
+                raise InvalidOptionError(
+                    "history", f"of turn {place}", "a tool's turn answers a call just before"
+                )
+        return self
 
     @model_validator(mode="after")
     def _ends_one_way(self) -> Self:
@@ -292,8 +421,20 @@ class GenerateRequest(_Request, GenerationOptions):
         return self
 
     @model_validator(mode="after")
+    def _does_not_contradict_itself(self) -> Self:
+        if self.n > 1 and self.stream:
+            raise InvalidOptionError("n", str(self.n), "a stream has one answer")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidOptionError("top_logprobs", str(self.top_logprobs), "it needs logprobs")
+        return self
+
+    @model_validator(mode="after")
     def _within_limits(self) -> Self:
-        _check_bytes([turn.content for turn in self.messages()])
+        turns = self.messages()
+        _check_bytes([turn.content for turn in turns])
+        _check_bytes(
+            [text for turn in turns for text in (turn.reasoning, turn.tool_call_id, turn.name) if text]
+        )
         return self
 
     def options(self) -> GenerationOptions:
@@ -305,7 +446,8 @@ class GenerateRequest(_Request, GenerationOptions):
     def messages(self) -> list[Message]:
         """Return the whole conversation, system prompt first, the user's turn last."""
         system = [Message(role="system", content=self.system_prompt)] if self.system_prompt else []
-        return [*system, *self.history, Message(role="user", content=self.prompt)]
+        asked = [Message(role="user", content=self.prompt)] if self.prompt else []
+        return [*system, *self.history, *asked]
 
     @property
     def n_characters(self) -> int:
@@ -317,7 +459,37 @@ class GenerateRequest(_Request, GenerationOptions):
         return f"{len(self.messages()):,} turns, {self.n_characters:,} characters"
 
 
-Request = EmbedRequest | GenerateRequest
+class RerankRequest(_Request):
+    """Documents to bring into order by how well they answer a query, with a cross-encoder.
+
+    Attributes:
+        query: what is asked.
+        documents: any number up to the model's limit.
+        top_n: how many of the best are in the order; None takes all.
+        sent_at: when the request left its sender, Unix seconds on its clock.
+        deadline: after this the request is not worth computing, Unix seconds.
+    """
+
+    query: str = Field(min_length=1)
+    documents: list[str]
+    top_n: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _within_limits(self) -> Self:
+        _check_bytes([*self.documents, self.query])
+        return self
+
+    @property
+    def n_characters(self) -> int:
+        """Of all documents, each with the query before it."""
+        return sum(map(len, self.documents)) + len(self.documents) * len(self.query)
+
+    def summary(self) -> str:
+        """Say how much is asked, without a word of it: for logs and Flower."""
+        return f"{len(self.documents):,} documents, {sum(map(len, self.documents)):,} characters"
+
+
+Request = EmbedRequest | GenerateRequest | RerankRequest
 
 
 def new_job_id() -> str:
@@ -338,16 +510,20 @@ def _check_bytes(texts: Sequence[str]) -> None:
         raise RequestTooLargeError("the request", total, MAX_REQUEST_BYTES)
 
 
-def _check_format(wanted: object) -> None:
-    too_deep = InvalidOptionError("response_format", "too deep", f"at most {MAX_FORMAT_DEPTH} levels")
+def _ids(calls: Sequence[ToolCall]) -> list[str]:
+    return [call["id"] for call in calls if "id" in call]
+
+
+def _check_json(name: str, wanted: object, limit: int) -> None:
+    too_deep = InvalidOptionError(name, "too deep", f"at most {MAX_FORMAT_DEPTH} levels")
     try:
         n_bytes = len(json.dumps(wanted, ensure_ascii=False, allow_nan=False).encode())
     except RecursionError:
         raise too_deep from None
     except (TypeError, ValueError):  # a lone surrogate is a ValueError too
-        raise InvalidOptionError("response_format", "set", "it has to be plain JSON in UTF-8") from None
-    if n_bytes > MAX_FORMAT_BYTES:
-        raise RequestTooLargeError("response_format", n_bytes, MAX_FORMAT_BYTES)
+        raise InvalidOptionError(name, "set", "it has to be plain JSON in UTF-8") from None
+    if n_bytes > limit:
+        raise RequestTooLargeError(name, n_bytes, limit)
     level: list[object] = [wanted]
     for _ in range(MAX_FORMAT_DEPTH):
         nested = [node for node in level if isinstance(node, dict | list)]
@@ -367,13 +543,13 @@ def _explain(detail: ErrorDetails) -> PenstockError:
         return InvalidOptionError(path, "set", "there is no option of that name")
     if name == "version":
         return InvalidMessageError(f"version {detail['input']!r:.40}; version {VERSION} is read here")
-    if name in ("texts", "prompt", "system_prompt", "history", "prompt_name"):
+    if name in ("texts", "documents", "query", "prompt", "system_prompt", "history", "prompt_name"):
         index = int(rest[0]) if rest and rest[0].isdigit() else 0
         problem = {
             "string_type": f"is a {type(detail['input']).__name__}, not a string",
             "string_too_short": "is empty",
             "string_unicode": "holds a lone surrogate, which UTF-8 cannot carry",
             "list_type": f"came as a {type(detail['input']).__name__}: pass a list of strings",
-        }.get(kind, detail["msg"])
+        }.get(kind, detail["msg"].removeprefix("Value error, "))
         return InvalidTextError(index, problem if name != "history" else f"of history: {problem} ({path})")
     return InvalidOptionError(path, repr(detail["input"])[:80], detail["msg"].lower())

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -139,13 +148,17 @@ class ModelSettings(_Section):
     """One model that the workers serve."""
 
     task: Task
-    """embed or generate."""
+    """embed, generate or rerank."""
     source: str = Field(min_length=1)
     """Hub id, folder, or bundled:NAME."""
     pools: tuple[PoolName, ...] = Field(default=("cpu",), min_length=1, max_length=2)
     """Pools that serve it, the preferred one first."""
     dtype: Dtype = "auto"
     """auto takes bfloat16 where it is fast and vectors keep their direction, else float32."""
+    engine: Literal["auto", "torch", "openvino"] = "auto"
+    """What computes an embedding model; auto: on processors the faster one, if openvino is installed."""
+    device_map: Literal["auto"] | None = None
+    """auto spreads a generation model over all cards that a process sees, by accelerate; none: one card."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
@@ -160,6 +173,8 @@ class ModelSettings(_Section):
     """Tokens in one forward pass of an embedding model, padding counted; none: by device."""
     max_batch_size: int = Field(default=16, ge=1, le=1024)
     """Requests that a generation model answers at a time."""
+    share: float | None = Field(default=None, gt=0, le=1000)
+    """Weight among the models of a process that want its device at once; none: 2 to embed, 1 to generate."""
     deadline_s: float | None = Field(default=None, gt=0)
     """Deadline of jobs that name none, seconds after they were sent."""
     max_waiting_jobs: int | None = Field(default=None, ge=1)
@@ -177,6 +192,13 @@ class ModelSettings(_Section):
         if len(set(pools)) < len(pools):
             raise ValueError("each pool once")
         return pools
+
+    @field_validator("device_map")
+    @classmethod
+    def _is_for_generation(cls, device_map: str | None, info: ValidationInfo) -> str | None:
+        if device_map is not None and info.data.get("task") in ("embed", "rerank"):
+            raise ValueError("for generation models")
+        return device_map
 
     @field_validator("generation", mode="before")
     @classmethod

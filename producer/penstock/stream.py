@@ -9,19 +9,21 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from penstock.errors import StreamRestartedError
-from penstock.result import FinishReason, GenerateResult, Usage
+from penstock.result import FinishReason, GenerateResult, Logprobs, Usage
 
 OnRestart = Literal["hide", "show"]
+Part = Literal["text", "reasoning"]
 
 STREAM_TTL_S: Final = 3600
 """How long the last piece of a stream can be read."""
 MAX_PIECES: Final = 10_000
 """Kept pieces of a stream; a reader that is further behind gets the rest when the job has ended."""
 
-# KEYS: stream. ARGV: run, characters of it before the piece, piece, most pieces, time to live in seconds,
-# channel for the note, note. Returns how many heard of it.
+# KEYS: stream. ARGV: run, characters of its part before the piece, piece, most pieces, time to live in
+# seconds, channel for the note, note, part. Returns how many heard of it.
 APPEND: Final = """
-redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[4], '*', 'run', ARGV[1], 'at', ARGV[2], 'text', ARGV[3])
+redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[4], '*', 'run', ARGV[1], 'at', ARGV[2], 'text', ARGV[3],
+    'part', ARGV[8])
 redis.call('EXPIRE', KEYS[1], ARGV[5])
 return redis.call('PUBLISH', ARGV[6], ARGV[7])
 """
@@ -32,18 +34,23 @@ class Piece:
     """A part of an answer, in the order of the text.
 
     Attributes:
-        text: what is new, whole characters; may be empty on the last piece and where a run begins again.
+        text: what is new, whole characters; may be empty on the last piece, where a run begins again, and
+            where the piece is of the reasoning.
+        reasoning: what is new of what the model thinks before its text; comes before all text.
         is_restart: the worker was lost and another one begins again: what came before is void. Only where
             the caller asked to see it.
         finish_reason: on the last piece, else None: `stop` if the model or a stop string ended it, `length`
             if a limit did.
         usage: on the last piece, else None: tokens of prompt and answer.
+        logprobs: on the last piece, of the whole answer, if the request asked for them.
     """
 
     text: str
+    reasoning: str = ""
     is_restart: bool = False
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    logprobs: Logprobs | None = None
 
 
 def stream_key(job_id: str) -> str:
@@ -65,10 +72,10 @@ class Reader:
     def __init__(self, job_id: str, on_restart: OnRestart) -> None:
         self._job_id, self._on_restart = job_id, on_restart
         self._runs: list[str] = []
-        self._n_read = 0  # characters of this run
-        self._text = ""  # all that the caller has
+        self._n_read: dict[Part, int] = {}  # characters of this run
+        self._seen: dict[Part, str] = {}  # all that the caller has
 
-    def take(self, run: str, at: int, text: str) -> list[Piece]:
+    def take(self, run: str, at: int, text: str, part: Part = "text") -> list[Piece]:
         """Return what an entry of the stream adds for the caller: at most a restart, and a piece.
 
         Raises:
@@ -80,12 +87,12 @@ class Reader:
             self._runs.append(run)
         elif run != self._runs[-1]:
             return []
-        if at > self._n_read:
+        n_read = self._n_read.get(part, 0)
+        if at > n_read:
             return found  # pieces between were dropped; the end of the job brings all
-        new = text[self._n_read - at :]
-        self._n_read += len(new)
-        new = self._unseen(new, self._n_read - len(new))
-        return [*found, Piece(text=new)] if new else found
+        self._n_read[part] = max(n_read, at + len(text))
+        new = self._unseen(part, text[n_read - at :], n_read)
+        return [*found, _piece(part, new)] if new else found
 
     def end(self, result: GenerateResult) -> list[Piece]:
         """Return what the stored result adds: the rest of the text, finish reason and usage.
@@ -94,25 +101,40 @@ class Reader:
             StreamRestartedError: as `take`.
         """
         found = []
-        if not result.text.startswith(self._text):
+        whole: dict[Part, str] = {"reasoning": result.reasoning or "", "text": result.text}
+        if not all(text.startswith(self._seen.get(part, "")) for part, text in whole.items()):
             if self._on_restart == "hide":
                 raise StreamRestartedError(self._job_id)
             found = self._restart()
-        rest = self._unseen(result.text, 0)
-        return [*found, Piece(text=rest, finish_reason=result.finish_reason, usage=result.usage)]
+        if thought := self._unseen("reasoning", whole["reasoning"], 0):
+            found.append(_piece("reasoning", thought))
+        return [
+            *found,
+            Piece(
+                text=self._unseen("text", result.text, 0),
+                finish_reason=result.finish_reason,
+                usage=result.usage,
+                logprobs=result.logprobs,
+            ),
+        ]
 
     def _restart(self) -> list[Piece]:
-        self._n_read = 0
+        self._n_read = {}
         if self._on_restart == "hide":
             return []
-        self._text = ""
+        self._seen = {}
         return [Piece(text="", is_restart=True)]
 
-    def _unseen(self, text: str, at: int) -> str:
-        """Return what goes beyond the caller's text, of a text that begins `at` characters into the run."""
-        seen = self._text[at : at + len(text)]
+    def _unseen(self, part: Part, text: str, at: int) -> str:
+        """Return what goes beyond what the caller has, of a text from character `at` of its part on."""
+        had = self._seen.get(part, "")
+        seen = had[at : at + len(text)]
         if not text.startswith(seen):
             raise StreamRestartedError(self._job_id)
         unseen = text[len(seen) :]
-        self._text += unseen
+        self._seen[part] = had + unseen
         return unseen
+
+
+def _piece(part: Part, new: str) -> Piece:
+    return Piece(text=new) if part == "text" else Piece(text="", reasoning=new)

@@ -15,8 +15,8 @@ from typing import Any
 import redis
 
 from penstock.leases import DEAD_KEY, push_arguments, scripts
-from penstock_workers.local_redis import local_redis_command, wait_until_ready
-from tests.deployment import ROOT
+from penstock_workers.local_redis import wait_until_ready
+from tests.deployment import ROOT, server_command
 from tests.eventually import eventually
 from tests.integration.noop_app import TASKS as APP
 
@@ -29,7 +29,7 @@ class Broker:
     def __init__(self, folder: Path, port: int) -> None:
         self.url = f"redis://127.0.0.1:{port}"
         self.broker_url, self.results_url = f"{self.url}/0", f"{self.url}/1"
-        self._command = local_redis_command(port=port, folder=folder)
+        self._command = server_command(port=port, folder=folder)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

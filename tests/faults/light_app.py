@@ -21,7 +21,7 @@ from penstock.registry import ModelInfo
 from penstock.request import EmbedRequest
 from penstock.settings import load_settings
 from penstock_workers.app import build_app
-from penstock_workers.batching import Batcher, cut_by_count
+from penstock_workers.batching import Batcher, cut_by_tokens
 from penstock_workers.lifecycle import Heartbeat, Lifecycle
 from penstock_workers.serving import ServedEmbedder
 
@@ -93,6 +93,6 @@ def serve(**_: object) -> None:
     """Do what `Lifecycle` does, with the engine above."""
     engine = cast("Any", Engine())
     serving = app.penstock_serving
-    batcher: Batcher[Any, Any] = Batcher(MODEL, engine.run, cut_by_count(1))
+    batcher: Batcher[Any, Any] = Batcher(MODEL, engine.run, cut_by_tokens(1, is_padded=False))
     serving.models[MODEL] = ServedEmbedder(info=INFO, engine=engine, batcher=batcher)
     Heartbeat(settings, serving, "cpu", "cpu", [MODEL]).start()

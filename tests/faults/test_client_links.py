@@ -3,26 +3,17 @@
 import asyncio
 import os
 import time
-from collections.abc import Iterator
 
 import pytest
 import redis
 
 from penstock import BrokerUnavailableError
 from penstock.broker import Broker, connect, redis_errors
-from penstock_workers.local_redis import free_port
 from tests.deployment import Server
 from tests.faults.proxy import Proxy
 
 ANSWER_S = 1.0
 """Stands for `ANSWER_TIMEOUT_S` here, so that the tests are short."""
-
-
-@pytest.fixture
-def own() -> Iterator[Server]:
-    """A server for one test."""
-    with Server(free_port()).running() as running:
-        yield running
 
 
 def test_a_dropped_network_costs_one_error(own: Server, monkeypatch: pytest.MonkeyPatch) -> None:

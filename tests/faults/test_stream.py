@@ -2,6 +2,8 @@
 
 import asyncio
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +27,13 @@ from tests.models.test_generation import SIZES, make_folder
 PROMPT = "Tell me all."
 N_TOKENS = 200
 QUEUE = "cpu.talker"
+READER = """
+import sys
+from penstock import Client
+with Client(sys.argv[1]) as client:
+    for _ in client.stream("Tell me all.", model="talker", max_new_tokens=480):
+        print("a piece", flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +171,26 @@ def test_leaving_the_loop_gives_the_place_away(own: Server, tmp_path: Path, talk
 
         assert waited_s < whole_s / 2
         assert process.process.poll() is None
+
+
+def test_a_killed_reader_gives_its_place_away(own: Server, tmp_path: Path, talker: Path) -> None:
+    """Kill -9 in mid-stream: the answer that is read no more ends after the limit, the next has its place."""
+    with (
+        worker(tmp_path, own, talker),
+        Client(own.broker_url) as client,
+        redis.Redis.from_url(own.results_url) as results,
+        subprocess.Popen([sys.executable, "-c", READER, own.broker_url], stdout=subprocess.PIPE) as reader,
+    ):
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == b"a piece\n"
+        (stream,) = results.keys(stream_key("*"))
+        reader.kill()
+
+        after = client.submit_generate(PROMPT, model="talker", max_new_tokens=1)
+
+        record = record_key(stream.decode().removeprefix(stream_key("")))
+        eventually(lambda: results.get(record) == b"REVOKED", within_s=20)
+        assert after.result(timeout_s=20).usage.completion_tokens == 1
 
 
 def test_an_answer_that_nobody_reads_ends(own: Server, tmp_path: Path, talker: Path) -> None:

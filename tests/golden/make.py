@@ -13,8 +13,8 @@ import numpy as np
 
 from penstock.codec import encode_failure, encode_message, encode_meta
 from penstock.errors import InputTooLongError
-from penstock.request import EmbedRequest, GenerateRequest, Message, Priority, Request
-from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
+from penstock.request import EmbedRequest, GenerateRequest, Message, Priority, Request, RerankRequest
+from penstock.result import EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
 
 FOLDER: Final = Path(__file__).parent
 JOB_ID: Final = "6f3c2f60-0b1e-4f7a-9a55-0d6f5e1c2b3a"
@@ -77,6 +77,21 @@ GENERATE_RESULT: Final = GenerateResult(
     usage=Usage(prompt_tokens=30, completion_tokens=5),
     timings=TIMINGS,
 )
+RERANK_REQUEST: Final = RerankRequest(
+    model="cross",
+    sent_at=1767225600.25,
+    deadline=1767225660.25,
+    query="Who has the key?",
+    documents=["Ada has the key.", "Grüße, 世界 🌊", ""],
+    top_n=2,
+)
+RERANK_RESULT: Final = RerankResult(
+    model="cross",
+    scores=np.array([1.0, -0.0, 1e-3], dtype=np.float32),
+    order=[0, 2],
+    usage=Usage(prompt_tokens=23),
+    timings=TIMINGS,
+)
 FAILURE: Final = InputTooLongError("chat", 4096, 2048)
 
 
@@ -85,12 +100,14 @@ def recordings() -> dict[str, bytes]:
     return {
         "message-embed-v1.json": _message(EMBED_REQUEST, "gpu.minilm", Priority.DEFAULT),
         "message-generate-v1.json": _message(GENERATE_REQUEST, "cpu.chat", Priority.INTERACTIVE),
+        "message-rerank-v1.json": _message(RERANK_REQUEST, "cpu.cross", Priority.BATCH),
         "result-embed-v1.bin": _result(EMBED_RESULT),
         **{
             f"result-embed-{precision}-v1.bin": _result(result)
             for precision, result in COMPACT_RESULTS.items()
         },
         "result-generate-v1.bin": _result(GENERATE_RESULT),
+        "result-rerank-v1.bin": _result(RERANK_RESULT),
         "failure-v1.bin": encode_failure(JOB_ID, FAILURE),
     }
 

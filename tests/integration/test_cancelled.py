@@ -8,29 +8,21 @@ import redis
 from penstock import Client
 from penstock.store import CANCELLED_KEY, MAX_CANCELLED, SENT, record_key
 from penstock_workers.cancelled import Cancelled
-from penstock_workers.local_redis import free_port
 from tests.deployment import Server
 from tests.eventually import eventually
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    """A server whose connections a test may cut."""
-    with Server(free_port()).running() as running:
-        yield running
-
-
-@pytest.fixture
-def results(server: Server) -> Iterator[redis.Redis]:
+def results(own: Server) -> Iterator[redis.Redis]:
     """A connection to the server's results."""
-    with redis.Redis.from_url(server.results_url) as connection:
+    with redis.Redis.from_url(own.results_url) as connection:
         yield connection
 
 
 @pytest.fixture
-def client(server: Server) -> Iterator[Client]:
+def client(own: Server) -> Iterator[Client]:
     """A client whose jobs are in no queue."""
-    with Client(server.broker_url, results_url=server.results_url) as client:
+    with Client(own.broker_url, results_url=own.results_url) as client:
         yield client
 
 
@@ -40,12 +32,10 @@ def cancel(client: Client, results: redis.Redis, job_id: str) -> bool:
     return client.job(job_id).cancel()
 
 
-def test_cancelled_jobs_are_known_without_asking(
-    server: Server, results: redis.Redis, client: Client
-) -> None:
+def test_cancelled_jobs_are_known_without_asking(own: Server, results: redis.Redis, client: Client) -> None:
     """A process knows what was cancelled before it listened, while it does, and while it could not."""
     assert cancel(client, results, "before")
-    cancelled = Cancelled(server.results_url)
+    cancelled = Cancelled(own.results_url)
     cancelled.start()
     eventually(lambda: "before" in cancelled)
 
@@ -67,7 +57,7 @@ def test_only_a_job_under_way_can_be_cancelled(results: redis.Redis, client: Cli
     assert not results.exists(CANCELLED_KEY)
 
 
-def test_few_cancelled_jobs_are_remembered(server: Server, results: redis.Redis, client: Client) -> None:
+def test_few_cancelled_jobs_are_remembered(own: Server, results: redis.Redis, client: Client) -> None:
     """The oldest are forgotten, by Redis and by the worker, and all of them some day."""
     results.zadd(CANCELLED_KEY, {f"old {n:06d}": 1 for n in range(MAX_CANCELLED)})
 
@@ -75,7 +65,7 @@ def test_few_cancelled_jobs_are_remembered(server: Server, results: redis.Redis,
 
     assert results.zcard(CANCELLED_KEY) == MAX_CANCELLED
     assert results.ttl(CANCELLED_KEY) > 0
-    cancelled = Cancelled(server.results_url)
+    cancelled = Cancelled(own.results_url)
     cancelled.start()
     eventually(lambda: "new" in cancelled)
     assert "old 000000" not in cancelled

@@ -12,6 +12,7 @@ import pytest
 from penstock import (
     AsyncClient,
     Client,
+    DeadlineExceededError,
     GenerateResult,
     IncompleteOutputError,
     InvalidFormatError,
@@ -140,6 +141,55 @@ def test_a_format_that_fails_is_a_typed_error(client: Client) -> None:
 
     assert caught.value.text.startswith("a")
     assert free.result().finish_reason == "stop"
+
+
+def test_one_request_gives_several_answers(client: Client) -> None:
+    """Each of `n` answers has its text, and the first is the one that is given alone."""
+    word: ResponseFormat = {"type": "regex", "pattern": "[a-z]{12}"}  # else it is sure of what it says
+
+    def ask(n: int) -> GenerateResult:
+        return client.generate("Hello!", model="chat", temperature=2.0, seed=3, n=n, response_format=word)
+
+    alone, first, second = ask(1), ask(3), ask(3)
+
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in second.choices]
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+    assert (texts[0], first.text, len(set(texts))) == (alone.text, alone.text, 3)
+    assert first.usage.prompt_tokens == alone.usage.prompt_tokens
+    assert first.usage.completion_tokens > alone.usage.completion_tokens
+    same = client.generate("Tell me a story.", model="chat", temperature=0, n=2)
+    assert same.choices[0].text == same.choices[1].text
+
+
+def test_several_answers_are_cancelled_together(client: Client) -> None:
+    """A deadline ends all answers of a request; who comes next has their places."""
+    job = client.submit_generate(
+        "Tell me a story.",
+        model="chat",
+        n=16,
+        deadline_s=0.2,
+        response_format={"type": "regex", "pattern": "a*b"},
+    )
+
+    with pytest.raises((DeadlineExceededError, IncompleteOutputError)):
+        job.result()
+    assert client.generate("Who are you?", model="chat", timeout_s=20).finish_reason == "stop"
+
+
+def test_log_probabilities_come_with_the_answer(client: Client) -> None:
+    """Each token that is counted has its probability and the likeliest others; greedy takes the likeliest."""
+    options = {"model": "chat", "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    answer = client.generate("Who are you?", **options)  # type: ignore[arg-type]  # of one type here
+    *_, last = client.stream("Who are you?", **options)  # type: ignore[arg-type]  # the same
+
+    assert answer.logprobs is not None
+    assert len(answer.logprobs) == answer.usage.completion_tokens
+    assert b"".join(token.bytes for token in answer.logprobs).decode().strip() == answer.text.strip()
+    assert all(token.logprob == token.top[0].logprob <= 0 for token in answer.logprobs)
+    assert all(token.top[0].logprob >= token.top[1].logprob for token in answer.logprobs)
+    assert last.logprobs is not None
+    assert [t.token for t in last.logprobs] == [t.token for t in answer.logprobs]
 
 
 def test_generation_uses_system_prompt_and_history(client: Client) -> None:

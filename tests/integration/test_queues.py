@@ -21,13 +21,6 @@ QUEUE = "cpu.minilm"
 
 
 @pytest.fixture
-def own() -> Iterator[Server]:
-    """A server for one test."""
-    with Server(free_port()).running() as running:
-        yield running
-
-
-@pytest.fixture
 def broker(own: Server) -> Iterator[redis.Redis]:
     """The queues themselves."""
     with redis.Redis.from_url(own.broker_url) as connected:

@@ -21,8 +21,8 @@ from kombu.transport import virtual
 from penstock import transport
 from penstock.errors import ConfigError
 from penstock.leases import DEAD_KEY, NO_LIMITS, UNTOLD_KEY, Lease, Leases, push_arguments, scripts
-from penstock_workers.local_redis import free_port, local_redis_command, wait_until_ready
-from tests.deployment import Server
+from penstock_workers.local_redis import free_port, wait_until_ready
+from tests.deployment import Server, server_command
 from tests.eventually import eventually
 from tests.faults.fleet import message
 
@@ -737,7 +737,7 @@ def test_sentinel_names_the_master(broker: redis.Redis, tmp_path: Path) -> None:
     master, port = broker.connection_pool.connection_kwargs["port"], free_port()
     settings = tmp_path / "sentinel.conf"
     settings.write_text(f"port {port}\nbind 127.0.0.1\nsentinel monitor ours 127.0.0.1 {master} 1\n")
-    server = local_redis_command(port=port, folder=None)[0]
+    server = server_command(port=port)[0]
     sentinel = subprocess.Popen([server, str(settings), "--sentinel"], stdout=subprocess.DEVNULL)
     try:
         wait_until_ready(f"redis://127.0.0.1:{port}", within_s=10)

@@ -260,3 +260,128 @@ def test_text_that_fails_hurts_nobody_else(llama: PreTrainedModel) -> None:
 
     assert isinstance(outcomes.pop(rows[1]), EngineError)
     assert set(outcomes.values()) == {DONE}
+
+
+@pytest.fixture
+def widths(spoil: Callable[[Callable[[torch.Tensor, Any], None]], None]) -> list[tuple[int, int]]:
+    """Return a list that grows by the rows and columns of each forward pass of the model."""
+    found: list[tuple[int, int]] = []
+    spoil(lambda ids, _: found.append((ids.shape[0], ids.shape[1])))
+    return found
+
+
+def begin_alike(n: int, *, n_same: int = 100, n_new: int = 10) -> list[Row[str]]:
+    """Return rows whose prompts have their first tokens in common, and 1 to n others."""
+    dice = random.Random(7)
+    same = [dice.randrange(8, 320) for _ in range(n_same)]
+    return [make_row([*same, *(dice.randrange(8, 320) for _ in range(1 + i))], n_new) for i in range(n)]
+
+
+def test_equal_prompts_are_computed_once(llama: PreTrainedModel, widths: list[tuple[int, int]]) -> None:
+    """Rows with the same prompt share its forward pass and draw by their own seeds."""
+    hot = replace(GREEDY, temperature=2.0)
+    rows = [make_row([7, 8, 9] * 5, 12, replace(hot, seed=seed)) for seed in range(6)]
+    outcomes = run(start(llama), rows)
+
+    assert set(outcomes.values()) == {DONE}
+    assert widths[:2] == [(1, 15), (6, 1)]
+    assert len({tuple(row.trail.tokens) for row in rows}) == 6
+    assert [row.trail.tokens for row in rows] == tokens_alone(llama, rows)
+
+
+def test_equal_long_prompts_are_computed_once(llama: PreTrainedModel, widths: list[tuple[int, int]]) -> None:
+    """The same holds for a prompt that is computed in parts; who is cancelled meanwhile leaves the others."""
+    over: list[int] = []
+    rows = [make_row(list(range(8, 308)), 5, is_over=lambda i=i: i in over) for i in range(4)]  # type: ignore[misc]  # i
+    decoding = start(llama)
+    decoding._prompt_tokens = lambda: 128  # type: ignore[method-assign]  # measured otherwise
+    for row in rows:
+        decoding.add(row)
+    for _ in range(3):
+        decoding.step()
+    over += [0, 2]
+
+    outcomes = run(decoding, [])
+
+    assert outcomes == {rows[1]: DONE, rows[3]: DONE}
+    assert widths[:4] == [(1, 128), (1, 128), (1, 44), (2, 1)]
+    assert [rows[1].trail.tokens, rows[3].trail.tokens] == tokens_alone(llama, [rows[1], rows[3]])
+
+
+def test_a_common_beginning_is_computed_once(llama: PreTrainedModel, widths: list[tuple[int, int]]) -> None:
+    """Prompts that come at once wait for the one that computes what they begin with, and copy it."""
+    rows = begin_alike(6)
+    outcomes = run(start(llama), rows)
+
+    assert set(outcomes.values()) == {DONE}
+    assert widths[0] == (1, 101)
+    assert max(width for _, width in widths[1:]) <= 6
+    assert [row.trail.tokens for row in rows] == tokens_alone(llama, rows)
+
+
+def test_a_common_beginning_outlives_its_rows(llama: PreTrainedModel, widths: list[tuple[int, int]]) -> None:
+    """What two prompts began with is kept for the third, after both have left; others are not kept."""
+    decoding, rows = start(llama), begin_alike(4)
+    n_computed = []
+    for row in [*make_rows(5), *rows]:
+        widths.clear()
+        assert run(decoding, [row]) == {row: DONE}
+        n_computed.append(widths[0][1] if row in rows else 0)
+
+    assert n_computed[-4:] == [101, 102, 3, 4]
+    assert decoding.cache_bytes == 100 * 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dim, float32
+    assert [row.trail.tokens for row in rows] == tokens_alone(llama, rows)
+
+
+def test_beginnings_make_way_for_rows(llama: PreTrainedModel) -> None:
+    """What is kept counts as cache, and goes where a row needs the memory."""
+    _, bytes_per_token = find_sharing(llama)
+    decoding = start(llama, budget_tokens=1500)
+    run(decoding, begin_alike(3))
+    n_kept = decoding.cache_bytes // bytes_per_token
+    rows, held = make_rows(40), []
+    for row in rows:
+        decoding.add(row)
+    while not decoding.is_idle:
+        decoding.step()
+        held.append(decoding.cache_bytes)
+
+    assert n_kept == 100
+    assert max(held) <= 1500 * bytes_per_token
+    assert decoding.cache_bytes == 0
+    assert [row.trail.tokens for row in rows] == tokens_alone(llama, rows)
+
+
+def test_beginnings_go_first_when_memory_runs_out(
+    llama: PreTrainedModel, spoil: Callable[[Callable[[torch.Tensor, Any], None]], None]
+) -> None:
+    """A row that fails for lack of memory is tried again when nothing is kept any more."""
+    decoding, row = start(llama), make_row([5] * 30, 5)
+    run(decoding, begin_alike(3))
+
+    def check(ids: torch.Tensor, _: Any) -> None:
+        if ids.shape[1] > 1 and decoding.cache_bytes:
+            raise torch.OutOfMemoryError("faked")
+
+    spoil(check)
+
+    assert run(decoding, [row]) == {row: DONE}
+    assert decoding.cache_bytes == 0
+
+
+def test_twins_that_break_the_model_fail_alone(
+    llama: PreTrainedModel, spoil: Callable[[Callable[[torch.Tensor, Any], None]], None]
+) -> None:
+    """A prompt that no pass survives fails each of its rows, and none else."""
+    twins = [make_row([5, 5, 5], 4) for _ in range(4)]
+    rows = begin_alike(4)
+
+    def check(ids: torch.Tensor, _: Any) -> None:
+        if (ids == 5).any():
+            raise RuntimeError("faked")
+
+    spoil(check)
+    outcomes = run(start(llama), [*rows[:2], *twins, *rows[2:]])
+
+    assert all(isinstance(outcomes.pop(twin), EngineError) for twin in twins)
+    assert outcomes == dict.fromkeys(rows, DONE)

@@ -108,7 +108,8 @@ class Folder:
 
     def load(self, dtype: str = "auto") -> Embedder:
         """Load it as a worker does."""
-        return Embedder.load("tiny", ModelSettings(task="embed", source=str(self.path), dtype=dtype), CPU)  # type: ignore[arg-type]
+        settings = {"task": "embed", "source": str(self.path), "engine": "torch", "dtype": dtype}
+        return Embedder.load("tiny", ModelSettings.model_validate(settings), CPU)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -235,7 +236,7 @@ def test_greedy_answers_equal_transformers_own(kind: str, tmp_path: Path) -> Non
 
 def test_who_is_finished_leaves_at_once(llama: Generator) -> None:
     """The shortest answer arrives before the longest one is computed, and the batch shrinks."""
-    prompts = [llama.prepare(request(max_new_tokens=n)) for n in (30, 2, 9)]
+    prompts = [llama.prepare(request(f"{n} litres?", max_new_tokens=n)) for n in (30, 2, 9)]
     widths: list[int] = []
     hook = llama._model.register_forward_pre_hook(
         lambda _module, _args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -246,6 +247,24 @@ def test_who_is_finished_leaves_at_once(llama: Generator) -> None:
     hook.remove()
     assert order == [(1, 2), (2, 9), (0, 30)]
     assert widths == [3] * 2 + [2] * 7 + [1] * 21
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_passes_can_pause_at_each_layer(kind: str, tmp_path: Path) -> None:
+    """Whatever the model, others get the device between two of its layers, and the answers stay the same."""
+    generator = load(make_folder(tmp_path, CONFIGS[kind]()))
+    prompt = generator.prepare(request(max_new_tokens=4))
+    expected = answers(generator, [prompt])
+    n_pauses = 0
+
+    def pause() -> None:
+        nonlocal n_pauses
+        n_pauses += 1
+
+    generator.pause_between_layers(pause)
+
+    assert answers(generator, [prompt]) == expected
+    assert n_pauses >= 3 * 4  # layers, passes
 
 
 def test_no_prompts_give_no_answers(llama: Generator) -> None:
@@ -271,6 +290,72 @@ def test_seed_gives_the_same_text_in_company(llama: Generator, options: dict[str
     alone = [answers(llama, [prompt])[0] for prompt in prompts[::3]]
 
     assert alone == together[::3]
+
+
+def test_several_answers_have_their_own_seeds(llama: Generator) -> None:
+    """The first of several is the only one's; each is the same whoever is beside it."""
+    options = {"temperature": 1.0, "seed": 7, "max_new_tokens": 12}
+    (alone,) = answers(llama, [llama.prepare(request(**options))])
+    several = llama.prepare(request(n=4, **options)).choices()
+
+    together = answers(llama, [*several, *sixteen(llama, temperature=1.0)])[:4]
+
+    assert together[0] == alone
+    assert together == [answers(llama, [choice])[0] for choice in several]
+    assert len({answer.text for answer in together}) == 4
+    assert len(llama.prepare(request(n=4, temperature=0)).choices()) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"temperature": 2.0, "seed": 3, "top_k": 5, "repetition_penalty": 1.5},
+        {"temperature": 0, "response_format": {"type": "regex", "pattern": "[0-9]{6}"}},
+    ],
+    ids=str,
+)
+def test_log_probabilities_are_the_models_own(
+    folder: Path, llama: Generator, options: dict[str, Any]
+) -> None:
+    """Of each token what `log_softmax` of the plain logits says, whatever changed them for the choice."""
+    fields = {"max_new_tokens": 8, **options}
+    prompt = llama.prepare(request(logprobs=True, top_logprobs=3, **fields))
+    plain = llama.prepare(request("Other", logprobs=True, **fields))
+
+    answer, other, silent = answers(llama, [prompt, plain, llama.prepare(request(**fields))])
+
+    assert answer.logprobs is not None
+    assert other.logprobs is not None
+    assert silent.logprobs is None
+    assert silent.text == answer.text
+    assert (answer.logprobs.ids.shape, other.logprobs.ids.shape) == (
+        (answer.n_tokens, 4),
+        (other.n_tokens, 1),
+    )
+    ids = torch.tensor([[*prompt.ids, *answer.logprobs.ids[:, 0].tolist()]])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.inference_mode():
+        own = model(ids).logits[0, prompt.n_tokens - 1 : -1].log_softmax(-1)
+    likeliest = own.topk(3)
+    assert answer.logprobs.ids[:, 1:].tolist() == likeliest.indices.tolist()
+    assert np.allclose(answer.logprobs.values[:, 1:], likeliest.values, atol=1e-4)
+    chosen = own.gather(1, ids[0, prompt.n_tokens :, None])[:, 0]
+    assert np.allclose(answer.logprobs.values[:, 0], chosen, atol=1e-4)
+
+
+def test_tokens_of_log_probabilities_make_the_text(llama: Generator) -> None:
+    """The bytes of all tokens are the answer, also where a token is half a character."""
+    fields = {"logprobs": True, "max_new_tokens": 8, "temperature": 0}
+    wanted = {"type": "choice", "choices": ["日本 Größe"]}
+
+    (answer,) = answers(
+        llama, [llama.prepare(request(response_format=wanted, **fields | {"max_new_tokens": 30}))]
+    )
+
+    assert answer.logprobs is not None
+    assert b"".join(token.bytes for token in answer.logprobs).decode() == "日本 Größe" == answer.text
+    assert "\ufffd" in [token.token for token in answer.logprobs]
 
 
 def test_no_seed_gives_different_texts(llama: Generator) -> None:

@@ -91,8 +91,8 @@ def build(path: Path, kind: str) -> SentenceTransformer:
 
 def load(path: Path, dtype: str = "float32", device: torch.device = CPU) -> Embedder:
     """Load it as a worker does."""
-    settings = ModelSettings(task="embed", source=str(path / "model"), dtype=dtype)  # type: ignore[arg-type]
-    return Embedder.load("small", settings, device)
+    settings = {"task": "embed", "source": str(path / "model"), "engine": "torch", "dtype": dtype}
+    return Embedder.load("small", ModelSettings.model_validate(settings), device)
 
 
 def texts_of(n_words: list[int], seed: int = 0) -> list[str]:

@@ -3,7 +3,7 @@
 A name is public when it is exported by `penstock` and has a line here.
 """
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Literal, assert_type
 
 import numpy as np
@@ -14,6 +14,7 @@ from penstock import (
     AsyncJob,
     BrokerRefusedError,
     BrokerUnavailableError,
+    Choice,
     Client,
     ConfigError,
     DeadlineExceededError,
@@ -29,6 +30,7 @@ from penstock import (
     Job,
     JobCancelledError,
     JobState,
+    Logprobs,
     Message,
     ModelInfo,
     ModelLoadError,
@@ -39,6 +41,7 @@ from penstock import (
     RateLimitError,
     RequestError,
     RequestTooLargeError,
+    RerankResult,
     ResponseFormat,
     ResultDecodeError,
     ResultExpiredError,
@@ -46,6 +49,9 @@ from penstock import (
     ResultTooLargeError,
     StreamRestartedError,
     Timings,
+    TokenLogprob,
+    Tool,
+    ToolCall,
     TooManyTextsError,
     TransportError,
     UnknownJobError,
@@ -65,6 +71,10 @@ FORMATS: list[ResponseFormat] = [
     {"type": "regex", "pattern": "[0-9]+"},
     {"type": "choice", "choices": ["yes", "no"]},
 ]
+TOOLS: list[Tool] = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+]
+CALL: ToolCall = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 HISTORY = [Message(role="user", content="My name is Ada."), Message(role="assistant", content="Hello, Ada.")]
 
 
@@ -131,10 +141,25 @@ def generate(client: Client) -> None:
         seed=1,
         response_format={"type": "choice", "choices": ["Ada", "Bob"]},
         truncation="oldest_turns",
+        n=2,
+        logprobs=True,
+        top_logprobs=3,
         priority="default",
         deadline_s=None,
     )
+    assert_type(answer.choices, tuple[Choice, ...])
+    if answer.logprobs is not None:
+        assert_type(answer.logprobs, Logprobs)
+        assert_type(answer.logprobs[0], TokenLogprob)
+        assert_type(answer.logprobs[0].top, tuple[TokenLogprob, ...])
     client.generate("Yes?", model="chat", response_format=FORMATS[0])
+    client.generate("Once", model="chat", mode="complete", truncation="middle")
+    asked = Message(role="assistant", content="", reasoning="...", tool_calls=(CALL,))
+    turns = [*HISTORY, asked, Message(role="tool", content="rain", tool_call_id="1")]
+    called = client.generate(None, model="chat", history=turns, tools=TOOLS, enable_thinking=False)
+    assert_type(called.reasoning, str | None)
+    assert_type(called.tool_calls, Sequence[ToolCall] | None)
+    assert_type(called.usage.cut_tokens, int | None)
     plain_turns = [{"role": "user", "content": "My name is Ada."}]
     job = client.submit_generate("What is my name?", model="chat", history=plain_turns, stop=["END", "\n"])
     assert_type(job, Job[GenerateResult])
@@ -142,14 +167,25 @@ def generate(client: Client) -> None:
     for piece in client.stream("Who are you?", model="chat", on_restart="show", timeout_s=30, seed=1):
         assert_type(piece, Piece)
         assert_type(piece.text, str)
+        assert_type(piece.reasoning, str)
         assert_type(piece.is_restart, bool)
         assert_type(piece.usage, Usage | None)
+
+
+def rerank(client: Client) -> None:
+    """Scores come back in the documents' order, and who is best."""
+    ranking = client.rerank("Who?", ["Ada", "Bob"], model="cross", top_n=1, priority="interactive")
+    assert_type(ranking, RerankResult)
+    assert_type(ranking.scores, NDArray[np.float32])
+    assert_type(ranking.order, Sequence[int])
+    _costs(ranking.usage, ranking.timings)
+    assert_type(client.submit_rerank("Who?", ("Ada",), model="cross", deadline_s=5), Job[RerankResult])
 
 
 def jobs(client: Client) -> None:
     """A job is found again by its id; its result is then of either kind."""
     job = client.job("6f3c2f60-0b1e-4f7a-9a55-0d6f5e1c2b3a")
-    assert_type(job, Job[Vectors | GenerateResult])
+    assert_type(job, Job[Vectors | GenerateResult | RerankResult])
     assert_type(job.id, str)
     assert_type(job.state(), JobState)
     assert_type(job.state() is JobState.SUCCEEDED, bool)
@@ -160,6 +196,8 @@ def jobs(client: Client) -> None:
     result = job.result()
     if isinstance(result, GenerateResult):
         assert_type(result, GenerateResult)
+    elif isinstance(result, RerankResult):
+        assert_type(result, RerankResult)
     else:
         assert_type(result, Vectors)
 
@@ -170,7 +208,7 @@ def models(client: Client) -> None:
     assert_type(found, Mapping[str, ModelInfo])
     model = found["minilm"]
     assert_type(model.name, str)
-    assert_type(model.task, Literal["embed", "generate"])
+    assert_type(model.task, Literal["embed", "generate", "rerank"])
     assert_type(model.pools, tuple[Literal["gpu", "cpu"], ...])
     assert_type(model.dim, int | None)
     assert_type(model.max_tokens, int | None)
@@ -204,11 +242,13 @@ async def twins() -> None:
         assert_type(await client.models(), Mapping[str, ModelInfo])
         assert_type(await client.embed(["a"], model="minilm", precision="float32"), Vectors)
         assert_type(await client.generate("a", model="chat", history=HISTORY, top_p=0.5), GenerateResult)
-        assert_type(await client.job("id"), AsyncJob[Vectors | GenerateResult])
+        assert_type(await client.job("id"), AsyncJob[Vectors | GenerateResult | RerankResult])
         vectors = await client.submit_embed(["a"], model="minilm", priority="interactive")
         assert_type(vectors, AsyncJob[Vectors])
         assert_type(await vectors.result(timeout_s=1), Vectors)
         assert_type(await client.submit_many([["a"]], model="minilm"), list[AsyncJob[Vectors]])
+        assert_type(await client.rerank("a", ["b"], model="cross", timeout_s=1), RerankResult)
+        assert_type(await client.submit_rerank("a", ["b"], model="cross"), AsyncJob[RerankResult])
         answer = await client.submit_generate("a", model="chat", seed=1)
         assert_type(answer, AsyncJob[GenerateResult])
         assert_type(await answer.result(), GenerateResult)

@@ -24,7 +24,6 @@ from penstock_workers.batching import (
     Batcher,
     HandBackError,
     Work,
-    cut_by_count,
     cut_by_tokens,
 )
 from tests.eventually import eventually
@@ -76,7 +75,7 @@ def answers(work: Work[Text, str]) -> list[str]:
 
 def start(model: FakeModel, *, max_items: int = 64) -> Batcher[Text, str]:
     """Return a batcher of that model."""
-    return Batcher("fake", model.run, cut_by_count(max_items))
+    return Batcher("fake", model.run, cut_by_tokens(max_items, is_padded=False))
 
 
 def start_busy(model: FakeModel, *, max_items: int = 64) -> tuple[Batcher[Text, str], Work[Text, str]]:
@@ -165,14 +164,6 @@ def test_a_limit_from_outside_lowers_the_own(is_padded: bool) -> None:
     lengths = np.full(50, 10)
 
     assert [len(cut(lengths, limit)) for limit in (20, 100, 1000)] == [2, 10, 10]
-
-
-def test_batches_by_count_are_the_most_urgent() -> None:
-    """Generation takes its requests in the order they came."""
-    cut = cut_by_count(3)
-
-    assert list(cut(np.array([5, 1, 9, 1]), math.inf)) == [0, 1, 2]
-    assert list(cut(np.array([5, 1]), math.inf)) == [0, 1]
 
 
 # Answering
@@ -341,7 +332,7 @@ def test_error_as_an_answer_fails_its_job_only() -> None:
         for index, item in enumerate(items):
             yield index, EngineError("fake", "no number") if item.text == "bad" else item.text
 
-    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_count(8))
+    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_tokens(8, is_padded=False))
     failing = batcher.submit("failing", texts("bad a bad b"), None)
 
     with pytest.raises(EngineError, match="no number"):
@@ -373,7 +364,7 @@ def test_answers_given_before_a_failure_stand() -> None:
                 raise RuntimeError("once")
             yield index, item.text.upper()
 
-    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_count(8))
+    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_tokens(8, is_padded=False))
 
     assert answers(batcher.submit("job", texts("a b c d"), None)) == ["A", "B", "C", "D"]
     assert runs == [["a", "b", "c", "d"], ["c"], ["d"]]
@@ -401,7 +392,7 @@ def test_item_without_an_answer_fails_its_job_only() -> None:
             if item.text != "forgotten":
                 yield index, item.text.upper()
 
-    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_count(8))
+    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_tokens(8, is_padded=False))
     works = [batcher.submit(words, texts(words), None) for words in ("a", "b forgotten", "c d")]
 
     held.set()
@@ -576,7 +567,7 @@ def test_signs_of_life_are_progress() -> None:
             yield None
         yield 0, items[0].text.upper()
 
-    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_count(1))
+    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_tokens(1, is_padded=False))
     work = batcher.submit("job", texts("a"), None)
     assert eventually(lambda: batcher.is_stalled(0.1))
 

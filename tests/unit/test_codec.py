@@ -33,7 +33,7 @@ from penstock.errors import (
     ResultTooLargeError,
 )
 from penstock.request import EmbedRequest, GenerateRequest, Message, Priority, Request
-from penstock.result import EmbedResult, GenerateResult, Timings, Usage
+from penstock.result import Choice, EmbedResult, GenerateResult, Logprobs, Timings, Usage
 
 TIMINGS = Timings(queued_s=0.5, prepared_s=0.25, batched_s=0.125, computed_s=1.0)
 EMBED = EmbedRequest(model="minilm", texts=["Alpha bravo", "Грüße", ""], sent_at=1.5, deadline=2.5)
@@ -137,7 +137,7 @@ def test_vectors_are_contiguous_aligned_and_read_only(n_texts: int) -> None:
     "array",
     [
         np.ones((2, 2), dtype=np.float64),
-        np.ones((2, 2), dtype=np.int32),
+        np.ones((2, 2), dtype=np.int64),
         np.ones((2, 2), dtype=np.uint16),
         np.ones((2, 2), dtype=bool),
         np.array([["a"]], dtype=object),
@@ -148,7 +148,7 @@ def test_vectors_are_contiguous_aligned_and_read_only(n_texts: int) -> None:
 )
 def test_other_dtypes_are_refused(array: NDArray[Any]) -> None:
     """Only the precisions' dtypes travel; objects never do."""
-    with pytest.raises(TypeError, match="only float32, float16, int8 and uint8"):
+    with pytest.raises(TypeError, match="only float32, float16, int32, int8, uint8"):
         encode_meta({"result": array})
 
 
@@ -195,6 +195,37 @@ def test_answer_comes_back() -> None:
 
     assert outcome.result == answer
     assert outcome.error is None
+
+
+def test_choices_and_log_probabilities_come_back() -> None:
+    """Arrays of several answers keep their places; each token has text, bytes and alternatives."""
+    ids = np.array([[5, 5, 7], [7, 5, 9]], dtype=np.int32)
+    values = np.array([[-0.5, -0.5, -1.5], [-2.0, -0.25, -np.inf]], dtype=np.float32)
+    tokens = {"5": "Hi", "7": "\xc3", "9": "\xbc"}  # two halves of a character
+    first = Logprobs(ids=ids, values=values, tokens=tokens)
+    second = Logprobs(ids=ids[1:], values=values[1:], tokens=tokens)
+    answer = GenerateResult(
+        model="chat",
+        text="Hi",
+        finish_reason="length",
+        usage=Usage(prompt_tokens=3, completion_tokens=3),
+        timings=TIMINGS,
+        logprobs=first,
+        others=(Choice(index=1, text="?", finish_reason="stop", logprobs=second),),
+    )
+
+    found = decode_outcome("id", encode_meta({"status": "SUCCESS", "result": answer})).result
+
+    assert isinstance(found, GenerateResult)
+    assert [choice.text for choice in found.choices] == ["Hi", "?"]
+    mine, other = (choice.logprobs for choice in found.choices)
+    assert mine is not None
+    assert other is not None
+    assert [token.bytes for token in mine] == [b"Hi", b"\xc3"]
+    assert (mine[1].token, mine[1].logprob) == ("\ufffd", -2.0)
+    assert [(top.token, top.logprob) for top in mine[1].top] == [("Hi", -0.25), ("\ufffd", -np.inf)]
+    assert [list(mine[-1:]), len(other)] == [list(other), 1]
+    assert "Hi" not in repr(found) + repr(found.choices)
 
 
 def test_lone_surrogates_are_replaced() -> None:
@@ -327,7 +358,7 @@ def test_lying_shapes_are_refused_before_memory_is_taken(shape: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", ["|O", "<f8", ">f4", "<i4", "f4", "<U1000", "V16", "", None, 1, ["<f4"], {}]
+    "dtype", ["|O", "<f8", ">f4", "<i8", "f4", "<U1000", "V16", "", None, 1, ["<f4"], {}]
 )
 def test_other_stored_dtypes_are_refused(dtype: object) -> None:
     """Objects, and numbers that no version wrote, are not read."""
@@ -543,7 +574,7 @@ def test_message_without_version_is_version_1() -> None:
 
 def test_names_on_redis() -> None:
     """Queues are named after pool and model; priorities are kombu's lists behind them."""
-    assert set(TASK_NAMES.values()) == {"penstock.embed", "penstock.generate"}
+    assert set(TASK_NAMES.values()) == {"penstock.embed", "penstock.generate", "penstock.rerank"}
     assert queue_name("gpu", "minilm") == "gpu.minilm"
     assert queue_key("gpu.minilm", Priority.INTERACTIVE) == "gpu.minilm"
     assert queue_key("gpu.minilm", Priority.DEFAULT) == "gpu.minilm\x06\x163"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from penstock.codec import decode_outcome, decode_request
-from penstock.result import EmbedResult
+from penstock.result import EmbedResult, RerankResult
 from tests.golden import make
 
 RECORDED = ["embed", "generate"]
@@ -25,7 +25,11 @@ def test_encoder_still_writes_the_recorded_bytes(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "request_"),
-    [("message-embed-v1.json", make.EMBED_REQUEST), ("message-generate-v1.json", make.GENERATE_REQUEST)],
+    [
+        ("message-embed-v1.json", make.EMBED_REQUEST),
+        ("message-generate-v1.json", make.GENERATE_REQUEST),
+        ("message-rerank-v1.json", make.RERANK_REQUEST),
+    ],
 )
 def test_recorded_message_gives_the_recorded_request(name: str, request_: object) -> None:
     """A message that was sent before an upgrade is served after it."""
@@ -63,6 +67,16 @@ def test_recorded_compact_vectors_are_read(precision: str) -> None:
 def test_recorded_answer_is_read() -> None:
     """An answer that was stored before an upgrade is fetched after it."""
     assert decode_outcome(make.JOB_ID, recorded("result-generate-v1.bin")).result == make.GENERATE_RESULT
+
+
+def test_recorded_ranking_is_read() -> None:
+    """A ranking that was stored before an upgrade is fetched after it."""
+    result = decode_outcome(make.JOB_ID, recorded("result-rerank-v1.bin")).result
+
+    assert isinstance(result, RerankResult)
+    assert result.scores.dtype == np.float32
+    assert np.array_equal(result.scores, make.RERANK_RESULT.scores)
+    assert (result.order, result.usage) == (make.RERANK_RESULT.order, make.RERANK_RESULT.usage)
 
 
 def test_recorded_failure_is_raised_again() -> None:

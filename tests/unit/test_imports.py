@@ -26,3 +26,21 @@ def test_import_stays_light(module: str, forbidden: tuple[str, ...]) -> None:
     )
 
     assert loaded.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("module", "library", "extra"),
+    [
+        ("lightrag", "lightrag", "lightrag"),
+        ("langchain", "langchain_core", "langchain"),
+        ("llama_index", "llama_index", "llama-index"),
+    ],
+)
+def test_a_missing_library_is_told_by_its_extra(module: str, library: str, extra: str) -> None:
+    """An adapter without its library says what to install, and installs nothing."""
+    code = f"import sys; sys.modules[{library!r}] = None; import penstock.adapters.{module}"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 1
+    assert f'pip install "penstock[{extra}]"' in done.stderr.splitlines()[-1]

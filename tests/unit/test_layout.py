@@ -114,6 +114,9 @@ def test_cards_that_are_not_there_get_no_process() -> None:
     assert choose_layouts(settings(on_cards), LARGE)["gpu"].processes == 0
     assert choose_layouts(settings(on_cards, gpu_device="cuda"), LARGE)["gpu"].processes == 1
     assert choose_layouts(settings(on_cards, gpu_processes="3"), LARGE)["gpu"].processes == 3
+    spread = {"m": CHAT | {"pools": ["gpu"], "device_map": "auto"}}
+    assert choose_layouts(settings(spread), LARGE)["gpu"].processes == 0
+    assert choose_layouts(settings(spread, gpu_device="cuda"), LARGE)["gpu"] == Layout(processes=1, threads=1)
 
 
 @pytest.mark.gpu

@@ -67,6 +67,8 @@ ACCEPTED: list[tuple[str, object]] = [
     ("stop_token_ids", [(1 << 31) - 1] * 64),
     ("truncation", "error"),
     ("truncation", "oldest_turns"),
+    ("truncation", "middle"),
+    ("enable_thinking", False),
 ]
 REFUSED: list[tuple[str, object, str]] = [
     ("max_new_tokens", 0, "is 0; input should be greater than or equal to 1"),
@@ -106,8 +108,9 @@ REFUSED: list[tuple[str, object, str]] = [
     ("stop_token_ids", [-1], "stop_token_ids.0 is -1; input should be greater than or equal to 0"),
     ("stop_token_ids", ["a"], "stop_token_ids.0 is 'a'; input should be a valid integer"),
     ("stop_token_ids", [1] * 65, "tuple should have at most 64 items"),
-    ("truncation", "newest", "is 'newest'; input should be 'error' or 'oldest_turns'"),
-    ("truncation", 1, "is 1; input should be 'error' or 'oldest_turns'"),
+    ("enable_thinking", 1, "is 1; input should be a valid boolean"),
+    ("truncation", "newest", "is 'newest'; input should be 'error', 'oldest_turns' or 'middle'"),
+    ("truncation", 1, "is 1; input should be 'error', 'oldest_turns' or 'middle'"),
 ]
 
 
@@ -363,7 +366,7 @@ def test_no_texts_are_a_request() -> None:
     ("prompt", "text"),
     [
         ("", "text 0 is empty"),
-        (None, "text 0 is a NoneType, not a string"),
+        (0, "text 0 is a int, not a string"),
         (["a"], "text 0 is a list, not a string"),
     ],
 )
@@ -384,18 +387,105 @@ def test_prompt_must_be_a_text(prompt: object, text: str) -> None:
         ("text", InvalidTextError),
         ({"role": "user", "content": "a"}, InvalidTextError),
         (["text"], InvalidTextError),
-        ([{"role": "tool", "content": "a"}], InvalidTextError),
+        ([{"role": "function", "content": "a"}], InvalidTextError),
+        ([{"role": "tool", "content": "a"}], InvalidOptionError),
         ([{"role": "user", "content": 5}], InvalidTextError),
         ([{"role": "user", "content": None}], InvalidTextError),
         ([{"role": "user"}], InvalidMessageError),
         ([{"content": "a"}], InvalidMessageError),
-        ([{"role": "user", "content": "a", "name": "b"}], InvalidOptionError),
+        ([{"role": "user", "content": "a", "name": "b"}], InvalidTextError),
     ],
 )
 def test_turns_of_another_shape_are_refused(history: object, error: type[PenstockError]) -> None:
-    """A turn is a role of three and a text, and the error names its place."""
+    """A turn is a known role and a text, and the error names its place."""
     with pytest.raises(error, match="history"):
         generate(history=history)
+
+
+def call(arguments: object = "{}", id_: str = "c1") -> dict[str, object]:
+    """Return a call as OpenAI has it."""
+    return {"id": id_, "type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+def asked(*calls: object, **fields: object) -> dict[str, object]:
+    return {"role": "assistant", "content": None, "tool_calls": list(calls), **fields}
+
+
+def told(id_: str = "c1") -> dict[str, object]:
+    return {"role": "tool", "content": "rain", "tool_call_id": id_}
+
+
+def test_calls_and_their_answers_are_turns() -> None:
+    """A call without content, and its answer as the last turn: the prompt may then be missing."""
+    user = {"role": "user", "content": "Rain?"}
+    request = GenerateRequest.parse(
+        {"model": "chat", "history": [user, asked(call('{"at": "Ulm"}')), told()]}
+    )
+
+    assert request.messages() == list(request.history)
+    assert request.history[1].content == ""
+    assert GenerateRequest.parse(request.fields()) == request
+    assert GenerateRequest.parse({"model": "chat", "history": [user]}).messages()[-1].role == "user"
+
+
+@pytest.mark.parametrize(
+    ("history", "error", "text"),
+    [
+        ([asked(call("not JSON")), told()], InvalidTextError, "the arguments of a call are a JSON object"),
+        ([asked(call("[1]")), told()], InvalidTextError, "the arguments of a call are a JSON object"),
+        ([asked(call()), told("c2")], InvalidOptionError, "a tool's turn answers a call just before"),
+        ([asked(call()), {"role": "user", "content": "a"}, told()], InvalidOptionError, "of turn 2"),
+        ([asked(call(), role="user")], InvalidTextError, "only a turn of role assistant has tool_calls"),
+        ([asked()], InvalidTextError, "history"),
+        ([asked({"function": {"name": "a"}})], InvalidMessageError, "arguments"),
+        ([asked(call("[" * 100_000))], InvalidTextError, "JSON object"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_calls_that_do_not_fit_are_refused(history: object, error: type[PenstockError], text: str) -> None:
+    """Turns of tools follow the calls they answer, and calls are what templates can show."""
+    with pytest.raises(error, match=text):
+        generate(history=history)
+
+
+@pytest.mark.parametrize(
+    ("tools", "error"),
+    [
+        ([], InvalidOptionError),
+        ("weather", InvalidOptionError),
+        ([{"type": "function"}], InvalidMessageError),
+        ([{"type": "function", "function": {"name": ""}}], InvalidOptionError),
+        ([{"type": "web_search", "function": {"name": "a"}}], InvalidOptionError),
+        ([{"type": "function", "function": {"name": "a", "parameters": {"a": {1, 2}}}}], InvalidOptionError),
+        (
+            [{"type": "function", "function": {"name": "a", "description": "a" * 300_000}}],
+            RequestTooLargeError,
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_tools_of_another_shape_are_refused(tools: object, error: type[PenstockError]) -> None:
+    """A tool is a function with a name, as OpenAI has it."""
+    with pytest.raises(error, match="tools"):
+        generate(tools=tools)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"system_prompt": "a"}, {"history": [{"role": "user", "content": "a"}]}, {"enable_thinking": False}],
+    ids=str,
+)
+def test_a_text_to_complete_has_no_conversation(fields: dict[str, object]) -> None:
+    """What only a chat template could use is refused beside `mode="complete"`."""
+    with pytest.raises(InvalidOptionError, match="mode 'complete' has no conversation"):
+        generate(mode="complete", **fields)
+
+
+def test_a_conversation_needs_a_turn_to_answer() -> None:
+    """Without a prompt, the last turn has to be the user's or a tool's."""
+    for history in ([], [{"role": "assistant", "content": "a"}]):
+        with pytest.raises(InvalidMessageError, match="field 'prompt' is missing"):
+            generate(prompt=None, history=history)
 
 
 def test_messages_are_the_whole_conversation_in_order() -> None:
@@ -491,3 +581,20 @@ def test_job_ids_are_fresh_and_random() -> None:
 
     assert len(set(ids)) == 100
     assert {id_.version for id_ in ids} == {4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"n": 0}, "n is 0"),
+        ({"n": 17}, "n is 17"),
+        ({"n": 2, "stream": True}, "n is 2; a stream has one answer"),
+        ({"top_logprobs": 2}, "top_logprobs is 2; it needs logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs is 21"),
+    ],
+    ids=str,
+)
+def test_several_answers_and_log_probabilities_have_limits(fields: dict[str, Any], problem: str) -> None:
+    """What cannot be answered is refused before it is sent."""
+    with pytest.raises(InvalidOptionError, match=problem):
+        GenerateRequest.parse({"model": "chat", "prompt": "Who?", **fields})

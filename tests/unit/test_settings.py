@@ -183,7 +183,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     assert sorted(told) == [
         "FILE: models.chat.generation.temperature = '3': Input should be less than or equal to 2",
         "FILE: models.chat.generation.top_p = '0': Input should be greater than 0",
-        "FILE: models.chat.task = 'sing': Input should be 'embed' or 'generate'",
+        "FILE: models.chat.task = 'sing': Input should be 'embed', 'generate' or 'rerank'",
         "FILE: pools.cpu.processes = '-1': auto, or a number from 0 to 256",
         "FILE: pools.cpu.threads = '0': auto, or a number from 1 to 256",
         "FILE: redis.broker_url = 'http://r': a URL like redis://HOST:6379/0 or rediss://HOST:6379/0",
@@ -500,3 +500,11 @@ def test_demo_needs_no_model_hub_and_no_redis() -> None:
 
     assert all(model.source.startswith("bundled:") for model in loaded.settings.models.values())
     assert "redis.broker_url" not in loaded.origins
+
+
+def test_embedding_models_are_not_spread_over_cards() -> None:
+    """`device_map` is for generation models."""
+    models = '{"minilm": {"task": "embed", "source": "bundled:minilm", "device_map": "auto"}}'
+
+    with pytest.raises(ConfigError, match=r"device_map.*for generation models"):
+        load_settings(arguments={"models": models}, environ={})

@@ -1,5 +1,7 @@
 """One text from pieces that come twice, are missing, or begin again."""
 
+from dataclasses import replace
+
 import pytest
 
 from penstock.errors import StreamRestartedError
@@ -94,3 +96,31 @@ def test_a_run_that_was_followed_by_another_is_over() -> None:
     pieces = read([("a", 0, "one"), ("b", 0, "one"), ("a", 3, " and a half"), ("b", 3, " two")], "one two")
 
     assert texts(pieces) == ["one", " two", ""]
+
+
+def test_reasoning_and_text_are_told_apart() -> None:
+    """Each counts its own characters; what is missing of either comes with the result, reasoning first."""
+    reader = Reader("job", "hide")
+    taken = [("a", 0, "Hm", "reasoning"), ("a", 0, "Y", "text"), ("b", 0, "Hm, s", "reasoning")]
+    pieces = [piece for run, at, text, part in taken for piece in reader.take(run, at, text, part)]  # type: ignore[arg-type]  # literals in a list
+
+    pieces += reader.end(replace(result("Yes"), reasoning="Hm, so"))
+
+    assert [(piece.reasoning, piece.text) for piece in pieces] == [
+        ("Hm", ""),
+        ("", "Y"),
+        (", s", ""),
+        ("o", ""),
+        ("", "es"),
+    ]
+
+
+def test_a_restart_with_other_reasoning_is_an_error() -> None:
+    """Thoughts are compared as the text is."""
+    reader = Reader("job", "hide")
+    reader.take("a", 0, "one", "reasoning")
+
+    with pytest.raises(StreamRestartedError):
+        reader.take("b", 0, "two", "reasoning")
+    with pytest.raises(StreamRestartedError):
+        reader.end(replace(result("one"), reasoning="two"))

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Final, Generic, NoReturn, Protocol, TypeVar
 
 import numpy as np
@@ -28,6 +28,7 @@ from penstock.errors import (
     PenstockError,
 )
 from penstock.request import Priority
+from penstock_workers.turns import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -117,11 +118,6 @@ def _cut_packed(lengths: Lengths, max_tokens: float) -> list[int]:
         elif n_tokens >= max_tokens:
             break
     return chosen
-
-
-def cut_by_count(max_items: int) -> Cut:
-    """Cut batches of the most urgent items, whatever their length."""
-    return lambda lengths, _: range(min(len(lengths), max_items))
 
 
 def why_unwanted(
@@ -251,10 +247,12 @@ class ModelThread(ABC, Generic[I, A]):
 
     Args:
         name: of the model, for logs and errors.
+        turn: its turns on a device that other engines want too; None where it need not ask.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, turn: Turn | None = None) -> None:
         self.name = name
+        self._turn = turn or nullcontext()
         self._changed = threading.Condition()
         self._busy_since: float | None = None
         self._death: BaseException | None = None
@@ -293,14 +291,15 @@ class Batcher(ModelThread[I, A]):
         name: of the model, for logs and errors.
         run: computes a batch.
         cut: chooses what goes into it.
+        turn: see `ModelThread`; a batch is a turn.
     """
 
-    def __init__(self, name: str, run: Run[I, A], cut: Cut) -> None:
+    def __init__(self, name: str, run: Run[I, A], cut: Cut, turn: Turn | None = None) -> None:
         self._run, self._cut = run, cut
         self._works: list[Work[I, A]] = []  # with waiting items, most urgent first
         self._memory_tokens = math.inf  # what a batch may hold, as far as lacks of memory have told
         self._done_tokens = self._done_s = 0.0
-        super().__init__(name)
+        super().__init__(name, turn)
 
     def submit(
         self,
@@ -336,10 +335,13 @@ class Batcher(ModelThread[I, A]):
 
     def _serve(self) -> NoReturn:
         while True:
-            batch = self._take()
-            self._busy_since = started = time.perf_counter()
-            self._compute(batch)
-            self._busy_since = None
+            with self._changed:
+                self._changed.wait_for(lambda: self._works)
+            with self._turn:
+                batch = self._take()  # not before its turn: what came meanwhile may be more urgent
+                self._busy_since = started = time.perf_counter()
+                self._compute(batch)
+                self._busy_since = None
             self._measure(batch, time.perf_counter() - started)
 
     def _give_up(self) -> Iterable[Work[I, A]]:
@@ -348,11 +350,8 @@ class Batcher(ModelThread[I, A]):
 
     def _take(self) -> list[Entry[I, A]]:
         with self._changed:
-            while True:
-                self._works = [work for work in self._works if not work.is_dropped()]
-                if self._works:
-                    return self._next_batch(time.time())
-                self._changed.wait()
+            self._works = [work for work in self._works if not work.is_dropped()]
+            return self._next_batch(time.time()) if self._works else []
 
     def _next_batch(self, now: float) -> list[Entry[I, A]]:
         parts: list[Lengths] = []

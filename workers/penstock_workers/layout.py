@@ -130,7 +130,7 @@ def choose_threads(
     wanted = getattr(settings.pools, pool)
     if wanted.threads != AUTO:
         return int(wanted.threads)
-    if on_cards(settings, pool) or all(model.task == "embed" for model in models):
+    if on_cards(settings, pool) or all(model.task != "generate" for model in models):
         return 1
     processes = GENERATING_PROCESSES if wanted.processes == AUTO else max(wanted.processes, 1)
     return max(1, min(machine.cores // processes, MAX_THREADS))
@@ -161,6 +161,8 @@ def _choose_layout(
         # A device that was asked for by name and is not there: the worker that is started says so.
         at_least = 0 if wanted.device == AUTO else 1
         processes = max(len(cards), at_least) if wanted.processes == AUTO else wanted.processes
+        if wanted.processes == AUTO and any(model.device_map for model in models.values()):
+            return Layout(processes=min(1, processes), threads=threads)  # one that sees all cards
         return Layout(processes=processes, threads=threads, cards=() if cards == ("mps",) else cards)
     if wanted.processes != AUTO:
         return Layout(processes=wanted.processes, threads=threads)

@@ -130,9 +130,13 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
             device = choose_device(self._pool, pool.device)
             self._heartbeat = Heartbeat(self._settings, self._serving, self._pool, str(device), self._names)
             self._heartbeat.start()
+            takes_turns = len(self._names) > 1 and (n_threads > 1 or device.type != "cpu")
             for name in self._names:
                 began = time.perf_counter()
-                self._serving.models[name] = load_model(name, self._settings, device)
+                # One thread each is shared by the kernel; teams of threads keep each other from their
+                # cores, and a card runs what came first.
+                turn = self._serving.turn(name, self._settings) if takes_turns else None
+                self._serving.models[name] = load_model(name, self._settings, device, turn)
                 seconds = time.perf_counter() - began
                 self._heartbeat.loaded(name, seconds)
                 logger.info(

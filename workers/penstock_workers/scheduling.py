@@ -10,6 +10,7 @@ from typing import Final, Generic, NoReturn, Protocol, TypeVar
 
 from penstock.errors import PenstockError
 from penstock_workers.batching import HasTokens, ModelThread, Work
+from penstock_workers.turns import Turn
 
 SWEEP_S: Final = 0.2
 """How often jobs that wait are looked at; running ones are at every step."""
@@ -68,14 +69,17 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
         name: of the model, for logs and errors.
         steps: its batch; touched by the model thread alone.
         make_row: turns an item into a row of it.
+        turn: see `ModelThread`; a step is a turn.
     """
 
-    def __init__(self, name: str, steps: Steps[R, A], make_row: MakeRow[I, R]) -> None:
+    def __init__(
+        self, name: str, steps: Steps[R, A], make_row: MakeRow[I, R], turn: Turn | None = None
+    ) -> None:
         self._steps, self._make_row = steps, make_row
         self._arrived: list[tuple[Work[I, A], int, R]] = []
         self._rows: dict[R, tuple[Work[I, A], int]] = {}
         self._n_tokens = self._seconds = 0.0
-        super().__init__(name)
+        super().__init__(name, turn)
 
     def submit(
         self,
@@ -143,7 +147,10 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
             self._steps.add(row)
 
     def _step(self) -> None:
-        for row, outcome in self._steps.step():
+        with self._turn:
+            self._busy_since = time.perf_counter()
+            outcomes = self._steps.step()
+        for row, outcome in outcomes:
             with self._changed:
                 found = self._rows.pop(row, None)
             if found is not None:  # else it was cancelled a moment ago

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from penstock.errors import UnknownModelError, WrongTaskError
 from penstock.registry import ModelInfo
-from penstock.request import Request
+from penstock.request import Request, Task
 from penstock.result import Usage
 from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching import Batcher, Cut, cut_by_tokens
 from penstock_workers.cache import VectorCache
 from penstock_workers.scheduling import Scheduler
+from penstock_workers.turns import Device, Turn
 
 if TYPE_CHECKING:  # torch loads with the first model, not with the app
     import numpy as np
@@ -22,6 +23,11 @@ if TYPE_CHECKING:  # torch loads with the first model, not with the app
     from penstock_workers.engines.decoding import Row
     from penstock_workers.engines.embedding import Embedder, Encoded
     from penstock_workers.engines.generation import Answer, Generator, Prompt
+    from penstock_workers.engines.reranking import Reranker
+
+
+DEFAULT_SHARES: Final[Mapping[Task, float]] = {"embed": 2.0, "generate": 1.0, "rerank": 2.0}
+"""Weights of models that have none: a text takes milliseconds, and its caller waits for the whole of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +49,22 @@ class ServedGenerator:
     batcher: "Scheduler[Prompt, Row[Answer], Answer]"
 
 
-Served = ServedEmbedder | ServedGenerator
-S = TypeVar("S", ServedEmbedder, ServedGenerator)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedReranker:
+    """A cross-encoder and the batches it is fed."""
+
+    info: ModelInfo
+    engine: "Reranker"
+    batcher: "Batcher[Encoded, float]"
+
+
+Served = ServedEmbedder | ServedGenerator | ServedReranker
+S = TypeVar("S", ServedEmbedder, ServedGenerator, ServedReranker)
+_TASKS: Final[Mapping[type, Task]] = {
+    ServedEmbedder: "embed",
+    ServedGenerator: "generate",
+    ServedReranker: "rerank",
+}
 
 
 class Cost:
@@ -80,6 +100,7 @@ class Serving:
 
     def __init__(self) -> None:
         self.models: dict[str, Served] = {}
+        self._device = Device()
         self._costs: dict[str, Cost] = {}
 
     def count(self, request: Request, usage: Usage) -> None:
@@ -101,9 +122,13 @@ class Serving:
         if served is None:
             raise UnknownModelError(model, sorted(self.models))
         if not isinstance(served, kind):
-            wanted = "embed" if kind is ServedEmbedder else "generate"
-            raise WrongTaskError(model, served.info.task, wanted)
+            raise WrongTaskError(model, served.info.task, _TASKS[kind])
         return served
+
+    def turn(self, model: str, settings: Settings) -> Turn:
+        """Return a model's turns on the device."""
+        found = settings.models[model]
+        return self._device.turn(found.share or DEFAULT_SHARES[found.task])
 
     def is_stalled(self, stall_s: float) -> bool:
         """Whether any model has shown no sign of life for this long, in seconds, while it should."""
@@ -120,8 +145,14 @@ class Serving:
         return {name: embedder.cache for name, embedder in embedders.items() if embedder.cache is not None}
 
 
-def load_model(name: str, settings: Settings, device: "torch.device") -> Served:
+def load_model(name: str, settings: Settings, device: "torch.device", turn: Turn | None = None) -> Served:
     """Load a model and start its batcher.
+
+    Args:
+        name: of the model.
+        settings: what is known of it.
+        device: where it computes.
+        turn: see `ModelThread`.
 
     Raises:
         ModelLoadError: one line that says why.
@@ -138,35 +169,47 @@ def load_model(name: str, settings: Settings, device: "torch.device") -> Served:
             ),
             engine=embedder,
             cache=_open_cache(embedder, settings),
-            batcher=Batcher(name, embedder.run, cut_texts(model, embedder, device)),
+            batcher=Batcher(name, embedder.run, cut_texts(model, embedder, device), turn),
+        )
+    if model.task == "rerank":
+        from penstock_workers.engines.reranking import Reranker
+
+        reranker = Reranker.load(name, model, device)
+        return ServedReranker(
+            info=_describe(name, model, None, reranker.max_tokens, reranker.dtype, reranker.batching),
+            engine=reranker,
+            batcher=Batcher(name, reranker.run, cut_texts(model, reranker, device), turn),
         )
     from penstock_workers.engines.generation import Generator
 
     generator = Generator.load(name, model, device)
+    if turn is not None:
+        generator.pause_between_layers(turn.pause)
     return ServedGenerator(
         info=_describe(name, model, None, generator.context_window, generator.dtype, str(generator.sharing)),
         engine=generator,
-        batcher=Scheduler(name, generator.decoding(max_rows=model.max_batch_size), generator.row),
+        batcher=Scheduler(name, generator.decoding(max_rows=model.max_batch_size), generator.row, turn),
     )
 
 
-def cut_texts(model: ModelSettings, engine: "Embedder", device: "torch.device") -> Cut:
-    """Return how the batches of an embedding model are cut."""
+def cut_texts(model: ModelSettings, engine: "Embedder | Reranker", device: "torch.device") -> Cut:
+    """Return how the batches of a model that reads texts are cut."""
     return cut_by_tokens(
-        model.max_batch_tokens or _batch_tokens(device, is_padded=engine.is_padded),
+        model.max_batch_tokens or _batch_tokens(device, engine.batching),
         is_padded=engine.is_padded,
         # accelerators have attention kernels that keep no scores
         n_heads=engine.n_heads if device.type == "cpu" else None,
     )
 
 
-def _batch_tokens(device: "torch.device", *, is_padded: bool) -> int:
+def _batch_tokens(device: "torch.device", batching: str) -> int:
     # Measured on a processor with all-MiniLM-L6-v2, one thread: padded, 180 texts/s by 512 tokens, 171 by
-    # 1,024, 150 by 2,048, since activations then stay in its caches; packed, 237, 243 and 256. Two processes
-    # at once: packed, 511, 528 and 494. Accelerators want far more: the default of TEI.
+    # 1,024, 150 by 2,048, since activations then stay in its caches; packed, 237, 243 and 256; by OpenVINO,
+    # 269, 272 and 263. Two processes at once: packed, 511, 528 and 494. Accelerators want far more: the
+    # default of TEI.
     if device.type != "cpu":
         return 16_384
-    return 512 if is_padded else 1024
+    return 512 if batching == "padded" else 1024
 
 
 def _open_cache(embedder: "Embedder", settings: Settings) -> VectorCache | None:

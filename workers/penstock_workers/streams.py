@@ -5,14 +5,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, get_args
 from uuid import uuid4
 
 import redis
 
 from penstock.broker import connect_sync
 from penstock.store import is_reply_channel
-from penstock.stream import APPEND, MAX_PIECES, STREAM_TTL_S, stream_key
+from penstock.stream import APPEND, MAX_PIECES, STREAM_TTL_S, Part, stream_key
 
 logger = logging.getLogger(__name__)
 
@@ -26,22 +26,21 @@ class Stream:
     def __init__(self, job_id: str, channel: str, streams: "Streams") -> None:
         self.job_id, self.channel, self._streams = job_id, channel, streams
         self.run = uuid4().hex[:12]  # tells a reader that another worker begins again
-        self.n_sent = 0
-        self.waiting = ""
+        self.n_sent: dict[Part, int] = {}
         self._unread_since: float | None = None
 
-    def write(self, piece: str) -> None:
+    def write(self, piece: str, part: Part = "text") -> None:
         """Add a piece; does not wait for Redis."""
-        self._streams.add(self, piece)
+        self._streams.add(self, part, piece)
 
     def is_unread(self) -> bool:
         """Whether nobody has listened to the last pieces for longer than readers are waited for."""
         since = self._unread_since
         return since is not None and time.monotonic() - since > self._streams.reader_timeout_s
 
-    def sent(self, n_characters: int, n_readers: int) -> None:
+    def sent(self, part: Part, n_characters: int, n_readers: int) -> None:
         """Note that a piece is with Redis, and how many heard of it."""
-        self.n_sent += n_characters
+        self.n_sent[part] = self.n_sent.get(part, 0) + n_characters
         if n_readers:
             self._unread_since = None
         elif self._unread_since is None:
@@ -63,7 +62,7 @@ class Streams(threading.Thread):
         super().__init__(name="streams", daemon=True)
         self._url, self.reader_timeout_s = url, reader_timeout_s
         self._lock = threading.Lock()
-        self._dirty: dict[Stream, None] = {}
+        self._waiting: dict[tuple[Stream, Part], str] = {}
         self._wake = threading.Event()
 
     @contextmanager
@@ -75,13 +74,13 @@ class Streams(threading.Thread):
             yield stream
         finally:
             with self._lock:
-                self._dirty.pop(stream, None)
+                for part in get_args(Part):
+                    self._waiting.pop((stream, part), None)
 
-    def add(self, stream: Stream, piece: str) -> None:
+    def add(self, stream: Stream, part: Part, piece: str) -> None:
         """Queue a piece of a stream."""
         with self._lock:
-            stream.waiting += piece
-            self._dirty[stream] = None
+            self._waiting[stream, part] = self._waiting.get((stream, part), "") + piece
         self._wake.set()
 
     def run(self) -> None:
@@ -104,21 +103,22 @@ class Streams(threading.Thread):
 
     def _send(self) -> None:
         with self._lock:
-            pieces = {stream: stream.waiting for stream in self._dirty}
+            pieces = dict(self._waiting)
         with self._redis.pipeline(transaction=False) as pipe:
-            for stream, piece in pieces.items():
-                arguments = (stream.run, stream.n_sent, piece, MAX_PIECES, STREAM_TTL_S)
+            for (stream, part), piece in pieces.items():
+                arguments = (stream.run, stream.n_sent.get(part, 0), piece, MAX_PIECES, STREAM_TTL_S)
                 note = (stream.channel, stream.job_id)
-                pipe.eval(APPEND, 1, stream_key(stream.job_id), *arguments, *note)
+                pipe.eval(APPEND, 1, stream_key(stream.job_id), *arguments, *note, part)
             answers = pipe.execute(raise_on_error=False)
         failures = [answer for answer in answers if isinstance(answer, Exception)]
         with self._lock:
-            for (stream, piece), n_readers in zip(pieces.items(), answers, strict=True):
+            for ((stream, part), piece), n_readers in zip(pieces.items(), answers, strict=True):
                 if isinstance(n_readers, Exception):
                     continue
-                stream.sent(len(piece), n_readers)
-                stream.waiting = stream.waiting[len(piece) :]
-                if not stream.waiting:
-                    self._dirty.pop(stream, None)
+                stream.sent(part, len(piece), n_readers)
+                if rest := self._waiting.get((stream, part), "")[len(piece) :]:
+                    self._waiting[stream, part] = rest
+                else:
+                    self._waiting.pop((stream, part), None)
         if failures:
             raise failures[0]

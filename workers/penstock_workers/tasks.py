@@ -1,24 +1,31 @@
-"""The two Celery tasks: message to request, request to result."""
+"""The Celery tasks: message to request, request to result."""
 
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 from celery import Celery
 from celery.exceptions import Ignore, Reject
 
 from penstock.codec import MAX_RESULT_BYTES, TASK_NAMES, decode_request
 from penstock.errors import DeadlineExceededError, JobCancelledError, PenstockError, ResultTooLargeError
-from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
-from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
+from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
+from penstock.result import Choice, EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
+from penstock.stream import Part
 from penstock_workers.batching import PATIENCE_S, HandBackError, Work, why_unwanted
 from penstock_workers.cache import Embedded
 from penstock_workers.engines.formats import row_bytes
-from penstock_workers.serving import ServedEmbedder, ServedGenerator, Serving
+from penstock_workers.engines.thinking import Thought
+from penstock_workers.serving import ServedEmbedder, ServedGenerator, ServedReranker, Serving
 from penstock_workers.streams import Streams
 
+if TYPE_CHECKING:  # torch loads with the first model, not with the app
+    from penstock_workers.engines.generation import Prompt
+
 HEADER_BYTES: Final = 1 << 16  # room for all of a result that is not its array
+LOGPROB_BYTES: Final = 8  # a token's id and log-probability; what it is called is there once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +89,7 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], str
 
     add(EmbedRequest, embed)
     add(GenerateRequest, generate)
+    add(RerankRequest, rerank)
 
 
 def _is_answered(task: Any) -> bool:
@@ -150,23 +158,84 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
     arrived, clock = time.time(), time.perf_counter()
     served = serving.find(request.model, ServedGenerator)
     prompt = served.engine.prepare(request)
+    _check_size(prompt)
     with delivery.streams.open(delivery.job_id, delivery.reply_to) as stream:
         work = served.batcher.submit(
             delivery.job_id,
-            [prompt],
+            prompt.choices(),
             request.deadline,
             is_unwanted=lambda: delivery.is_unwanted() or stream.is_unread(),
-            listen=(lambda _, piece: stream.write(piece)) if request.stream else None,
+            listen=(lambda _, piece: stream.write(piece, _part(piece))) if request.stream else None,
         )
         delivery.works.append(work)
-        (answer,) = work.wait()
+        answers = work.wait()
+    answers *= prompt.n_choices // len(answers)  # one for all, where all are equal
+    first, *others = (
+        Choice(
+            index=index,
+            text=answer.text,
+            finish_reason=answer.finish_reason,
+            reasoning=answer.reasoning,
+            tool_calls=answer.tool_calls,
+            logprobs=answer.logprobs,
+        )
+        for index, answer in enumerate(answers)
+    )
     return GenerateResult(
         model=request.model,
-        text=answer.text,
-        finish_reason=answer.finish_reason,
-        usage=Usage(prompt_tokens=prompt.n_tokens, completion_tokens=answer.n_tokens),
+        text=first.text,
+        finish_reason=first.finish_reason,
+        reasoning=first.reasoning,
+        tool_calls=first.tool_calls,
+        logprobs=first.logprobs,
+        others=tuple(others) or None,
+        usage=Usage(
+            prompt_tokens=prompt.n_tokens,
+            completion_tokens=sum(answer.n_tokens for answer in answers),
+            cut_tokens=prompt.cut_tokens,
+        ),
         timings=_timings(request, arrived, clock, delivery.works),
     )
+
+
+def rerank(delivery: Delivery, request: RerankRequest, serving: Serving) -> RerankResult:
+    """Score a request's documents, in batches with those of other jobs.
+
+    Raises:
+        HandBackError: the model will not answer any more.
+    """
+    arrived, clock = time.time(), time.perf_counter()
+    served = serving.find(request.model, ServedReranker)
+    pairs = served.engine.prepare(request)
+    work = served.batcher.submit(
+        delivery.job_id,
+        pairs,
+        request.deadline,
+        priority=delivery.priority,
+        is_unwanted=delivery.is_unwanted,
+    )
+    delivery.works.append(work)
+    scores = np.array(work.wait(), dtype=np.float32)
+    best = np.argsort(-scores, kind="stable")[: request.top_n]  # equal ones in the order of the request
+    return RerankResult(
+        model=request.model,
+        scores=scores,
+        order=best.tolist(),
+        usage=Usage(prompt_tokens=sum(pair.n_tokens for pair in pairs)),
+        timings=_timings(request, arrived, clock, delivery.works),
+    )
+
+
+def _part(piece: str) -> Part:
+    return "reasoning" if isinstance(piece, Thought) else "text"
+
+
+def _check_size(prompt: "Prompt") -> None:
+    """Refuse log-probabilities that no result could hold, before they are computed."""
+    if prompt.n_likeliest is not None:
+        n_bytes = prompt.n_choices * prompt.max_new_tokens * (1 + prompt.n_likeliest) * LOGPROB_BYTES
+        if n_bytes > MAX_RESULT_BYTES - HEADER_BYTES:
+            raise ResultTooLargeError(n_bytes, MAX_RESULT_BYTES - HEADER_BYTES)
 
 
 def _check_wanted(delivery: Delivery, request: Request) -> None:

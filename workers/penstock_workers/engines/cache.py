@@ -7,7 +7,7 @@ edge, and every attention that understands left padding understands this.
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -93,6 +93,22 @@ class _Keys(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers' 
         return -1
 
 
+class Part(NamedTuple):
+    """The first tokens of a row.
+
+    Attributes:
+        cache: where it is.
+        row: its place there.
+        start: its first column there.
+        n_tokens: how many are meant.
+    """
+
+    cache: "RowCache"
+    row: int
+    start: int
+    n_tokens: int
+
+
 class RowCache(Cache):
     """A cache of transformers' whose rows come and go.
 
@@ -144,6 +160,35 @@ class RowCache(Cache):
         """Count the columns that a forward pass wrote: one that failed can so be repeated."""
         self.grid.end += n_new
 
+    def begin(self, parts: Sequence[Part | None], n_new: int) -> None:
+        """Begin with copies of the first tokens of rows elsewhere, None for a row without.
+
+        Takes room for `n_new` more columns. Columns alone: a cache with recurrent states has no such parts.
+        """
+        width = max(part.n_tokens for part in parts if part)
+        self.grid.n_rows = self.grid.n_places = len(parts)
+        self.grid.end, self.grid.n_columns = width, width + n_new
+        for layer, *theirs in zip(self.layers, *(part.cache.layers for part in parts if part), strict=True):
+            if not (isinstance(layer, _Keys) and cast(_Keys, theirs[0]).is_initialized):
+                continue
+            for name in ("keys", "values"):
+                tensors = iter([getattr(their, name) for their in theirs])
+                like = getattr(theirs[0], name)
+                fresh = like.new_zeros(len(parts), like.shape[1], width + n_new, like.shape[3])
+                for row, part in enumerate(parts):
+                    if part:
+                        columns = slice(part.start, part.start + part.n_tokens)
+                        fresh[row, :, width - part.n_tokens : width] = next(tensors)[part.row, :, columns]
+                setattr(layer, name, fresh)
+            layer.is_initialized = True
+
+    def spread(self, order: Sequence[int]) -> None:
+        """Put the rows of `order` at its places; a row may be at several."""
+        for layer, name, tensor in list(self._attributes()):
+            setattr(layer, name, tensor[list(order)])
+        self._pick_states(order)
+        self.grid.n_rows = self.grid.n_places = len(order)
+
     def join(self, other: Self) -> None:
         """Put the other cache's rows behind ours; the other one is not to be used again."""
         grid, n_ours, n_theirs = self.grid, self.grid.n_rows, other.grid.n_rows
@@ -170,12 +215,15 @@ class RowCache(Cache):
             for place, row in enumerate(order):
                 if place != row:
                     tensor[place, :, used] = tensor[row, :, used]
-        for states in self._states():
-            for index, state in states.items():
-                states[index] = None if state is None else state[list(order)]
+        self._pick_states(order)
         self.grid.n_rows, self.grid.start = len(order), self.grid.end - width
         if 2 * self.cells(len(order), width) < self.n_cells:
             self._lay_out_spaciously(len(order), width)
+
+    def _pick_states(self, order: Sequence[int]) -> None:
+        for states in self._states():
+            for index, state in states.items():
+                states[index] = None if state is None else state[list(order)]
 
     def _lay_out_spaciously(self, n_rows: int, width: int) -> None:
         self._lay_out(n_rows + n_rows // 4, width + width // 8 + _SPARE_COLUMNS, width=width)

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -13,14 +13,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from penstock.errors import ModelLoadError
 from penstock.settings import ModelSettings
-from penstock_workers.engines.cache import RowCache, order_without
+from penstock_workers.engines.cache import Part, RowCache, order_without
 from penstock_workers.engines.device import has_fast_bfloat16, torch_dtype
+from penstock_workers.engines.memory import cache_bytes, check_memory, weights_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -34,34 +37,65 @@ def load_causal_lm(
     """Load weights and tokenizer, ready for inference on `device`.
 
     Raises:
-        ModelLoadError: weights are missing, or the tokenizer has tokens that the model has not.
+        ModelLoadError: weights are missing, do not fit into memory, or the tokenizer has tokens that the
+            model has not.
         Exception: whatever transformers raises for files that it cannot use.
     """
     where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    dtype = _choose_dtype(source, model, device)
+    config = AutoConfig.from_pretrained(source, **where)
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    dtype = _choose_dtype(config, model, device, is_quantised=is_quantised)
+    devices = _devices(model, device)
+    weights, cache = weights_bytes(source, model.revision, dtype), cache_bytes(config, dtype)
+    check_memory(name, weights, devices, cache=cache)
+    placed: Any = None
+    if model.device_map is not None:
+        placed = model.device_map
+    elif device.type != "cpu":
+        if is_quantised:  # such weights cannot be moved
+            placed = {"": str(device)}
+        else:
+            check_memory(name, weights, [torch.device("cpu")])  # the way there
     auto: Any = AutoModelForCausalLM  # its annotations know neither the report nor the model's class
-    loaded, report = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **where)
+    loaded, report = auto.from_pretrained(
+        source, dtype=dtype, device_map=placed, output_loading_info=True, **where
+    )
     # transformers fills what is missing with random numbers, and warns.
     if missing := sorted(report["missing_keys"]):
         raise ModelLoadError(name, f"{len(missing)} weights are missing, the first is {missing[0]}")
     n_rows = loaded.get_input_embeddings().weight.shape[0]
     if not 0 < tokenizer.vocab_size <= n_rows:
         raise ModelLoadError(name, f"the tokenizer has {tokenizer.vocab_size} tokens, the model {n_rows}")
-    return loaded.eval().requires_grad_(False).to(device), tokenizer
+    loaded = loaded.eval().requires_grad_(False)
+    if placed is None:
+        return loaded.to(device), tokenizer
+    used = set(map(str, getattr(loaded, "hf_device_map", {}).values()))  # none where one device holds all
+    if device.type == "cuda" and {"cpu", "disk"} & used:
+        raise ModelLoadError(name, f"it does not fit on {len(devices)} cards: some layers found no place")
+    return loaded, tokenizer
 
 
-def _choose_dtype(source: str, model: ModelSettings, device: torch.device) -> torch.dtype:
+def _devices(model: ModelSettings, device: torch.device) -> list[torch.device]:
+    """Return where the weights are going to be."""
+    if model.device_map is None or device.type != "cuda":
+        return [device]
+    return [torch.device("cuda", card) for card in range(torch.cuda.device_count())]
+
+
+def _choose_dtype(
+    config: PreTrainedConfig, model: ModelSettings, device: torch.device, *, is_quantised: bool
+) -> torch.dtype:
     if model.dtype != "auto":
         return torch_dtype(model.dtype)
+    if is_quantised and isinstance(config.dtype, torch.dtype):
+        return config.dtype  # what its kernels were made for
     if device.type == "cuda":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float16
     if device.type != "cpu" or not has_fast_bfloat16(device):
         return torch.float32
     # A step reads every weight once: bfloat16 halves that, which is the time of a large model. In a
     # small one the arithmetic between the weights dominates, and small models suffer more from rounding.
-    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(source, **where)
     with torch.device("meta"):
         auto: Any = AutoModelForCausalLM  # not annotated
         empty = auto.from_config(config, trust_remote_code=model.trust_remote_code)
@@ -78,11 +112,18 @@ def context_window(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return min(sane, default=_UNBOUNDED_TOKENS)
 
 
+def pause_between_layers(model: PreTrainedModel, pause: Callable[[], None]) -> None:
+    """Have `pause` called before each layer; never, where a model's own code has other layers."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # what each layer in transformers is
+            module.register_forward_pre_hook(lambda *_: pause())
+
+
 class Sharing(StrEnum):
     """How requests to a model can share forward passes, best first."""
 
     CONTINUOUS = "continuous"
-    """They join and leave between any two, long prompts in chunks."""
+    """They join and leave between any two; a prompt may come in parts, and begin with a copy of another's."""
     WHOLE_PROMPTS = "continuous, prompts whole"
     """They join and leave, but a prompt is one forward pass."""
     STATIC = "static"
@@ -130,9 +171,16 @@ def _try_out(model: PreTrainedModel, sharing: Sharing) -> tuple[bool, int]:
         newcomers = Batch(model, joins=True)
         newcomers.extend(texts[1:])
         batch.join(newcomers)
-        if sharing is Sharing.CONTINUOUS and batch.has_states:
-            # Some go on from a state as if it were empty; where weights make little of it, no trial tells.
-            return False, 0
+        if sharing is Sharing.CONTINUOUS:
+            if batch.has_states:
+                # Some go on from a state as if it were empty; where weights make little of it, no trial
+                # tells.
+                return False, 0
+            texts.append([*texts[0][:2], 3, 1])
+            follower = Batch(model, joins=True)
+            follower.begin([batch.part(0, 2)], 2)
+            follower.extend([texts[-1][2:]])
+            batch.join(follower)
     else:
         texts = texts[:1] if sharing is Sharing.ALONE else texts
         batch.extend(texts)
@@ -193,7 +241,8 @@ class Batch:
         """Run each row's next tokens.
 
         Args:
-            ids: for each row; of different length only where the batch has no rows yet.
+            ids: for each row; of different length only for rows that have no tokens yet, and these may be
+                shorter than the others'.
 
         Returns:
             Logits of the token after them; float32, shape (n_rows, vocab), on the model's device.
@@ -225,6 +274,29 @@ class Batch:
         self.lengths, self._width = lengths, width
         return logits
 
+    def part(self, row: int, n_tokens: int) -> Part:
+        """Say where the first tokens of a row are."""
+        assert isinstance(self._cache, RowCache)
+        return Part(self._cache, row, self._cache.grid.end - self.lengths[row], n_tokens)
+
+    @torch.inference_mode()
+    def begin(self, parts: Sequence[Part | None], n_new: int) -> None:
+        """Give the rows of an empty batch their first tokens, if there are any; see `RowCache.begin`."""
+        if any(parts):
+            assert isinstance(self._cache, RowCache)
+            self._cache.begin(parts, n_new)
+            self.lengths = [part.n_tokens if part else 0 for part in parts]
+            self._width = max(self.lengths)
+
+    @torch.inference_mode()
+    def spread(self, order: Sequence[int]) -> None:
+        """Put the rows of `order` at its places; a row may be at several."""
+        self.lengths = [self.lengths[row] for row in order]
+        if isinstance(self._cache, RowCache):
+            self._cache.spread(order)
+        else:
+            self._reorder(order)
+
     @torch.inference_mode()
     def join(self, other: "Batch") -> None:
         """Take over the rows of another batch, behind our own; it is not to be used again."""
@@ -243,6 +315,9 @@ class Batch:
             self._width = max(self.lengths)
             self._cache.move(order, self._width)
         else:
-            # Not `batch_select_indices`: layers with a recurrent state have none, and all can be reordered.
-            self._cache.reorder_cache(torch.tensor(order, device=self._model.device))  # type: ignore[arg-type]  # annotated with the legacy LongTensor
+            self._reorder(order)
         return order
+
+    def _reorder(self, order: Sequence[int]) -> None:
+        # Not `batch_select_indices`: layers with a recurrent state have none, and all can be reordered.
+        self._cache.reorder_cache(torch.tensor(order, device=self._model.device))  # type: ignore[arg-type]  # annotated with the legacy LongTensor

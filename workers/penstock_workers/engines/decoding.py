@@ -2,13 +2,15 @@
 
 One thread calls `step`. Each step gives every running row its next token, then lets newcomers in: their
 prompts are computed in forward passes of their own, so large that nobody waits for long, and a prompt that
-is longer goes on at the next step.
+is longer goes on at the next step. Nothing is computed twice that can be copied: equal prompts are one row of
+such a pass, and a prompt begins with the keys and values of whichever other began alike.
 """
 
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Final, Generic, TypeVar
 
 import torch
@@ -16,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from penstock.errors import EngineError, OutOfMemoryError, PenstockError
-from penstock_workers.engines.cache import RowCache
+from penstock_workers.engines.cache import Part, RowCache
 from penstock_workers.engines.causal_lm import Batch, Sharing
+from penstock_workers.engines.prefixes import LEAST_TOKENS, Opening, Prefixes
 from penstock_workers.engines.sampling import Trail, choose
 
 logger = logging.getLogger(__name__)
@@ -26,6 +29,7 @@ WINDOW_ROWS: Final = 128
 """How many of the oldest waiting rows a forward pass of prompts is cut from."""
 PAUSE_S: Final = 0.1
 """How long running rows wait for the prompts of newcomers, per step, if a step is not longer itself."""
+_KEPT_SHARE = 4  # of the budget, for beginnings of prompts
 _FIRST_PROMPT_TOKENS, _MOST_PROMPT_TOKENS, _GRAIN = 256, 8192, 64
 
 A = TypeVar("A")
@@ -69,6 +73,17 @@ class Row(Generic[A]):
         """All its tokens; also what is computed again after it had to leave the batch."""
         return [*self.trail.prompt, *self.trail.tokens]
 
+    @cached_property
+    def opening(self) -> Opening:
+        """Its prompt, to be compared with others'."""
+        return Opening(self.trail.prompt)
+
+    def is_twin_of(self, other: "Row[A]") -> bool:
+        """Whether both go on from the same tokens."""
+        mine, theirs = self.trail, other.trail
+        is_same = mine.prompt is theirs.prompt or mine.prompt == theirs.prompt
+        return is_same and mine.tokens == theirs.tokens
+
     @property
     def n_ids(self) -> int:
         """How many tokens it has now."""
@@ -94,7 +109,7 @@ class Decoding(Generic[A]):
         budget_tokens: what the cache may allocate, in tokens; lowered where memory runs out earlier.
 
     Attributes:
-        n_tokens: computed so far, of prompts and answers.
+        n_tokens: of prompts and answers so far, those that were copied counted.
     """
 
     def __init__(
@@ -106,7 +121,8 @@ class Decoding(Generic[A]):
         self._waiting: deque[Row[A]] = deque()
         self._rows: list[Row[A]] = []
         self._batch: Batch | None = None
-        self._long: tuple[Row[A], Batch] | None = None  # a prompt of which a part is computed
+        self._long: tuple[list[Row[A]], Batch] | None = None  # rows of a prompt of which a part is computed
+        self._prefixes = Prefixes()
         self._step_s = 0.0
         self._prompt_tokens_per_s: float | None = None
 
@@ -117,7 +133,7 @@ class Decoding(Generic[A]):
     @property
     def n_running(self) -> int:
         """Rows that have a place."""
-        return len(self._rows) + (self._long is not None)
+        return len(self._rows) + len(self._long_rows())
 
     @property
     def is_idle(self) -> bool:
@@ -127,7 +143,10 @@ class Decoding(Generic[A]):
     @property
     def cache_bytes(self) -> int:
         """What the cache has allocated."""
-        return sum(batch.n_bytes for batch in self._batches())
+        return sum(batch.n_bytes for batch in self._batches()) + self._prefixes.n_bytes
+
+    def _long_rows(self) -> list[Row[A]]:
+        return self._long[0] if self._long else []
 
     def _batches(self) -> list[Batch]:
         return [batch for batch in (self._batch, self._long and self._long[1]) if batch]
@@ -144,8 +163,9 @@ class Decoding(Generic[A]):
     def _leave_over(self) -> None:
         if gone := [place for place, row in enumerate(self._rows) if row.is_over()]:
             self._drop(gone)
-        if self._long and self._long[0].is_over():
-            self._long = None
+        if self._long:
+            left = [row for row in self._long[0] if not row.is_over()]
+            self._long = (left, self._long[1]) if left else None
 
     def _drop(self, gone: Sequence[int]) -> None:
         if len(gone) == len(self._rows):
@@ -171,34 +191,84 @@ class Decoding(Generic[A]):
     def _go_on_with_long(self) -> list[Outcome[A]]:
         if self._long is None:
             return []
-        row, batch = self._long
-        done = batch.lengths[0] if batch.lengths else 0
-        part = row.ids[done : done + self._prompt_tokens()]
+        rows, batch = self._long
+        row = rows[0]
         try:
+            if not batch.lengths:
+                batch.begin([self._find_part(row)], self._prompt_tokens())
+                self.n_tokens += sum(batch.lengths)
+            done = batch.lengths[0] if batch.lengths else 0
+            part = row.ids[done : done + self._prompt_tokens()]
             logits = batch.extend([part])
+            is_whole = done + len(part) == row.n_ids
+            if is_whole:
+                self._keep_beginnings([row], batch, rows)
+                logits = _spread(batch, logits, [0] * len(rows))
         except Exception as error:  # noqa: BLE001  whatever torch raises
             self._long = None
-            return self._refuse([row], error)
+            return self._refuse(rows, error)
         self.n_tokens += len(part)
-        if done + len(part) < row.n_ids:
+        if not is_whole:
             return []
         self._long = None
-        return self._enter([row], batch, logits)
+        self.n_tokens += sum(twin.n_ids for twin in rows[1:])
+        return self._enter(rows, batch, logits)
 
     def _let_in(self) -> list[Outcome[A]]:
         group = self._next_group()
         if not group:
             return []
         began = time.perf_counter()
+        firsts, order = _without_twins(group)
         batch = Batch(self._model, joins=self._joins)
         try:
-            logits = batch.extend([row.ids for row in group])
+            parts = [self._find_part(row) for row in firsts]
+            n_new = max(row.n_ids - _length(part) for row, part in zip(firsts, parts, strict=True))
+            # All compute as much: what a row could copy beyond that would be followed by padding.
+            parts = [
+                part._replace(n_tokens=n) if part and (n := row.n_ids - n_new) > 0 else None
+                for row, part in zip(firsts, parts, strict=True)
+            ]
+            batch.begin(parts, n_new)
+            logits = batch.extend([row.ids[-n_new:] for row in firsts])
+            self._keep_beginnings(firsts, batch, group)
+            logits = _spread(batch, logits, order)
         except Exception as error:  # noqa: BLE001  whatever torch raises
             return self._refuse(group, error)
         self.n_tokens += sum(row.n_ids for row in group)
         outcomes = self._enter(group, batch, logits)
-        self._measure(len(group) * max(row.n_ids for row in group), time.perf_counter() - began)
+        self._measure(len(firsts) * n_new, time.perf_counter() - began)
         return outcomes
+
+    def _find_part(self, row: Row[A]) -> Part | None:
+        """Return the most that is computed already of what a row begins with."""
+        if not self._chunks:
+            return None
+        best, found = 0, None
+        if kept := self._prefixes.find(row.opening):
+            best, found = kept[0], (kept[1], 0)
+        for place, other in enumerate(self._rows):
+            if (n := row.opening.n_common(other.opening)) > best:
+                assert self._batch is not None
+                best, found = n, (self._batch, place)
+        if self._long and self._long[1].lengths:
+            rows, batch = self._long
+            if (n := min(row.opening.n_common(rows[0].opening), batch.lengths[0])) > best:
+                best, found = n, (batch, 0)
+        # Its last token gives the logits.
+        return found[0].part(found[1], min(best, row.n_ids - 1)) if found else None
+
+    def _keep_beginnings(self, firsts: Sequence[Row[A]], batch: Batch, group: Sequence[Row[A]]) -> None:
+        """Keep what prompts that were just computed have in common with others before them."""
+        running = [*self._rows, *group]
+        claim = self._claim(len(running), max(row.n_final for row in running)) + batch.n_cells
+        most = min(self.budget_tokens - claim, self.budget_tokens // _KEPT_SHARE)
+        for place, row in enumerate(firsts):
+            if self._chunks and 0 < (n := self._prefixes.note(row.opening)) <= most:
+                self._prefixes.shrink(most - n)
+                kept = Batch(self._model, joins=True)
+                kept.begin([batch.part(place, n)], 0)
+                self._prefixes.keep(Opening(row.opening.ids[:n]), kept)
 
     def _enter(self, rows: list[Row[A]], batch: Batch, logits: Tensor) -> list[Outcome[A]]:
         """Give rows their first tokens, and those that go on a place in the running batch."""
@@ -248,9 +318,11 @@ class Decoding(Generic[A]):
             return []
         most = self._prompt_tokens() if self._joins else self.budget_tokens
         group: list[Row[A]] = []
+        widths: list[int] = []  # tokens to compute, of each that is no other's twin
         left: list[Row[A]] = []
         for row in self._window():
-            running = [*self._rows, *([self._long[0]] if self._long else []), *group]
+            long = self._long_rows()
+            running = [*self._rows, *long, *group]
             n_rows = len(running) + 1
             if n_rows > min(self._max_rows, row.company, *(other.company for other in running), 1 << 30):
                 left.append(row)
@@ -258,21 +330,38 @@ class Decoding(Generic[A]):
             if not self._fits(running, [*group, row]):  # nobody overtakes whoever waits for memory
                 left.append(row)
                 break
-            n_group = len(group) + 1
-            width = max(row.n_ids, *(other.n_ids for other in group), 0)
-            if self._chunks and row.n_ids > most:
+            n_new = row.n_ids - _length(part := self._find_part(row))
+            if long and row.is_twin_of(long[0]) and _may_grow(long, row):
+                row.on_start()
+                long.append(row)
+            elif any(map(row.is_twin_of, group)) and _may_grow(group, row):
+                row.on_start()
+                group.append(row)
+            elif self._comes_soon(row, part, group):
+                left.append(row)
+            elif self._chunks and n_new > most:
                 if self._long is None:
                     row.on_start()
-                    self._long = (row, Batch(self._model, joins=True))
+                    self._long = ([row], Batch(self._model, joins=True))
                 else:
                     left.append(row)
-            elif group and (n_group * width > most or n_group > min(row.group, *(r.group for r in group))):
+            elif group and ((len(widths) + 1) * max(n_new, *widths, 0) > most or not _may_grow(group, row)):
                 left.append(row)
             else:
                 row.on_start()
                 group.append(row)
+                widths.append(n_new)
         self._waiting.extendleft(reversed(left))
         return group
+
+    def _comes_soon(self, row: Row[A], part: Part | None, group: Sequence[Row[A]]) -> bool:
+        """Say whether more of what a row begins with is about to be computed for others."""
+        if not self._chunks:
+            return False
+        coming = max(
+            (row.opening.n_common(other.opening) for other in [*group, *self._long_rows()[:1]]), default=0
+        )
+        return min(coming, row.n_ids - 1) - _length(part) >= LEAST_TOKENS
 
     def _window(self) -> Iterator[Row[A]]:
         """Take the oldest waiting rows out, one by one, as long as they are asked for."""
@@ -283,13 +372,18 @@ class Decoding(Generic[A]):
 
     def _fits(self, running: Sequence[Row[A]], group: Sequence[Row[A]]) -> bool:
         """Say whether the last one of a group may enter beside all that run, the group's others counted."""
-        if not running:
-            return True
         width = max(row.n_final for row in (*running, *group))
         # Prompts are there twice while they join.
-        own = RowCache.cells(len(group), max(row.n_ids for row in group))
-        held = sum(batch.n_cells for batch in self._batches())
-        return max(RowCache.cells(len(running) + 1, width), held) + own <= self.budget_tokens
+        own = RowCache.cells(len(group), max(row.n_ids for row in group)) if running else 0
+        needed = self._claim(len(running) + 1, width) + own
+        if running and needed > self.budget_tokens:
+            return False
+        self._prefixes.shrink(self.budget_tokens - needed)
+        return True
+
+    def _claim(self, n_rows: int, width: int) -> int:
+        """Return what the batches may grow to, in tokens, with so many rows, the longest of this width."""
+        return max(RowCache.cells(n_rows, width), sum(batch.n_cells for batch in self._batches()))
 
     def sweep(self) -> None:
         """Forget waiting rows that are over: one that nobody wants holds no memory."""
@@ -316,6 +410,8 @@ class Decoding(Generic[A]):
         if len(group) > 1:
             for row in group:
                 row.group = len(group) // 2
+        elif _is_out_of_memory(error) and self._prefixes.n_cells:
+            pass  # they go first
         elif _is_out_of_memory(error) and self._rows:
             group[0].company = len(self._rows)  # waits for one of the others to leave
         else:
@@ -331,11 +427,12 @@ class Decoding(Generic[A]):
         """
         rows, self._rows, self._batch = self._rows, [], None
         if self._long and _is_out_of_memory(error):  # it had memory too
-            rows, self._long = [*rows, self._long[0]], None
-        if len(rows) == 1:
+            rows, self._long = [*rows, *self._long[0]], None
+        if len(rows) > 1:
+            for row in rows:
+                row.company = len(rows) // 2
+        elif not (_is_out_of_memory(error) and self._prefixes.n_cells):
             return [(rows[0], self._explain(rows[0], error))]
-        for row in rows:
-            row.company = len(rows) // 2
         self._requeue(rows, rows, error)
         return []
 
@@ -343,6 +440,7 @@ class Decoding(Generic[A]):
         if _is_out_of_memory(error):
             cells = RowCache.cells(len(running), max(row.n_ids for row in running))
             self.budget_tokens = min(self.budget_tokens, cells * 3 // 4)
+            self._prefixes.shrink(0)
         logger.warning(
             "forward pass failed; its rows try again, fewer at a time",
             extra={"model": self.name, "n_rows": len(rows), "budget_tokens": self.budget_tokens},
@@ -357,6 +455,34 @@ class Decoding(Generic[A]):
             return OutOfMemoryError(self.name, row.n_ids)
         logger.error("request failed", extra={"model": self.name}, exc_info=error)
         return EngineError(self.name, f"{type(error).__name__} in the forward pass")
+
+
+def _may_grow(group: Sequence[Row[A]], row: Row[A]) -> bool:
+    return len(group) < min(row.group, *(other.group for other in group), 1 << 30)
+
+
+def _without_twins(group: Sequence[Row[A]]) -> tuple[list[Row[A]], list[int]]:
+    """Return the rows that differ, and for each row which of these goes on from the same tokens."""
+    firsts: list[Row[A]] = []
+    order = []
+    for row in group:
+        twin = next((place for place, first in enumerate(firsts) if row.is_twin_of(first)), len(firsts))
+        if twin == len(firsts):
+            firsts.append(row)
+        order.append(twin)
+    return firsts, order
+
+
+def _spread(batch: Batch, logits: Tensor, order: Sequence[int]) -> Tensor:
+    """Give rows that differ their twins, in the cache and among the logits, shape (n_rows, vocab)."""
+    if len(order) == len(logits):
+        return logits
+    batch.spread(order)
+    return logits[list(order)]
+
+
+def _length(part: Part | None) -> int:
+    return part.n_tokens if part else 0
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -61,7 +61,7 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    return max(0, min(_available_bytes(), _left_to_container_bytes()))
+    return max(0, min(_available_bytes(), left_to_groups_bytes()))
 
 
 def _available_bytes() -> int:
@@ -71,15 +71,24 @@ def _available_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _left_to_container_bytes() -> int:
-    """Return what a control group of version 2 still allows; huge where there is none or no limit."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
-        # Files that the system keeps in memory count as used, and give way.
-        return int(limit) - int(used) + _field(group / "memory.stat", "file")
-    except (OSError, ValueError):
-        return 1 << 62
+def left_to_groups_bytes(root: Path = Path("/")) -> int:
+    """Return what our control group (version 2) and those above it still allow; huge where none has a limit.
+
+    Args:
+        root: where `proc` and `sys` are.
+    """
+    groups, mounted = root / "proc/self/cgroup", root / "sys/fs/cgroup"
+    lines = groups.read_text().splitlines() if groups.exists() else []
+    own = [mounted / line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
+    left = [1 << 62]
+    for group in (above for one in own for above in (one, *one.parents) if above.is_relative_to(mounted)):
+        try:
+            limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+            # Files that the system keeps in memory count as used, and give way.
+            left.append(int(limit) - int(used) + _field(group / "memory.stat", "file"))
+        except (OSError, ValueError):  # no limit here
+            continue
+    return min(left)
 
 
 def _field(file: Path, name: str) -> int:

@@ -4,8 +4,9 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Final, Literal, Self
 
 import numpy as np
@@ -21,6 +22,8 @@ from penstock.settings import ModelSettings
 from penstock_workers.engines.attention import upload
 from penstock_workers.engines.device import has_fast_bfloat16
 from penstock_workers.engines.formats import are_unit, choose_ranges, form, read_ranges
+from penstock_workers.engines.memory import check_memory, weights_bytes
+from penstock_workers.engines.openvino import Compiled, is_installed
 from penstock_workers.engines.packed import Packed
 from penstock_workers.engines.products import use_bfloat16
 from penstock_workers.engines.source import explain_failure, resolve_source
@@ -29,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 MIN_COSINE: Final = 0.9999
 TOKENIZE_AT_ONCE: Final = 256
+AS_LISTS: Final = {"text": {"padding": False}, "common": {"return_tensors": None}}
+"""Asks sentence-transformers for tokens as they are. Padding them to tensors takes twice the tokenizer's own
+time, and in Python, where the model's thread has to wait for it."""
 FOREIGN: Final = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a model's own code may raise when it meets a row of texts, or two number formats."""
 
@@ -51,6 +57,9 @@ PROBE: Final = (
     "x = 3.14159; " * 120,
 )
 
+RACE: Final = ((12, 40), (32, 16), (96, 6), (256, 2))
+"""Batches that engines are timed on: tokens of the longest text, and texts, up to an eighth shorter."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
@@ -68,6 +77,19 @@ class Encoded:
     def n_tokens(self) -> int:
         """Real tokens, special ones counted."""
         return len(self.features["input_ids"])
+
+    def equals(self, other: "Encoded") -> bool:
+        """Whether the other is the same text."""
+        return (
+            self.prompt_length == other.prompt_length
+            and self.features.keys() == other.features.keys()
+            and all(torch.equal(value, other.features[key]) for key, value in self.features.items())
+        )
+
+    def of_length(self, n_tokens: int) -> Self:
+        """Return a text of this many tokens, cut or repeated."""
+        repeats = -(-n_tokens // self.n_tokens)
+        return replace(self, features={k: v.repeat(repeats)[:n_tokens] for k, v in self.features.items()})
 
     def reversed(self) -> Self:
         """Return another text of the same length."""
@@ -92,6 +114,8 @@ class Embedder:
         config = getattr(getattr(model[0], "auto_model", None), "config", None)
         self.n_heads: int | None = getattr(config, "num_attention_heads", None)
         self._packed: Packed | None = None
+        self._compiled: Compiled | None = None
+        self._undo_bfloat16: Callable[[], None] = lambda: None
         self.dim = int(model.get_embedding_dimension() or 0)
         self.max_tokens = model.max_seq_length
         self.dtype = "float32"
@@ -99,6 +123,7 @@ class Embedder:
         self._has_int8 = False
         self.fingerprint = ""
         self._tokenizing = threading.Lock()  # fast tokenizers refuse two threads that change their settings
+        self._has_lists = False
 
     @classmethod
     def load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:
@@ -113,16 +138,29 @@ class Embedder:
         if model.dtype == "float16":
             engine._model.half()
             engine.dtype = "float16"
+        engine._has_lists = engine._try_lists()
         plain = engine._probe()
         engine._choose_ranges(model, plain)
+        is_bfloat16 = model.dtype == "bfloat16" or (model.dtype == "auto" and has_fast_bfloat16(device))
+        compiled = None
+        is_possible = device.type == "cpu" and model.dtype != "float16" and is_installed()
+        if model.engine == "openvino" or (model.engine == "auto" and is_possible):
+            compiled = engine._compile(model, plain, device, is_bfloat16=is_bfloat16)
+        if model.engine == "openvino":
+            engine._compiled, engine.dtype = compiled, "bfloat16" if is_bfloat16 else "float32"
+            return engine
         engine._pack(plain)
-        if model.dtype == "bfloat16" or (model.dtype == "auto" and has_fast_bfloat16(device)):
+        if is_bfloat16:
             engine._reduce(plain, is_forced=model.dtype == "bfloat16")
+        if compiled is not None:
+            engine._race(compiled, is_bfloat16=is_bfloat16)
         return engine
 
     @property
-    def batching(self) -> Literal["packed", "padded"]:
-        """Whether texts of a batch lie end to end, or are padded to the longest."""
+    def batching(self) -> Literal["packed", "padded", "padded, OpenVINO"]:
+        """Whether texts of a batch lie end to end or are padded to the longest; whose, if not torch's."""
+        if self._compiled is not None:
+            return "padded, OpenVINO"
         return "padded" if self._packed is None else "packed"
 
     @property
@@ -139,11 +177,7 @@ class Embedder:
         prompt = self.check(request)
         encoded: list[Encoded] = []
         for start in range(0, len(request.texts), TOKENIZE_AT_ONCE):
-            with self._tokenizing:
-                padded = self._model.preprocess(
-                    request.texts[start : start + TOKENIZE_AT_ONCE], prompt=prompt
-                )
-            encoded += _unpad(padded)
+            encoded += self._tokenize(request.texts[start : start + TOKENIZE_AT_ONCE], prompt)
         return encoded
 
     def check(self, request: EmbedRequest) -> str | None:
@@ -190,6 +224,22 @@ class Embedder:
         found = np.stack(vectors) if vectors else np.zeros((0, self.dim), dtype=np.float32)
         return form(found, request, self.int8_ranges)
 
+    def _tokenize(self, texts: list[str], prompt: str | None) -> list[Encoded]:
+        options: dict[str, Any] = {"processing_kwargs": AS_LISTS} if self._has_lists else {}
+        with self._tokenizing:
+            found = self._model.preprocess(texts, prompt=prompt, **options)
+        return _from_lists(found) if self._has_lists else unpad(found)
+
+    def _try_lists(self) -> bool:
+        """Whether the model's first module gives the same tokens without padding them."""
+        texts, prompt = list(PROBE), "query: "
+        padded = self._tokenize(texts, prompt)
+        try:
+            lists = _from_lists(self._model.preprocess(texts, prompt=prompt, processing_kwargs=AS_LISTS))
+        except FOREIGN:
+            return False
+        return len(lists) == len(padded) and all(map(Encoded.equals, lists, padded))
+
     def _prompt(self, request: EmbedRequest) -> str | None:
         prompts: dict[str | None, str] = self._model.prompts
         if request.prompt is not None:
@@ -203,7 +253,9 @@ class Embedder:
     def _forward(self, texts: Sequence[Encoded], prompt_length: int | None) -> NDArray[np.float32]:
         extra: dict[str, Any] = {} if prompt_length is None else {"prompt_length": prompt_length}
         try:
-            if self._packed is None:
+            if self._compiled is not None:
+                vectors = self._compiled.embed(self._pad(texts), extra)
+            elif self._packed is None:
                 vectors = self._model({**self._pad(texts), **extra})["sentence_embedding"]
             else:
                 vectors = self._packed.embed([text.features for text in texts], extra)
@@ -241,21 +293,94 @@ class Embedder:
         except NotImplementedError as error:
             return logger.warning("batches are padded: %s", error, extra={"model": self.name})
         try:
-            together = self._probe()
-            among_others = self._probe(is_odd_reversed=True)
+            reason = self._compare(plain)
         except FOREIGN as error:
             reason = f"{type(error).__name__}: {error}"
-        else:
-            worst = _worst_cosine(plain, together)
-            if worst < MIN_COSINE:
-                reason = f"packed vectors differ: cosine {worst:.5f}"
-            elif not np.allclose(together[::2], among_others[::2], atol=1e-5 * np.abs(together).max()):
-                reason = "a text sees its neighbours"
-            else:
-                return None
+        if reason is None:
+            return None
         self._packed.undo()
         self._packed = None
         return logger.warning("batches are padded: %s", reason, extra={"model": self.name})
+
+    def _compare(self, plain: NDArray[np.float32]) -> str | None:
+        """Return why what is in use now must not be, or None."""
+        together = self._probe()
+        among_others = self._probe(is_odd_reversed=True)
+        worst = _worst_cosine(plain, together)
+        if self._compiled is not None:  # traced with two texts
+            worst = min(worst, _worst_cosine(plain, self._probe(is_alone=True)))
+        if worst < MIN_COSINE:
+            return f"{self.batching} vectors differ: cosine {worst:.5f}"
+        if not np.allclose(together[::2], among_others[::2], atol=1e-5 * np.abs(together).max()):
+            return "a text sees its neighbours"
+        return None
+
+    def _compile(
+        self, model: ModelSettings, plain: NDArray[np.float32], device: torch.device, *, is_bfloat16: bool
+    ) -> Compiled | None:
+        """Return the model as a graph, if that changes no vector of the probe; leaves the model as it was.
+
+        Raises:
+            ModelLoadError: the settings insist on the graph.
+        """
+        reason: str | None
+        if not is_installed():
+            reason = 'it is not installed: pip install "penstock[openvino]"'
+        elif device.type != "cpu":
+            reason = "it is for processors here"
+        elif model.dtype == "float16":
+            reason = "it computes in float32 or bfloat16"
+        else:
+            try:
+                texts = self.prepare(EmbedRequest(model=self.name, texts=["a text", "another one"]))
+                self._compiled = Compiled(self._model, self._pad(texts), is_bfloat16=is_bfloat16)
+                reason = self._compare(plain)
+                if reason is None:
+                    return self._compiled
+            except Exception as error:  # noqa: BLE001  # of a foreign compiler on foreign code
+                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            finally:
+                self._compiled = None
+        if model.engine == "openvino":
+            raise ModelLoadError(self.name, f"OpenVINO: {reason}")
+        logger.warning("torch computes: OpenVINO: %s", reason, extra={"model": self.name})
+        return None
+
+    def _race(self, compiled: Compiled, *, is_bfloat16: bool) -> None:
+        """Use the graph if it is faster than what is in use."""
+        torch_s = self._timed_race()
+        self._compiled = compiled
+        compiled_s = self._timed_race()
+        if compiled_s >= torch_s:
+            self._compiled = None
+        else:  # what torch had laid out for itself is given back
+            self._undo_bfloat16()
+            if self._packed is not None:
+                self._packed.undo()
+                self._packed = None
+            self.dtype = "bfloat16" if is_bfloat16 else "float32"
+        logger.info(
+            "OpenVINO took %.3f s, torch %.3f s: %s is used",
+            compiled_s,
+            torch_s,
+            "torch" if self._compiled is None else "OpenVINO",
+            extra={"model": self.name},
+        )
+
+    def _timed_race(self) -> float:
+        """Return seconds for a pass over batches such as the batcher cuts, best of three."""
+        (text,) = self.prepare(EmbedRequest(model=self.name, texts=[max(PROBE, key=len)]))
+        batches = [
+            [text.of_length(longest - i * (longest // 8) // n_texts) for i in range(n_texts)]
+            for longest, n_texts in ((min(n, text.n_tokens), n_texts) for n, n_texts in RACE)
+        ]
+        found = []
+        for _ in range(1 + 3):  # the first has more to do
+            start = time.perf_counter()
+            for batch in batches:
+                self._forward(batch, text.prompt_length)
+            found.append(time.perf_counter() - start)
+        return min(found[1:])
 
     def _reduce(self, plain: NDArray[np.float32], *, is_forced: bool) -> None:
         """Compute products in bfloat16, if vectors keep their directions and come sooner."""
@@ -273,6 +398,7 @@ class Embedder:
         except FOREIGN as error:
             reason = f"bfloat16 fails: {type(error).__name__}: {error}"
         if reason is None:
+            self._undo_bfloat16 = undo
             return
         if is_forced:
             raise ModelLoadError(self.name, reason)
@@ -285,18 +411,22 @@ class Embedder:
         start = time.perf_counter()
         return self._probe(), time.perf_counter() - start
 
-    def _probe(self, *, is_odd_reversed: bool = False) -> NDArray[np.float32]:
-        """Embed the probe, as one batch where nothing is padded; shape (n_texts, dim)."""
+    def _probe(self, *, is_odd_reversed: bool = False, is_alone: bool = False) -> NDArray[np.float32]:
+        """Embed the probe, as one batch if texts may see neighbours they should not; shape (n_texts, dim)."""
         texts = self.prepare(EmbedRequest(model=self.name, texts=list(PROBE)))
         texts = [text for text in texts if text.n_tokens]
         if is_odd_reversed:
             texts = [text.reversed() if i % 2 else text for i, text in enumerate(texts)]
-        batches = [[text] for text in texts] if self._packed is None else [texts]
+        is_alone = is_alone or (self._packed is None and self._compiled is None)
+        batches = [[text] for text in texts] if is_alone else [texts]
         return np.concatenate([self._forward(batch, batch[0].prompt_length) for batch in batches])
 
 
 def _load(name: str, model: ModelSettings, device: torch.device) -> SentenceTransformer:
     source = resolve_source(name, model)
+    weights = weights_bytes(source, model.revision, torch.float32)
+    for place in dict.fromkeys((torch.device("cpu"), device)):  # they are read there first
+        check_memory(name, weights, [place])
     try:
         return SentenceTransformer(
             source,
@@ -322,7 +452,26 @@ def _fingerprint(model: SentenceTransformer, settings: ModelSettings) -> str:
     return found.hexdigest()
 
 
-def _unpad(padded: dict[str, Any]) -> list[Encoded]:
+def _from_lists(found: Mapping[str, Any]) -> list[Encoded]:
+    lengths = [len(ids) for ids in found["input_ids"]]
+    features: dict[str, Sequence[Tensor]] = {}
+    for key, lists in found.items():
+        if isinstance(lists, list) and [len(each) for each in lists] == lengths:
+            # one tensor of all texts: one for each would take longer than the tokenizer
+            row = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64)
+            features[key] = row.split(lengths)  # type: ignore[no-untyped-call]  # torch's own gap
+    prompt_length = found.get("prompt_length")
+    return [
+        Encoded(
+            features=dict(zip(features, text, strict=True)),
+            prompt_length=None if prompt_length is None else int(prompt_length),
+        )
+        for text in zip(*features.values(), strict=True)
+    ]
+
+
+def unpad(padded: dict[str, Any]) -> list[Encoded]:
+    """Return each text of a padded batch by itself."""
     mask = padded["attention_mask"].bool()
     keys = [key for key, value in padded.items() if torch.is_tensor(value) and value.shape == mask.shape]
     prompt_length = padded.get("prompt_length")

@@ -61,6 +61,13 @@ class Grammars:
             raise InvalidFormatError(_problem(matcher))
         return Grammar(tokenizer, matcher, is_json=is_json)
 
+    def token_bytes(self, token: int) -> bytes | None:
+        """Return what a token stands for, maybe not whole characters; None if the tokenizer does not tell."""
+        try:
+            return self._tokenizer().decode_bytes([token])
+        except InvalidFormatError:
+            return None
+
     def _tokenizer(self) -> LLTokenizer:
         # The trie of its tokens takes up to a second, and most models are never asked for a format.
         with self._opening:
@@ -82,14 +89,24 @@ class Grammar:
 
     def __init__(self, tokenizer: LLTokenizer, matcher: LLMatcher, *, is_json: bool) -> None:
         self._tokenizer, self._matcher, self._is_json = tokenizer, matcher, is_json
+        self._also: int | None = None
 
     def begin(self) -> Self:
         """Return a copy for one answer."""
         return type(self)(self._tokenizer, self._matcher.deep_copy(), is_json=self._is_json)
 
+    def beside(self, token: int | None) -> Self:
+        """Return a copy that allows one token more."""
+        copy = self.begin()
+        copy._also = token
+        return copy
+
     def fill(self, words: NDArray[np.int32], row: int) -> None:
         """Write the bits of the tokens that may come next into a row of `words`, shape (n_rows, n_words)."""
         llguidance.numpy.fill_next_token_bitmask(self._matcher, words, row)
+        if self._also is not None:
+            word, bit = divmod(self._also, _WORD_BITS)
+            words.view(np.uint32)[row, word] |= np.uint32(1 << bit)
 
     @property
     def n_words(self) -> int:

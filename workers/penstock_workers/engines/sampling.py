@@ -3,10 +3,12 @@
 import hashlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -14,6 +16,7 @@ from penstock.request import GenerationOptions
 from penstock_workers.engines.grammar import Grammar, restrict
 
 _N_LIKELIEST = 256  # of a vocabulary of 150,000, sorting them all would take longer than a small model's step
+_SEED_BITS = 63
 _NOISE_BYTES = 6  # 48 bits: `noise * total` stays below `total` in float64, so no draw falls off the end
 
 
@@ -44,8 +47,18 @@ class Sampling:
             min_p=options.min_p or 0.0,
             repetition_penalty=options.repetition_penalty or 1.0,
             presence_penalty=options.presence_penalty or 0.0,
-            seed=secrets.randbits(63) if options.seed is None else options.seed,
+            seed=secrets.randbits(_SEED_BITS) if options.seed is None else options.seed,
         )
+
+    def choice(self, index: int) -> Self:
+        """Return how one of several answers is drawn: the first with this seed, others with their own.
+
+        These follow from seed and index, so an answer is the same whatever else is asked.
+        """
+        if index == 0:
+            return self
+        digest = hashlib.blake2b(b"%d choice %d" % (self.seed, index), digest_size=8).digest()
+        return replace(self, seed=int.from_bytes(digest) >> (64 - _SEED_BITS))
 
 
 def own_options(config: GenerationConfig) -> GenerationOptions:
@@ -70,13 +83,19 @@ class Trail:
         sampling: how.
         prompt: its tokens.
         grammar: what may be chosen next; None for anything.
+        n_likeliest: how many of the likeliest tokens to note at each step, besides the one that is chosen;
+            None notes nothing.
         tokens: what was chosen so far.
+        noted: for each of these, token ids, int32, and log-probabilities, float32; each shape
+            (1 + n_likeliest,), the chosen one first.
     """
 
     sampling: Sampling
     prompt: Sequence[int]
     grammar: Grammar | None = None
+    n_likeliest: int | None = None
     tokens: list[int] = field(default_factory=list)
+    noted: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = field(default_factory=list)
     _seen: Tensor | None = None  # in prompt or answer, and in the answer; bool, shape (2, vocab)
     _n_seen: int = 0
 
@@ -94,6 +113,9 @@ class Trail:
 def choose(logits: Tensor, trails: Sequence[Trail]) -> list[int | None]:
     """Choose each row's next token; one transfer from the device for all of them.
 
+    Log-probabilities, of rows that ask, are the model's own: before formats, penalties and temperature, as
+    vLLM's `raw_logprobs`.
+
     Args:
         logits: float32, shape (n_rows, vocab); single tokens may be forbidden with -inf.
         trails: of the rows.
@@ -101,6 +123,8 @@ def choose(logits: Tensor, trails: Sequence[Trail]) -> list[int | None]:
     Returns:
         A token for each row, None where its logits are not finite.
     """
+    if asking := [place for place, trail in enumerate(trails) if trail.n_likeliest is not None]:
+        own = logits[asking].log_softmax(dim=-1)
     # First of all: top_k, top_p and the rest choose among what is allowed.
     if grammars := {place: trail.grammar for place, trail in enumerate(trails) if trail.grammar}:
         places = list(grammars)
@@ -115,7 +139,31 @@ def choose(logits: Tensor, trails: Sequence[Trail]) -> list[int | None]:
         chosen = [trails[place] for place in hot]
         rows = logits if len(hot) == len(trails) else logits[hot]
         tokens[hot] = draw(rows, [t.sampling for t in chosen], [len(t.tokens) for t in chosen])
-    return [None if token < 0 else token for token in tokens.where(is_finite, -1).tolist()]
+    valid = tokens.where(is_finite, -1)
+    moved = _note(own, tokens[asking], valid, [trails[i] for i in asking]) if asking else valid.tolist()
+    return [None if token < 0 else token for token in moved]
+
+
+def _note(own: Tensor, chosen: Tensor, valid: Tensor, trails: Sequence[Trail]) -> list[int]:
+    """Note log-probabilities of the tokens that were chosen for some rows; return those of all as numbers.
+
+    Args:
+        own: log-probabilities, float32, shape (n_asking, vocab).
+        chosen: tokens of these rows, int64, shape (n_asking,).
+        valid: what to return, int64, shape (n_rows,); it comes from the device with the rest.
+        trails: of the rows that ask.
+    """
+    n_most = min(max(trail.n_likeliest or 0 for trail in trails), own.shape[-1])
+    likeliest = own.topk(n_most)
+    ids = torch.cat([chosen[:, None], likeliest.indices], dim=-1)
+    values = torch.cat([own.gather(-1, chosen[:, None]), likeliest.values], dim=-1)
+    moved = torch.cat([valid, ids.flatten(), values.view(torch.int32).flatten()]).cpu().numpy()
+    all_ids, all_values = moved[len(valid) :].astype(np.int32).reshape(2, *ids.shape)
+    for trail, its_ids, its_values in zip(trails, all_ids, all_values.view(np.float32), strict=True):
+        n = 1 + (trail.n_likeliest or 0)
+        trail.noted.append((its_ids[:n].copy(), its_values[:n].copy()))
+    found: list[int] = moved[: len(valid)].tolist()
+    return found
 
 
 def _is_penalized(sampling: Sampling) -> bool:

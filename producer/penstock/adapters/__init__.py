@@ -1,0 +1,1 @@
+"""Penstock's models behind the interfaces of other libraries; each module needs the extra of its name."""

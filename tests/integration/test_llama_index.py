@@ -1,0 +1,112 @@
+"""LlamaIndex's models as LlamaIndex calls them, answered by a real worker; it ships no tests of its own."""
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+from llama_index.core import Document, VectorStoreIndex
+from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole
+
+from penstock import Client, InvalidOptionError, InvalidTextError
+from penstock.adapters.llama_index import PenstockEmbedding, PenstockLLM
+from tests.deployment import Server, WorkerProcess
+
+
+@pytest.fixture
+def embedding(server: Server, worker: WorkerProcess) -> PenstockEmbedding:
+    """The bundled embedding model."""
+    return PenstockEmbedding(model_name="minilm", url=server.broker_url)
+
+
+@pytest.fixture
+def llm(server: Server, worker: WorkerProcess) -> PenstockLLM:
+    """The bundled chat model."""
+    return PenstockLLM(model="chat", url=server.broker_url)
+
+
+def test_embeddings_are_the_clients(client: Client, embedding: PenstockEmbedding) -> None:
+    """Texts and queries get the vectors that `embed` gives, in order, from both twins."""
+    texts = [f"text {i}" for i in range(300)]
+
+    found = embedding.get_text_embedding_batch(texts)
+    awaited = asyncio.run(embedding.aget_text_embedding_batch(texts))
+    queries = [embedding.get_query_embedding("text 7"), asyncio.run(embedding.aget_query_embedding("text 7"))]
+
+    expected = client.embed(texts, model="minilm")
+    assert np.allclose([found, awaited], expected, atol=1e-2)
+    assert np.allclose(queries, expected[7], atol=1e-2)
+    assert np.allclose(embedding.get_text_embedding("text 7"), expected[7], atol=1e-2)
+
+
+def test_an_index_finds_what_is_near(embedding: PenstockEmbedding, llm: PenstockLLM) -> None:
+    """An index is built and asked with nothing but these two."""
+    facts = ["The pump is red.", "The gate is blue.", "Ada has the key."]
+    index = VectorStoreIndex(embed_model=embedding, nodes=[])
+    for fact in facts:
+        index.insert_nodes([Document(text=fact)])
+
+    found = index.as_retriever(similarity_top_k=1).retrieve("What colour is the gate?")
+
+    assert [each.node.get_content() for each in found] == ["The gate is blue."]
+    assert "blue" in llm.complete(f"{found[0].node.get_content()} What colour is the gate?").text
+
+
+def test_chat_takes_the_whole_conversation(llm: PenstockLLM) -> None:
+    """System message and earlier turns show in the answer of all four ways to chat."""
+    messages = [
+        ChatMessage(role="system", content="Answer in upper case."),
+        ChatMessage(role="user", content="My name is Ada."),
+        ChatMessage(role="assistant", content="HELLO, ADA."),
+        ChatMessage(role="user", content="What is my name?"),
+    ]
+
+    async def read() -> list[str | None]:
+        pieces = [piece async for piece in await llm.astream_chat(messages)]
+        return [(await llm.achat(messages)).message.content, pieces[-1].message.content]
+
+    pieces = list(llm.stream_chat(messages))
+    answers = [llm.chat(messages).message.content, pieces[-1].message.content, *asyncio.run(read())]
+
+    assert answers[0] is not None
+    assert "ADA" in answers[0]
+    assert answers == [answers[0]] * 4
+    assert "".join(piece.delta or "" for piece in pieces) == answers[0]
+    assert pieces[-1].additional_kwargs["finish_reason"] == "stop"
+
+
+def test_complete_is_the_same_four_ways(llm: PenstockLLM) -> None:
+    """A prompt is answered with text and counts of tokens."""
+    prompt = "What is 17 + 26?"
+
+    async def read() -> list[str]:
+        pieces = [piece async for piece in await llm.astream_complete(prompt)]
+        return [(await llm.acomplete(prompt)).text, pieces[-1].text]
+
+    answer = llm.complete(prompt)
+    texts = [answer.text, list(llm.stream_complete(prompt))[-1].text, *asyncio.run(read())]
+
+    assert "43" in answer.text
+    assert texts == [answer.text] * 4
+    assert answer.additional_kwargs["total_tokens"] > answer.additional_kwargs["completion_tokens"] > 0
+
+
+def test_options_go_through(llm: PenstockLLM) -> None:
+    """A call's options win, formats hold, and an unknown option is an error."""
+    wanted = {"type": "json_schema", "json_schema": {"schema": {"enum": ["open", "closed"]}}}
+
+    assert llm.complete("What is 17 + 26?", max_tokens=2).additional_kwargs["finish_reason"] == "length"
+    assert json.loads(llm.complete("The gate?", response_format=wanted).text) in ("open", "closed")
+    with pytest.raises(InvalidOptionError, match="colour"):
+        llm.complete("?", colour="blue")
+    with pytest.raises(InvalidTextError, match="'tool'"):
+        llm.chat([ChatMessage(role=MessageRole.TOOL, content="43")])
+    with pytest.raises(InvalidTextError, match="ImageBlock"):
+        llm.chat([ChatMessage(role="user", blocks=[ImageBlock(url="https://example.org/a.png")])])
+
+
+def test_metadata_is_what_workers_announced(llm: PenstockLLM) -> None:
+    """LlamaIndex cuts its prompts by the model's own window; the URL is told to nobody."""
+    assert (llm.metadata.context_window, llm.metadata.is_chat_model) == (1024, True)
+    assert llm.metadata.model_name == "chat"
+    assert llm.url not in repr(llm) + json.dumps(llm.to_payload(), default=str)

@@ -1,0 +1,82 @@
+"""How many texts each job of `embed_many` has."""
+
+import asyncio
+from collections.abc import Iterable
+
+import pytest
+
+from penstock.job import AsyncJob
+from penstock.pacing import FEWEST_TEXTS, TEXTS_PER_JOB, Pacer
+from penstock.registry import ModelInfo, Registry, WorkerInfo
+from penstock.result import Vectors
+
+MODEL = ModelInfo(
+    name="m",
+    task="embed",
+    pools=("cpu",),
+    dim=4,
+    max_tokens=8,
+    max_texts=4096,
+    deadline_s=None,
+    dtype="float32",
+)
+
+
+class Announced:
+    """A model that some workers serve; nothing is sent."""
+
+    def __init__(self, n_workers: int) -> None:
+        workers = tuple(
+            (
+                WorkerInfo(
+                    id=f"w{pid}",
+                    host="h",
+                    pid=pid,
+                    pool="cpu",
+                    device="cpu",
+                    state="ready",
+                    models=("m",),
+                    started_at=0.0,
+                ),
+                0.0,
+            )
+            for pid in range(n_workers)
+        )
+        self._registry = Registry(models={"m": MODEL}, workers=workers, results=None)
+
+    async def look(self) -> tuple[Registry, ModelInfo]:
+        """Return both."""
+        return self._registry, MODEL
+
+    async def send(self, part: list[str]) -> AsyncJob[Vectors]:
+        """Fail."""
+        raise AssertionError(part)
+
+
+def sizes(texts: Iterable[str], *, n_workers: int) -> list[int]:
+    pacer = Pacer(texts, Announced(n_workers), None)
+    asyncio.run(pacer.open())
+    found = []
+    while part := pacer.take():
+        found.append(len(part))
+    return found
+
+
+def test_jobs_become_smaller_towards_a_known_end() -> None:
+    """Half of what is left is spread over the workers, so that none is left with a large last job."""
+    found = sizes(["a"] * 600, n_workers=2)
+    assert sum(found) == 600
+    assert found == sorted(found, reverse=True)
+    assert found[0] == TEXTS_PER_JOB
+    assert found[-2] == FEWEST_TEXTS
+
+
+def test_few_texts_reach_all_workers() -> None:
+    assert len(sizes(["a"] * TEXTS_PER_JOB, n_workers=4)) == 4
+
+
+@pytest.mark.parametrize(
+    ("texts", "n_workers"), [(iter(["a"] * 600), 2), (["a"] * 600, 1)], ids=["unknown end", "one worker"]
+)
+def test_other_jobs_are_of_one_size(texts: Iterable[str], n_workers: int) -> None:
+    assert set(sizes(texts, n_workers=n_workers)[:-1]) == {TEXTS_PER_JOB}

@@ -1,0 +1,137 @@
+"""Pairs of query and document to scores: sentence-transformers' cross-encoders, batches of our own."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import CrossEncoder
+from torch import Tensor, nn
+
+from penstock.errors import EngineError, ModelLoadError, OutOfMemoryError, PenstockError
+from penstock.request import RerankRequest
+from penstock.settings import ModelSettings
+from penstock_workers.engines.attention import upload
+from penstock_workers.engines.embedding import FOREIGN, TOKENIZE_AT_ONCE, Encoded, unpad
+from penstock_workers.engines.products import use_bfloat16
+from penstock_workers.engines.source import explain_failure, resolve_source
+
+PROBE: Final = RerankRequest(
+    model="probe", query="What is a penstock?", documents=["A pipe.", "A long one. " * 9]
+)
+
+
+class Reranker:
+    """A cross-encoder on one device, with the scores of its own `predict`.
+
+    Batches are padded: a score has no direction that a faster way could be compared by, so `dtype = "auto"`
+    is float32 too.
+
+    Attributes:
+        name: the name it is served under.
+        max_tokens: longer pairs are cut, as `predict` does.
+        dtype: format of the matrix products; unless it is float16, everything else is float32.
+        n_heads: of its attention, where that is known.
+        batching: how pairs share forward passes.
+        is_padded: a batch costs its longest pair times their number.
+    """
+
+    batching: Literal["padded"] = "padded"
+    is_padded = True
+
+    def __init__(self, name: str, model: CrossEncoder) -> None:
+        self.name, self._model = name, model.eval()
+        self.n_heads: int | None = getattr(getattr(model.model, "config", None), "num_attention_heads", None)
+        self.max_tokens = model.max_seq_length
+        self.dtype = "float32"
+        self._tokenizing = threading.Lock()  # fast tokenizers refuse two threads that change their settings
+
+    @classmethod
+    def load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:
+        """Load a model.
+
+        Raises:
+            ModelLoadError: one line that says why.
+        """
+        engine = cls(name, _load(name, model, device))
+        if (n_labels := engine._model.num_labels) != 1:
+            raise ModelLoadError(name, f"it gives {n_labels} numbers for a pair; to rerank takes one")
+        if model.dtype == "float16":
+            engine._model.half()
+        elif model.dtype == "bfloat16":
+            use_bfloat16(engine._model)
+        engine.dtype = "float32" if model.dtype == "auto" else model.dtype
+        try:
+            scores = engine._forward(engine.prepare(PROBE))
+        except FOREIGN as error:
+            raise explain_failure(name, error) from error
+        if scores.shape != (2,) or not np.isfinite(scores).all():
+            raise ModelLoadError(name, "it gives no finite score for a pair")
+        return engine
+
+    def prepare(self, request: RerankRequest) -> list[Encoded]:
+        """Tokenize a request's pairs; safe to call in many threads."""
+        pairs = [[request.query, document] for document in request.documents]
+        prompt = self._model.prompts.get(self._model.default_prompt_name or "")
+        encoded: list[Encoded] = []
+        for start in range(0, len(pairs), TOKENIZE_AT_ONCE):
+            with self._tokenizing:
+                padded = self._model.preprocess(pairs[start : start + TOKENIZE_AT_ONCE], prompt=prompt)
+            encoded += unpad(padded)
+        return encoded
+
+    def run(self, batch: Sequence[Encoded]) -> Iterator[tuple[int, float | PenstockError] | None]:
+        """Score a batch; yields (index, score) or the item's error.
+
+        Raises:
+            OutOfMemoryError: the batch did not fit; the engine stays usable.
+        """
+        for index, score in enumerate(self._forward(batch).tolist()):
+            if np.isfinite(score):
+                yield index, score
+            else:
+                yield index, EngineError(self.name, "a score is not finite")
+
+    @torch.inference_mode()
+    def _forward(self, pairs: Sequence[Encoded]) -> NDArray[np.float32]:
+        """Return shape (n_pairs,)."""
+        try:
+            scores = self._model.activation_fn(self._model(self._pad(pairs))["scores"].float())
+            found: NDArray[np.float32] = scores.cpu().numpy().reshape(len(pairs))
+            return found
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise OutOfMemoryError(self.name, max(pair.n_tokens for pair in pairs)) from error
+
+    def _pad(self, pairs: Sequence[Encoded]) -> dict[str, Tensor]:
+        # A decoder is read at its last token, so its padding is on the left.
+        padding = {"input_ids": self._model.tokenizer.pad_token_id or 0}
+        return {
+            key: upload(
+                nn.utils.rnn.pad_sequence(
+                    [pair.features[key] for pair in pairs],
+                    True,
+                    padding_value=padding.get(key, 0),
+                    padding_side=self._model.tokenizer.padding_side,
+                ),
+                self._model.device,
+            )
+            for key in pairs[0].features
+        }
+
+
+def _load(name: str, model: ModelSettings, device: torch.device) -> CrossEncoder:
+    source = resolve_source(name, model)
+    options: dict[str, Any] = {"model_kwargs": {"dtype": torch.float32}}
+    try:
+        return CrossEncoder(
+            source,
+            device=str(device),
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            **options,
+        )
+    except Exception as error:  # whatever the library meets in foreign files, the start fails in one line
+        raise explain_failure(name, error) from error
