@@ -2,6 +2,7 @@
 
 from penstock.blocking import Client, Job
 from penstock.client import AsyncClient
+from penstock.delay import Estimate
 from penstock.errors import (
     BrokerRefusedError,
     BrokerUnavailableError,
@@ -18,6 +19,8 @@ from penstock.errors import (
     ModelLoadError,
     OutOfMemoryError,
     PenstockError,
+    QueueDelayError,
+    RateLimitError,
     RequestError,
     RequestTooLargeError,
     ResultDecodeError,
@@ -42,6 +45,7 @@ from penstock.registry import ModelInfo
 from penstock.request import Message, ResponseFormat, Tool, ToolCall
 from penstock.result import Choice, GenerateResult, Logprobs, RerankResult, Timings, TokenLogprob, Usage
 from penstock.stream import Piece
+from penstock.waiting import WaitPolicy
 
 __all__ = [
     "AsyncClient",
@@ -53,6 +57,7 @@ __all__ = [
     "ConfigError",
     "DeadlineExceededError",
     "EngineError",
+    "Estimate",
     "GenerateResult",
     "IncompleteOutputError",
     "InputTooLongError",
@@ -70,6 +75,8 @@ __all__ = [
     "OutOfMemoryError",
     "PenstockError",
     "Piece",
+    "QueueDelayError",
+    "RateLimitError",
     "RequestError",
     "RequestTooLargeError",
     "RerankResult",
@@ -92,6 +99,7 @@ __all__ = [
     "UpstreamRefusedError",
     "UpstreamUnavailableError",
     "Usage",
+    "WaitPolicy",
     "WorkerError",
     "WorkerLostError",
     "WrongTaskError",

@@ -17,8 +17,10 @@ from penstock.client import (
     RerankOptions,
     progress_bar,
 )
+from penstock.delay import Estimate
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, JobState, T
 from penstock.registry import ModelInfo, Registry
+from penstock.request import PriorityName
 from penstock.result import GenerateResult, RerankResult, Timings, Usage, Vectors
 from penstock.stream import OnRestart, Piece
 
@@ -118,6 +120,12 @@ class Client:
     def registry(self) -> Registry:
         """See `AsyncClient.registry`."""
         return self._run(self._started().registry())
+
+    def estimate(
+        self, model: str, *, priority: PriorityName = "default", tenant: str | None = None
+    ) -> Estimate:
+        """See `AsyncClient.estimate`."""
+        return self._run(self._started().estimate(model, priority=priority, tenant=tenant))
 
     def embed(
         self,

@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import redis
 import redis.asyncio as aioredis
@@ -25,11 +25,15 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.sentinel import Sentinel
 
-from penstock.errors import BrokerRefusedError, BrokerUnavailableError
-from penstock.leases import push_arguments, scripts
+from penstock.bucket import take
+from penstock.codec import queue_key
+from penstock.errors import BrokerRefusedError, BrokerUnavailableError, QueueDelayError, RateLimitError
+from penstock.leases import Limits, push_arguments, scripts
 from penstock.registry import MODELS_KEY, RESULTS_KEY, WORKERS_KEY, Registry, mask_url
+from penstock.request import Lane
 from penstock.sentinel import SentinelUrl, is_sentinel
 from penstock.store import RECORD_TTL_S, SENT, record_key
+from penstock.waiting import RETRIES
 
 CONNECT_TIMEOUT_S: Final = 5.0
 ANSWER_TIMEOUT_S: Final = 10.0
@@ -175,6 +179,7 @@ class Broker:
         self.url = url
         self._redis = connect(url, connect_timeout_s=connect_timeout_s)
         self._push = self._redis.register_script(scripts()["push"])
+        self._load = self._redis.register_script(scripts()["load"])
 
     async def registry(self) -> Registry:
         """Read what is served, in one round trip."""
@@ -186,11 +191,37 @@ class Broker:
                 models, workers, results, (second, microsecond) = await pipe.execute()
         return Registry.read(models, workers, results, second + microsecond / 1e6)
 
-    async def push(self, key: str, *messages: bytes) -> None:
-        """Put messages at the end of a queue's list, and wake idle workers: all in one step, or none."""
-        keys, arguments = push_arguments(key, *messages)
+    async def push(self, queue: str, lane: Lane, *messages: bytes, limits: Limits) -> None:
+        """Put messages at the end of a queue, and wake idle workers: all in one step, or none.
+
+        Raises:
+            QueueDelayError: one of the limits would be exceeded; nothing was sent.
+            RateLimitError: the tenant sends too much; nothing was sent.
+        """
+        keys, arguments = push_arguments(queue_key(queue, *lane), *messages, limits=limits)
         with redis_errors(self.url):
-            await self._push(keys=keys, args=arguments)
+            reply = await self._push(keys=keys, args=arguments)
+        if isinstance(reply, list):
+            retry_s, wait_s, exceeded = (text.decode() for text in reply)
+            if exceeded == "rate":
+                raise RateLimitError(lane.tenant, float(retry_s))
+            raise QueueDelayError(queue, exceeded, float(retry_s), float(wait_s) if wait_s else None)
+
+    async def load(self, key: str) -> list[int]:
+        """Return jobs, tokens and bytes of a queue, and the tokens that go before what is pushed now."""
+        with redis_errors(self.url):
+            return cast("list[int]", await self._load(keys=[key]))
+
+    async def count_spilled(self, queue: str, n_jobs: int) -> None:
+        """Count jobs that came here because the wait in the preferred pool was longer."""
+        with redis_errors(self.url):
+            await self._redis.hincrby(f"penstock:load:{queue}", "spilled", n_jobs)
+
+    async def ask_for_retry(self, within_s: float) -> float | None:
+        """Take one retry of what all clients and workers share; see `waiting.Ask`."""
+        with redis_errors(self.url):
+            taken = await take(self._redis, RETRIES.of(1), within_s=within_s)
+        return taken.wait_s if taken.is_taken else None
 
     async def is_taken(self, job_id: str) -> bool:
         """Say whether a worker holds the job; its id is its delivery tag."""
@@ -209,3 +240,9 @@ async def record_sent(results: aioredis.Redis, url: str, job_ids: Sequence[str])
             for job_id in job_ids:
                 pipe.set(record_key(job_id), SENT, ex=RECORD_TTL_S, nx=True)
             await pipe.execute()
+
+
+async def forget_sent(results: aioredis.Redis, url: str, job_ids: Sequence[str]) -> None:
+    """Take back what `record_sent` noted: they were not sent."""
+    with redis_errors(url):
+        await results.delete(*map(record_key, job_ids))

@@ -2,20 +2,24 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence, Sized
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypedDict, TypeVar, Unpack
 
 from tqdm import tqdm
 
-from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, record_sent
+from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, forget_sent, record_sent
 from penstock.codec import encode_message, queue_key, queue_name
+from penstock.delay import Estimate, Router, count_tokens, predict, queue_limits
 from penstock.errors import (
     InvalidOptionError,
+    QueueDelayError,
+    RateLimitError,
     TooManyTextsError,
     TransportError,
     UnknownModelError,
@@ -27,8 +31,10 @@ from penstock.joining import Joiner
 from penstock.pacing import Pacer
 from penstock.registry import ModelInfo, Registry, locate_results
 from penstock.request import (
+    TENANT,
     EmbedRequest,
     GenerateRequest,
+    Lane,
     Message,
     Mode,
     Precision,
@@ -44,17 +50,24 @@ from penstock.request import (
 )
 from penstock.result import GenerateResult, RerankResult, Vectors
 from penstock.stream import OnRestart, Piece
+from penstock.waiting import WaitPolicy, try_again
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
 REGISTRY_TTL_S: Final = 5.0
 
+_OF_SENDING: Final = ("priority", "tenant", "deadline_s", "wait")
+
 R = TypeVar("R", EmbedRequest, GenerateRequest, RerankRequest)
+S = TypeVar("S")
 
 
 class EmbedOptions(TypedDict, total=False):
     """Options of an embedding job; `penstock.request.EmbedRequest` explains them.
 
     `priority` says which waiting jobs go first; after `deadline_s` seconds the job is not worth computing.
+    Jobs of a `tenant` take turns with those of others, by the shares of the deployment's settings.
+    `wait` tries again where the queue is full, or a worker or Redis failed for now; without it the first
+    error counts.
     """
 
     prompt_name: str | None
@@ -63,13 +76,18 @@ class EmbedOptions(TypedDict, total=False):
     truncate_dim: int | None
     precision: Precision
     priority: PriorityName
+    tenant: str | None
     deadline_s: float | None
+    wait: WaitPolicy | None
 
 
 class GenerateOptions(TypedDict, total=False):
     """Options of a generation job; `penstock.request.GenerateRequest` explains them.
 
     `priority` says which waiting jobs go first; after `deadline_s` seconds the job is not worth computing.
+    Jobs of a `tenant` take turns with those of others, by the shares of the deployment's settings.
+    `wait` tries again where the queue is full, or a worker or Redis failed for now; without it the first
+    error counts.
     """
 
     system_prompt: str | None
@@ -94,7 +112,9 @@ class GenerateOptions(TypedDict, total=False):
     top_logprobs: int | None
     response_format: ResponseFormat | None
     priority: PriorityName
+    tenant: str | None
     deadline_s: float | None
+    wait: WaitPolicy | None
 
 
 class RerankOptions(TypedDict, total=False):
@@ -105,7 +125,9 @@ class RerankOptions(TypedDict, total=False):
 
     top_n: int | None
     priority: PriorityName
+    tenant: str | None
     deadline_s: float | None
+    wait: WaitPolicy | None
 
 
 class AsyncClient:
@@ -136,6 +158,7 @@ class AsyncClient:
         self._registry: Registry | None = None
         self._registry_read_at = 0.0
         self._reading: asyncio.Task[Registry] | None = None
+        self._router = Router(self._estimate)
         self._joiner = Joiner(self._send_unrecorded, self._n_workers)
 
     async def __aenter__(self) -> Self:
@@ -161,6 +184,23 @@ class AsyncClient:
         """Return models and workers as they are now."""
         return await self._read_registry(max_age_s=0)
 
+    async def estimate(
+        self, model: str, *, priority: PriorityName = "default", tenant: str | None = None
+    ) -> Estimate:
+        """Say how long a job for `model` would wait if it was sent now.
+
+        Raises:
+            UnknownModelError: no worker ever announced it.
+        """
+        info = await self._find_model(model)
+        registry, lane = await self._read_registry(), Lane(_priority(priority), _tenant(tenant))
+        pool = await self._router.choose(info, registry, lane)
+        return await self._estimate(queue_name(pool, model), lane)
+
+    async def _estimate(self, queue: str, lane: Lane) -> Estimate:
+        load = await self._broker.load(queue_key(queue, *lane))
+        return predict(queue, load, await self._read_registry())
+
     async def embed(
         self,
         texts: Sequence[str],
@@ -185,11 +225,15 @@ class AsyncClient:
 
         Raises:
             RequestError: the request cannot be served as it is; nothing was sent.
+            QueueDelayError: too much waits, or longer than `deadline_s`; nothing was sent.
+            RateLimitError: the tenant sends more than it may; nothing was sent.
             TransportError: Redis is out of reach, or the result did not come in time.
             WorkerError: the model failed on these texts.
         """
-        request, priority = await self._prepare(EmbedRequest, "embed", _embed_fields(texts, model, options))
-        return await self._joiner.embed(request, priority, timeout_s)
+        request, lane = await self._prepare(EmbedRequest, "embed", _embed_fields(texts, model, options))
+        return await self._again(
+            options.get("wait"), lambda: self._joiner.embed(request, lane, timeout_s), request
+        )
 
     async def submit_embed(
         self, texts: Sequence[str], *, model: str, **options: Unpack[EmbedOptions]
@@ -224,11 +268,14 @@ class AsyncClient:
 
         Raises:
             RequestError: the request cannot be served as it is.
+            QueueDelayError: too much waits, or longer than `deadline_s`; nothing was sent.
+            RateLimitError: the tenant sends more than it may; nothing was sent.
             TransportError: Redis is out of reach, or the result did not come in time.
             WorkerError: the model failed on this prompt.
         """
-        job = await self.submit_generate(prompt, model=model, **options)
-        return await _result_or_cancel(job, timeout_s)
+        request, lane = await self._prepare_generate(prompt, model, options, is_stream=False)
+        result: GenerateResult = await self._answer(request, lane, options.get("wait"), timeout_s)
+        return result
 
     async def submit_generate(
         self, prompt: str | None, *, model: str, **options: Unpack[GenerateOptions]
@@ -280,6 +327,15 @@ class AsyncClient:
     async def _submit_generate(
         self, prompt: str | None, model: str, options: GenerateOptions, *, is_stream: bool
     ) -> AsyncJob[GenerateResult]:
+        request, lane = await self._prepare_generate(prompt, model, options, is_stream=is_stream)
+        jobs: list[AsyncJob[GenerateResult]] = await self._again(
+            options.get("wait"), lambda: self._send([request], lane, is_recorded=True), request
+        )
+        return jobs[0]
+
+    async def _prepare_generate(
+        self, prompt: str | None, model: str, options: GenerateOptions, *, is_stream: bool
+    ) -> tuple[GenerateRequest, Lane]:
         fields: dict[str, Any] = {**options, "model": model, "prompt": prompt, "stream": is_stream}
         if "history" in fields:
             turns = fields["history"]
@@ -290,9 +346,7 @@ class AsyncClient:
             fields["tools"] = list(fields["tools"])
         if is_stream and fields.get("seed") is None:
             fields["seed"] = secrets.randbits(63)
-        request, priority = await self._prepare(GenerateRequest, "generate", fields)
-        jobs: list[AsyncJob[GenerateResult]] = await self._send([request], priority, is_recorded=True)
-        return jobs[0]
+        return await self._prepare(GenerateRequest, "generate", fields)
 
     async def rerank(
         self,
@@ -319,18 +373,38 @@ class AsyncClient:
         Raises:
             PenstockError: see `embed`.
         """
-        job = await self.submit_rerank(query, documents, model=model, **options)
-        return await _result_or_cancel(job, timeout_s)
+        request, lane = await self._prepare_rerank(query, documents, model, options)
+        result: RerankResult = await self._answer(request, lane, options.get("wait"), timeout_s)
+        return result
 
     async def submit_rerank(
         self, query: str, documents: Sequence[str], *, model: str, **options: Unpack[RerankOptions]
     ) -> AsyncJob[RerankResult]:
         """Send a reranking job and return at once; see `rerank`."""
+        request, lane = await self._prepare_rerank(query, documents, model, options)
+        jobs: list[AsyncJob[RerankResult]] = await self._again(
+            options.get("wait"), lambda: self._send([request], lane, is_recorded=True), request
+        )
+        return jobs[0]
+
+    async def _prepare_rerank(
+        self, query: str, documents: Sequence[str], model: str, options: RerankOptions
+    ) -> tuple[RerankRequest, Lane]:
         listed = list(documents) if isinstance(documents, tuple) else documents
         fields = {**options, "model": model, "query": query, "documents": listed}
-        request, priority = await self._prepare(RerankRequest, "rerank", fields)
-        jobs: list[AsyncJob[RerankResult]] = await self._send([request], priority, is_recorded=True)
-        return jobs[0]
+        return await self._prepare(RerankRequest, "rerank", fields)
+
+    async def _answer(
+        self, request: Request, lane: Lane, wait: WaitPolicy | None, timeout_s: float | None
+    ) -> Any:
+        """Send a job whose id nobody is told, and wait for its result."""
+
+        async def answer() -> Any:
+            job: AsyncJob[Any]
+            (job,) = await self._send([request], lane, is_recorded=True)
+            return await _result_or_cancel(job, timeout_s)
+
+        return await self._again(wait, answer, request)
 
     async def job(self, job_id: str) -> AsyncJob[Vectors | GenerateResult | RerankResult]:
         """Return a job that any client sent, by its id; whether it exists shows when it is asked."""
@@ -388,18 +462,26 @@ class AsyncClient:
         prepared = [await self._prepare(EmbedRequest, "embed", each) for each in fields]
         if not prepared:
             return []
-        requests, (priority, *_) = zip(*prepared, strict=True)
-        return await self._send(requests, priority, is_recorded=is_recorded)
+        requests, (lane, *_) = zip(*prepared, strict=True)
+        return await self._again(
+            options.get("wait"),
+            lambda: self._send(requests, lane, is_recorded=is_recorded),
+            min(requests, key=lambda request: request.deadline or math.inf),
+        )
+
+    async def _again(self, wait: WaitPolicy | None, call: Callable[[], Awaitable[S]], request: Request) -> S:
+        """Call, and again as `wait` says until the request's deadline."""
+        return await try_again(wait, call, deadline=request.deadline, ask=self._broker.ask_for_retry)
 
     def _pace(
         self, texts: Iterable[str], model: str, timeout_s: float | None, options: EmbedOptions
     ) -> Pacer:
         return Pacer(texts, _Sender(self, model, options), timeout_s)
 
-    async def _prepare(self, kind: type[R], task: Task, fields: Mapping[str, Any]) -> tuple[R, Priority]:
+    async def _prepare(self, kind: type[R], task: Task, fields: Mapping[str, Any]) -> tuple[R, Lane]:
         """Check what can be known before anything is sent."""
-        plain = {name: value for name, value in fields.items() if name not in ("priority", "deadline_s")}
-        priority = _priority(fields.get("priority", "default"))
+        plain = {name: value for name, value in fields.items() if name not in _OF_SENDING}
+        lane = Lane(_priority(fields.get("priority", "default")), _tenant(fields.get("tenant")))
         now = time.time()
         request = kind.parse(plain | {"sent_at": now, "deadline": _deadline(now, fields.get("deadline_s"))})
         model = await self._find_model(request.model, task)
@@ -408,11 +490,9 @@ class AsyncClient:
             raise TooManyTextsError(n_texts, model.max_texts)
         if request.deadline is None and model.deadline_s is not None:
             request = request.model_copy(update={"deadline": now + model.deadline_s})
-        return request, priority
+        return request, lane
 
-    async def _send(
-        self, requests: Sequence[Request], priority: Priority, *, is_recorded: bool
-    ) -> list[AsyncJob[T]]:
+    async def _send(self, requests: Sequence[Request], lane: Lane, *, is_recorded: bool) -> list[AsyncJob[T]]:
         """Queue requests of one model, all together or none.
 
         A job whose id the caller is told is recorded, and before it is queued: an error then means that
@@ -420,7 +500,9 @@ class AsyncClient:
         """
         store, registry = await self._open_store(), await self._read_registry()
         model = registry.models[requests[0].model]
-        queue = queue_name(registry.choose_pool(model), model.name)
+        pool = await self._router.choose(model, registry, lane)
+        queue = queue_name(pool, model.name)
+        n_tokens = [count_tokens(request, registry, model) for request in requests]
         jobs: list[AsyncJob[T]] = [
             AsyncJob(new_job_id(), self._broker, store, is_ours=True, is_recorded=is_recorded)
             for _ in requests
@@ -430,19 +512,31 @@ class AsyncClient:
                 request,
                 job_id=job.id,
                 queue=queue,
-                priority=priority,
+                priority=lane.priority,
+                tenant=lane.tenant,
                 reply_to=store.inbox.reply_to,
                 origin=self._origin,
+                n_tokens=cost,
             )
-            for request, job in zip(requests, jobs, strict=True)
+            for request, job, cost in zip(requests, jobs, n_tokens, strict=True)
         ]
+        limits = queue_limits(model, registry, pool, requests)
+        job_ids = [job.id for job in jobs]
         if is_recorded:
-            await record_sent(store.redis, store.url, [job.id for job in jobs])
-        await self._broker.push(queue_key(queue, priority), *messages)
+            await record_sent(store.redis, store.url, job_ids)
+        try:
+            await self._broker.push(queue, lane, *messages, limits=limits)
+        except (QueueDelayError, RateLimitError):
+            if is_recorded:
+                await forget_sent(store.redis, store.url, job_ids)
+            raise
+        self._router.sent(model, registry, lane, pool, sum(n_tokens))
+        if pool != registry.choose_pool(model):
+            await self._broker.count_spilled(queue, len(jobs))
         return jobs
 
-    async def _send_unrecorded(self, request: EmbedRequest, priority: Priority) -> AsyncJob[Vectors]:
-        jobs: list[AsyncJob[Vectors]] = await self._send([request], priority, is_recorded=False)
+    async def _send_unrecorded(self, request: EmbedRequest, lane: Lane) -> AsyncJob[Vectors]:
+        jobs: list[AsyncJob[Vectors]] = await self._send([request], lane, is_recorded=False)
         return jobs[0]
 
     def _n_workers(self, name: str) -> int:
@@ -450,14 +544,14 @@ class AsyncClient:
         model = registry.models.get(name) if registry else None
         return registry.ready_workers(name, registry.choose_pool(model)) if registry and model else 0
 
-    async def _find_model(self, name: str, task: Task) -> ModelInfo:
+    async def _find_model(self, name: str, task: Task | None = None) -> ModelInfo:
         registry = await self._read_registry()
         if name not in registry.models:
             registry = await self._read_registry(max_age_s=0)
         model = registry.models.get(name)
         if model is None:
             raise UnknownModelError(name, sorted(registry.models))
-        if model.task != task:
+        if task is not None and model.task != task:
             raise WrongTaskError(name, model.task, task)
         return model
 
@@ -486,7 +580,10 @@ class _Sender:
     """Sends the jobs of one `embed_many`; see `pacing.Sender`."""
 
     def __init__(self, client: AsyncClient, model: str, options: EmbedOptions) -> None:
-        self._client, self._model, self._options = client, model, options
+        self._client, self._model = client, model
+        # A full queue is what so many texts lead to, and no reason to stop.
+        self._options = EmbedOptions(wait=WaitPolicy(attempts=None))
+        self._options.update(options)
 
     async def look(self) -> tuple[Registry, ModelInfo]:
         model = await self._client._find_model(self._model, "embed")
@@ -529,6 +626,14 @@ def _priority(name: object) -> Priority:
     except KeyError:
         allowed = ", ".join(priority.name.lower() for priority in Priority)
         raise InvalidOptionError("priority", repr(name)[:80], f"one of {allowed}") from None
+
+
+def _tenant(name: object) -> str:
+    if name is None:
+        return ""
+    if not (isinstance(name, str) and TENANT.fullmatch(name)):
+        raise InvalidOptionError("tenant", repr(name)[:80], "up to 64 of a-z A-Z 0-9 . _ @ -")
+    return name
 
 
 def _deadline(now: float, deadline_s: object) -> float | None:

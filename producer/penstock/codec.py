@@ -54,24 +54,39 @@ _RECORDS: Mapping[str, type] = {
 }
 
 
+TENANT_SEPARATOR = "\x06\x17"
+"""Between a list's name and the tenant whose messages are in it."""
+
+
 def queue_name(pool: str, model: str) -> str:
     """Return the queue of one model in one pool."""
     return f"{pool}.{model}"
 
 
-def queue_key(queue: str, priority: int) -> str:
-    r"""Return the Redis list that holds a queue's jobs of one priority.
+def queue_key(queue: str, priority: int, tenant: str = "") -> str:
+    r"""Return the Redis list that holds a queue's jobs of one priority, and of one tenant if it is named.
 
     Source: kombu 5.7, `kombu.transport.redis.Channel._q_for_pri`: priority 0 has the queue's own name,
     others a suffix behind the separator `\x06\x16`.
     """
-    return f"{queue}\x06\x16{int(priority)}" if priority else queue
+    key = f"{queue}\x06\x16{int(priority)}" if priority else queue
+    return f"{key}{TENANT_SEPARATOR}{tenant}" if tenant else key
 
 
 def encode_message(
-    request: Request, *, job_id: str, queue: str, priority: Priority, reply_to: str, origin: str
+    request: Request,
+    *,
+    job_id: str,
+    queue: str,
+    priority: Priority,
+    tenant: str = "",
+    reply_to: str,
+    origin: str,
+    n_tokens: int | None = None,
 ) -> bytes:
     """Return what is pushed onto the queue's list.
+
+    With `n_tokens`, what it is expected to cost, it has to be pushed by the script `push`, which counts it.
 
     Source: Celery's message protocol 2 (docs.celeryq.dev, Message Protocol) and the envelope of kombu's
     virtual transports; `body_encoding` utf-8 leaves out base64.
@@ -98,6 +113,7 @@ def encode_message(
             "kwargsrepr": request.summary(),
             "origin": origin,
             "ignore_result": False,
+            **({"tenant": tenant} if tenant else {}),
         },
         "properties": {
             "correlation_id": job_id,
@@ -107,6 +123,8 @@ def encode_message(
             "delivery_info": {"exchange": "", "routing_key": queue},
             "priority": int(priority),
             "body_encoding": "utf-8",
+            # Here, where scripts find them: kombu's own order too.
+            **({} if n_tokens is None else {"cost": n_tokens}),
             "delivery_tag": job_id,
         },
     }
@@ -230,9 +248,12 @@ def decode_outcome(job_id: str, payload: bytes) -> Outcome:
         if isinstance(result, RerankResult) and not isinstance(result.scores, np.ndarray):
             raise ResultDecodeError("its scores are no array")
         return Outcome(status="SUCCESS", result=result)
-    if meta["status"] == "REVOKED":
-        return Outcome(status="REVOKED", error=JobCancelledError(job_id))
     failure = meta.get("result")
+    if meta["status"] == "REVOKED":
+        told = failure.get("exc_message") if isinstance(failure, dict) else None
+        timings = told[1:] if isinstance(told, list) else []  # others tell it in words of their own
+        known = timings[0] if timings and isinstance(timings[0], dict) else None
+        return Outcome(status="REVOKED", error=JobCancelledError(job_id, known))
     if not isinstance(failure, dict) or "exc_type" not in failure:
         raise ResultDecodeError(f"status {meta['status']!r} without an error")
     message = failure.get("exc_message")

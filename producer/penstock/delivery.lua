@@ -6,7 +6,7 @@
 -- | `penstock:wake:<list>` | list | a token that wakes an idle worker; for 2 s at most | `push`, whatever refills a list; idle workers by BRPOP |
 -- | `unacked` | hash | tag -> message that a worker holds | these scripts; senders look (HEXISTS) |
 -- | `unacked_index` | sorted set | tag -> end of its lease, on this server's clock | these scripts |
--- | `penstock:leases` | hash | tag -> token of who holds it, newline, the list it came from | these scripts |
+-- | `penstock:leases` | hash | tag -> token of who holds it, the list it came from, its cost in tokens, its bytes; by lines | these scripts |
 -- | `penstock:lost` | hash | tag -> leases that ran out; 0 after a hand-back; gone with the acknowledgement | these scripts |
 -- | `penstock:due` | sorted set | tag -> when a delayed message is due, Unix seconds | these scripts |
 -- | `penstock:delayed` | hash | tag -> length of the list's name, colon, that name, message | these scripts |
@@ -14,9 +14,18 @@
 -- | `penstock:untold` | sorted set | entry of `penstock:dead` whose sender must hear -> when another worker may tell | `bury`, `claim_untold`; workers |
 -- | `penstock:sweep` | hash | when leases were last looked through, and from when on they may be taken over | `take_over` |
 -- | `penstock:serial` | string | counter that tells two messages of one tag apart | these scripts |
+-- | `<list>\x06\x17<tenant>` | list | waiting messages of one tenant | these scripts |
+-- | `penstock:turns:<list>` | sorted set | tenant with waiting messages -> tokens it has had, by its share | these scripts |
+-- | `penstock:passed:<list>` | sorted set | the same of tenants without, while others wait | these scripts |
+-- | `penstock:tenants` | hash | tenant -> its share, and its tokens per second or 0 | workers, by their settings |
+-- | `penstock:bucket:tenant:<tenant>` | string | see `bucket.lua` | `push` |
+-- | `penstock:load:<queue>` | hash | level (`+`: of tenants) or `held` -> jobs, tokens and bytes; `age:<level>` -> tokens that went before it in turn; `spilled` -> jobs that came from another pool | these scripts |
 --
 -- A tag is the message's own `delivery_tag`. A token names one pop of one process, so what a process took twice
 -- has two tokens: only the last holder acknowledges, renews or hands back.
+--
+-- The cost of a message is the property `cost`, tokens, which our senders write; without it, a token for four bytes.
+-- What is not marked so, or was put into a list by others, is counted by the list's length.
 --
 -- Each script begins with a marker line, gets the shared part before it, and runs as a whole. Those marked
 -- allow-oom run on a full server too: they are how it becomes less full. Needs Redis 7 or Valkey.
@@ -25,6 +34,8 @@
 local UNACKED, INDEX, LEASES = 'unacked', 'unacked_index', 'penstock:leases'
 local LOST, DUE, DELAYED = 'penstock:lost', 'penstock:due', 'penstock:delayed'
 local DEAD, UNTOLD, SWEEP, SERIAL = 'penstock:dead', 'penstock:untold', 'penstock:sweep', 'penstock:serial'
+local LOAD, TURNS, PASSED, TENANTS = 'penstock:load:', 'penstock:turns:', 'penstock:passed:', 'penstock:tenants'
+local LEVELS = {'0', '3', '6', '9'}
 
 local function now()
   local time = redis.call('TIME')
@@ -34,7 +45,7 @@ end
 -- One token is enough: a token that lies there means that nobody waits, and whoever takes it and leaves messages
 -- wakes the next. Idle workers look for themselves every second, so older tokens serve nobody.
 local function wake(list)
-  local key = 'penstock:wake:' .. list
+  local key = 'penstock:wake:' .. string.gsub(list, '\6\23.*', '')
   local left_ms = redis.call('PTTL', key)
   if left_ms == -2 then redis.call('LPUSH', key, '1') end
   if left_ms < 1000 then redis.call('PEXPIRE', key, 2000) end
@@ -57,22 +68,166 @@ end
 
 local function tag_in(name) return string.match(name, '^[^\n]*') end
 
--- The list that the message came from if `token` holds it, else nil.
+local function queue_of(list) return string.match(list, '^[^\6]*') end
+local function level_of(list) return string.match(list, '\6\22(%d)') or '0' end
+
+-- The list of a level, and the tenant whose part of it this is; '' for those that name none.
+local function split(list)
+  local base, tenant = string.match(list, '^(.-)\6\23(.*)$')
+  return base or list, tenant or ''
+end
+
+local function part_of(base, tenant) return tenant == '' and base or base .. '\6\23' .. tenant end
+
+-- Share, and tokens per second that a tenant may send, 0 if there is no limit.
+local function terms_of(tenant)
+  local share, rate = string.match(redis.call('HGET', TENANTS, tenant) or '', '^(%S+) (%S+)$')
+  return tonumber(share) or 1, tonumber(rate) or 0
+end
+
+-- kombu's name of a level's list.
+local function list_of(queue, level) return level == '0' and queue or queue .. '\6\22' .. level end
+
+-- Tokens, bytes, and whether its sender has said the tokens.
+local function cost_of(message)
+  local tokens = string.match(string.sub(message, -512), '"cost"%s*:%s*(%d+)')
+  return math.min(tonumber(tokens) or math.ceil(#message / 4), 1e9), #message, tokens ~= nil
+end
+
+-- Jobs, tokens and bytes, as they stand in a field of the load.
+local function read_sum(text)
+  local n, t, b = string.match(text or '', '^(%d+) (%d+) (%d+)$')
+  return tonumber(n) or 0, tonumber(t) or 0, tonumber(b) or 0
+end
+
+-- What moves is noted here and written by `settle`, once for each script that runs.
+local moved = {}
+
+local function note(queue, what)
+  moved[queue] = moved[queue] or {}
+  moved[queue][what] = moved[queue][what] or {n = 0, t = 0, b = 0}
+  return moved[queue][what]
+end
+
+local function count(queue, what, n, tokens, bytes)
+  local sum = note(queue, what)
+  sum.n, sum.t, sum.b = sum.n + n, sum.t + n * tokens, sum.b + n * bytes
+end
+
+-- An empty list holds nothing, whatever was counted: others may have emptied it.
+local function forget(queue, what)
+  local sum = note(queue, what)
+  sum.is_new, sum.n, sum.t, sum.b = true, 0, 0, 0
+end
+
+local function settle()
+  for queue, sums in pairs(moved) do
+    local names, full, empty = {}, {}, {}
+    for what in pairs(sums) do names[#names + 1] = what end
+    local before = redis.call('HMGET', LOAD .. queue, unpack(names))
+    for i, what in ipairs(names) do
+      local sum = sums[what]
+      local n, t, b = read_sum(not sum.is_new and before[i] or '')
+      if n + sum.n > 0 then
+        full[#full + 1] = what
+        full[#full + 1] = string.format('%.0f %.0f %.0f', n + sum.n, math.max(t + sum.t, 0), math.max(b + sum.b, 0))
+      elseif before[i] then
+        empty[#empty + 1] = what
+      end
+    end
+    if #full > 0 then redis.call('HSET', LOAD .. queue, unpack(full)) end
+    if #empty > 0 then redis.call('HDEL', LOAD .. queue, unpack(empty)) end
+  end
+  moved = {}
+end
+
+-- Tenants take turns: who has had least goes first, what is taken counts by share. Who comes is put beside the first
+-- of those that wait, but not before what he has had already: Start-time Fair Queuing, Goyal et al. 1996, section 3.
+local function enter(base, tenant)
+  if redis.call('ZSCORE', TURNS .. base, tenant) then return end
+  local first = redis.call('ZRANGE', TURNS .. base, 0, 0, 'WITHSCORES')
+  local had = redis.call('ZSCORE', PASSED .. base, tenant)
+  redis.call('ZADD', TURNS .. base, math.max(tonumber(first[2]) or 0, tonumber(had) or 0), tenant)
+  if had then redis.call('ZREM', PASSED .. base, tenant) end
+end
+
+local function leave(base, tenant)
+  local had = redis.call('ZSCORE', TURNS .. base, tenant)
+  redis.call('ZREM', TURNS .. base, tenant)
+  local first = redis.call('ZRANGE', TURNS .. base, 0, 0, 'WITHSCORES')
+  if first[2] then
+    redis.call('ZREMRANGEBYSCORE', PASSED .. base, '-inf', first[2])
+    if had then redis.call('ZADD', PASSED .. base, had, tenant) end
+  else
+    redis.call('DEL', PASSED .. base)
+    forget(queue_of(base), level_of(base) .. '+')
+  end
+end
+
+local function tally(list, n, message)
+  local tokens, bytes, is_marked = cost_of(message)
+  if select(2, split(list)) ~= '' then
+    count(queue_of(list), level_of(list) .. '+', n, tokens, bytes)
+    count(list, 'own', n, tokens, bytes)
+  elseif is_marked then
+    count(queue_of(list), level_of(list), n, tokens, bytes)
+  end
+  return tokens
+end
+
+-- Puts a message into a list, as the next one or as the last. Returns the list's length, or an error.
+local function insert(list, message, as_next)
+  local length = redis.pcall(as_next and 'RPUSH' or 'LPUSH', list, message)
+  if type(length) ~= 'number' then return length end
+  local base, tenant = split(list)
+  if length == 1 and tenant ~= '' then
+    enter(base, tenant)
+    forget(list, 'own')
+  elseif length == 1 and select(3, cost_of(message)) then
+    forget(queue_of(list), level_of(list))
+  end
+  tally(list, 1, message)
+  wake(list)
+  return length
+end
+
+-- Takes the next message out of a list; the caller has read it. Returns its tokens, and whether the list is empty.
+local function remove(list, message)
+  redis.call('RPOP', list)
+  local tokens = tally(list, -1, message)
+  local is_empty = redis.call('EXISTS', list) == 0
+  if is_empty then
+    local base, tenant = split(list)
+    if tenant ~= '' then forget(list, 'own') else forget(queue_of(list), level_of(list)) end
+    if base ~= queue_of(base) then redis.call('HDEL', LOAD .. queue_of(base), 'age:' .. level_of(base)) end
+  end
+  return tokens, is_empty
+end
+
+-- The list that the message came from if `token` holds it, else nil; its tokens and bytes.
 local function list_held(name, token)
   local lease = redis.call('HGET', LEASES, name)
-  if lease and string.sub(lease, 1, #token + 1) == token .. '\n' then return string.sub(lease, #token + 2) end
+  if lease and string.sub(lease, 1, #token + 1) == token .. '\n' then
+    local list, tokens, bytes = string.match(lease, '\n([^\n]*)\n?(%d*)\n?(%d*)$')
+    return list, tonumber(tokens) or 0, tonumber(bytes) or 0
+  end
 end
+
+local function lease_of(token, list, tokens, bytes) return table.concat({token, list, tokens, bytes}, '\n') end
 
 local function hold(name, message, token, list, lease_end)
+  local tokens, bytes = cost_of(message)
   redis.call('HSET', UNACKED, name, message)
   redis.call('ZADD', INDEX, lease_end, name)
-  redis.call('HSET', LEASES, name, token .. '\n' .. list)
+  redis.call('HSET', LEASES, name, lease_of(token, list, tokens, bytes))
+  count(queue_of(list), 'held', 1, tokens, bytes)
 end
 
-local function drop(name)
+local function drop(name, list, tokens, bytes)
   redis.call('ZREM', INDEX, name)
   redis.call('HDEL', UNACKED, name)
   redis.call('HDEL', LEASES, name)
+  if list ~= '' then count(queue_of(list), 'held', -1, tokens, bytes) end
 end
 
 local function delay(list, message, due)
@@ -82,30 +237,108 @@ local function delay(list, message, due)
 end
 
 -- Back to where it came from, as the next one or as the last.
-local function put_back(name, list, as_next)
+local function put_back(name, list, tokens, bytes, as_next)
   local message = redis.call('HGET', UNACKED, name)
   if message then
-    redis.call(as_next and 'RPUSH' or 'LPUSH', list, message)
+    -- A key of that name which is no list: the lease runs out, and it becomes a dead letter.
+    if type(insert(list, message, as_next)) ~= 'number' then return end
     redis.call('HSETNX', LOST, tag_in(name), 0)
-    wake(list)
   end
-  drop(name)
+  drop(name, list, tokens, bytes)
+end
+
+-- What a queue has: jobs, tokens and bytes that wait or are held, and of the tokens those that are computed before
+-- a message that comes into this list now. What is not counted is taken for like what is held.
+local function load_of(list)
+  local queue, level, base, tenant = queue_of(list), level_of(list), split(list)
+  local fields = redis.call('HMGET', LOAD .. queue, 'held', '0', '3', '6', '9', '0+', '3+', '6+', '9+')
+  local n, t, b = read_sum(fields[1])
+  local plain_t, plain_b = n > 0 and t / n or 256, n > 0 and b / n or 1024
+  local ahead = t
+  for i, each in ipairs(LEVELS) do
+    local length = redis.pcall('LLEN', list_of(queue, each))
+    if type(length) ~= 'number' then length = 0 end
+    local tokens = 0
+    if length > 0 then
+      local counted_n, counted_t, counted_b = read_sum(fields[i + 1])
+      local plain_n = math.max(length - counted_n, 0)
+      tokens = plain_n * plain_t + counted_t
+      n, t, b = n + length, t + tokens, b + plain_n * plain_b + counted_b
+    end
+    local tenants_n, tenants_t, tenants_b = read_sum(fields[i + 5])
+    n, t, b = n + tenants_n, t + tenants_t, b + tenants_b
+    if each < level then ahead = ahead + tokens + tenants_t end
+    if each == level then
+      local all = tokens + tenants_t
+      if tenant ~= '' or tenants_n > 0 then
+        -- Before a tenant's last message goes what it has waiting itself, and of the others as much by their shares,
+        -- which are taken for 1.
+        local own = tokens
+        if tenant ~= '' then own = select(2, read_sum(redis.call('HGET', LOAD .. list, 'own'))) end
+        local others = redis.call('ZCARD', TURNS .. base)
+        if redis.call('ZSCORE', TURNS .. base, tenant) then others = others - 1 end
+        if tenant ~= '' and length > 0 and not redis.call('ZSCORE', TURNS .. base, '') then others = others + 1 end
+        all = math.min(all, own * (1 + others / terms_of(tenant)))
+      end
+      ahead = ahead + all
+    end
+  end
+  return n, t, b, ahead
 end
 
 -- script: push
--- KEYS: the list. ARGV: of each message: itself, when it is due in Unix seconds or ''.
--- Returns how many wait in the list; 0 if the last message is delayed.
+-- KEYS: the list. ARGV: most jobs, tokens and bytes that the queue may have, tokens per second that its workers do,
+-- seconds that a message may wait; each may be ''. Then, of each message: itself, when it is due in Unix seconds or ''.
+-- Returns how many wait in the list; 0 if the last message is delayed. All messages are queued or none: if none,
+-- seconds until it is worth asking again, the predicted wait in seconds or '', and what is exceeded.
+local limits, speed, most_s = {tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])}, tonumber(ARGV[4]), tonumber(ARGV[5])
+if limits[1] or limits[2] or limits[3] or (speed and most_s) then
+  local sums, last_tokens = {0, 0, 0}, 0
+  for i = 6, #ARGV, 2 do
+    local tokens, bytes = cost_of(ARGV[i])
+    sums, last_tokens = {sums[1] + 1, sums[2] + tokens, sums[3] + bytes}, tokens
+  end
+  local n, t, b, ahead = load_of(KEYS[1])
+  local wait = speed and ahead / speed
+  local wait_of_last = speed and (ahead + sums[2] - last_tokens) / speed
+  -- How long until the queue has worked off what is too much, and which limit takes longest.
+  local retry, exceeded = -1, ''
+  for i, has in ipairs({n, t, b}) do
+    -- An empty queue takes anything: else what is larger than a limit would come again for ever.
+    if limits[i] and n > 0 and has + sums[i] > limits[i] then
+      local seconds = speed and math.min(has + sums[i] - limits[i], has) / has * t / speed or 1
+      if seconds > retry then retry, exceeded = seconds, ({'jobs', 'tokens', 'bytes'})[i] end
+    end
+  end
+  if most_s and n > 0 and wait_of_last and wait_of_last > most_s and wait_of_last - most_s > retry then
+    retry, exceeded = wait_of_last - most_s, 'deadline'
+  end
+  if exceeded ~= '' then
+    return {string.format('%.3f', retry), wait and string.format('%.3f', wait) or '', exceeded}
+  end
+end
+local base, tenant = split(KEYS[1])
+if tenant ~= '' then
+  local _, rate = terms_of(tenant)
+  if rate > 0 then
+    local tokens = 0
+    for i = 6, #ARGV, 2 do tokens = tokens + cost_of(ARGV[i]) end
+    local taken = take({'penstock:bucket:tenant:' .. tenant}, {0, rate, 60 * rate, tokens}, 1)
+    if taken[1] == 0 then return {taken[2], '', 'rate'} end
+  end
+end
 local n_waiting
-for i = 1, #ARGV, 2 do
+for i = 6, #ARGV, 2 do
   local due = tonumber(ARGV[i + 1])
   if due and due > now() then
     delay(KEYS[1], ARGV[i], due)
     n_waiting = 0
   else
-    n_waiting = redis.call('LPUSH', KEYS[1], ARGV[i])
-    wake(KEYS[1])
+    n_waiting = insert(KEYS[1], ARGV[i], false)
+    if type(n_waiting) ~= 'number' then break end
   end
 end
+settle()
 return n_waiting
 
 -- script: pop allow-oom
@@ -117,14 +350,37 @@ local token, lease_end = ARGV[1], now() + tonumber(ARGV[2])
 local room, suspects, suspect_at = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local credits, n_queues = {}, #ARGV - 6
 for queue = 1, n_queues do credits[queue] = tonumber(ARGV[6 + queue]) end
-local taken, share = {}, {}
+local taken, share, fair = {}, {}, {}
+
+-- The part of a level whose turn it is.
+local function next_part(base)
+  if fair[base] == nil then
+    fair[base] = redis.call('EXISTS', TURNS .. base) == 1
+    if fair[base] and redis.call('EXISTS', base) == 1 then enter(base, '') end
+  end
+  return fair[base] and redis.call('ZRANGE', TURNS .. base, 0, 0)[1] or ''
+end
+
+local function length_of(base)
+  local length = redis.pcall('LLEN', base)
+  if type(length) ~= 'number' then length = 1 end
+  local tenants = fair[base] and redis.call('HGET', LOAD .. queue_of(base), level_of(base) .. '+')
+  return length + read_sum(tenants)
+end
 
 -- Read first and removed last: an error in between leaves the message where it was.
-local function take(list)
-  share[list] = share[list] or math.ceil((tonumber(redis.pcall('LLEN', list)) or 1) / tonumber(ARGV[6]))
-  if share[list] == 0 then return false end
+-- Returns the tokens of what was taken; false if there is nothing to take.
+local function take(base)
+  local tenant = next_part(base)
+  local list = part_of(base, tenant)
+  share[base] = share[base] or math.ceil(length_of(base) / tonumber(ARGV[6]))
   local message = redis.pcall('LINDEX', list, -1)
-  if type(message) ~= 'string' then return false end
+  if type(message) ~= 'string' then
+    if not (fair[base] and redis.call('ZSCORE', TURNS .. base, tenant)) then return false end
+    leave(base, tenant) -- others have emptied it
+    return take(base)
+  end
+  if share[base] <= 0 then return false end
   local tag = tag_of(message)
   local lost = tonumber(redis.call('HGET', LOST, tag) or -1)
   if lost >= suspect_at then
@@ -133,36 +389,91 @@ local function take(list)
   end
   local name = free_name(UNACKED, tag)
   hold(name, message, token, list, lease_end)
-  redis.call('RPOP', list)
-  share[list] = share[list] - 1
+  local tokens, is_empty = remove(list, message)
+  share[base] = share[base] - 1
+  if fair[base] then
+    redis.call('ZINCRBY', TURNS .. base, tokens / terms_of(tenant), tenant)
+    if is_empty then leave(base, tenant) end
+  end
   for _, field in ipairs({list, name, lost, message}) do taken[#taken + 1] = field end
-  return true
+  return tokens
 end
 
-for level = 0, #KEYS / n_queues - 1 do
-  local is_open, took, any = {}, {}, true
-  while any and room > 0 do
-    any = false
-    for queue = 1, n_queues do
-      local list = KEYS[level * n_queues + queue]
-      if room > 0 and credits[queue] > 0 and is_open[queue] ~= false then
-        is_open[queue] = take(list)
-        if is_open[queue] then
-          any, took[list] = true, true
-          room, credits[queue] = room - 1, credits[queue] - 1
-        end
+-- Levels of one queue. A more urgent one goes first, but of eight tokens one is for each level that waits behind it:
+-- `ages` are the tokens that are due to it so, and once they reach AGE it has its turn.
+local AGE, PART = 1000, 1 / 8
+local queues = {}
+for queue = 1, n_queues do
+  local bases = {}
+  for level = 1, #KEYS / n_queues do bases[level] = KEYS[(level - 1) * n_queues + queue] end
+  queues[queue] = {bases = bases, closed = {}, touched = {}}
+end
+
+local function read_ages(of)
+  local keys = {}
+  for _, base in ipairs(of.bases) do
+    keys[#keys + 1] = base
+    keys[#keys + 1] = TURNS .. base
+  end
+  of.ages = {}
+  if #of.bases == 1 or redis.call('EXISTS', unpack(keys, 3)) == 0 then return end
+  for level = 2, #of.bases do
+    local base = of.bases[level]
+    if redis.call('EXISTS', base, TURNS .. base) > 0 then
+      of.ages[level] = tonumber(redis.call('HGET', LOAD .. queue_of(base), 'age:' .. level_of(base))) or 0
+    end
+  end
+end
+
+-- Take one message of a queue; false if there is none to take.
+local function take_one(of)
+  if not of.ages then read_ages(of) end
+  local order = {}
+  for level = #of.bases, 2, -1 do
+    if (of.ages[level] or 0) >= AGE then order[#order + 1] = level end
+  end
+  for level = 1, #of.bases do order[#order + 1] = level end
+  for place, level in ipairs(order) do
+    local base = of.bases[level]
+    local tokens = not of.closed[level] and take(base)
+    if tokens then
+      of.touched[level] = true
+      for other in pairs(of.ages) do
+        if other > level then of.ages[other] = of.ages[other] + PART * tokens end
+      end
+      if of.ages[level] then of.ages[level] = place <= #order - #of.bases and of.ages[level] - tokens or 0 end
+      return true
+    end
+    of.closed[level] = true
+    -- What is left is for others, and goes before what is less urgent.
+    if of.touched[level] and redis.call('EXISTS', base, TURNS .. base) > 0 then return false end
+  end
+  return false
+end
+
+local any = true
+while any and room > 0 do
+  any = false
+  for queue = 1, n_queues do
+    if room > 0 and credits[queue] > 0 then
+      if take_one(queues[queue]) then
+        any, room, credits[queue] = true, room - 1, credits[queue] - 1
+      else
+        credits[queue] = 0
       end
     end
   end
-  -- What is left is for others, one that is idle is woken for it, and goes before what is less urgent.
-  for queue = 1, n_queues do
-    local list = KEYS[level * n_queues + queue]
-    if took[list] and redis.call('EXISTS', list) == 1 then
-      wake(list)
-      if share[list] == 0 then credits[queue] = 0 end
+end
+for _, of in ipairs(queues) do
+  for level, base in ipairs(of.bases) do
+    local is_left = (of.touched[level] or of.ages and of.ages[level]) and redis.call('EXISTS', base, TURNS .. base) > 0
+    if of.touched[level] and is_left then wake(base) end -- one that is idle
+    if next(of.touched) and of.ages[level] and is_left then
+      redis.call('HSET', LOAD .. queue_of(base), 'age:' .. level_of(base), string.format('%.0f', of.ages[level]))
     end
   end
 end
+settle()
 return taken
 
 -- script: ack allow-oom
@@ -170,13 +481,15 @@ return taken
 -- Returns the tags that the token does not hold: others have taken them over.
 local theirs = {}
 for i = 1, #ARGV, 2 do
-  if list_held(ARGV[i], ARGV[i + 1]) then
-    drop(ARGV[i])
+  local list, tokens, bytes = list_held(ARGV[i], ARGV[i + 1])
+  if list then
+    drop(ARGV[i], list, tokens, bytes)
     redis.call('HDEL', LOST, tag_in(ARGV[i]))
   else
     theirs[#theirs + 1] = ARGV[i]
   end
 end
+settle()
 return theirs
 
 -- script: renew allow-oom
@@ -195,24 +508,27 @@ return theirs
 -- script: hand_back allow-oom
 -- ARGV: 1 to be the next ones in their lists, 0 the last, then tag, token; of each. Counts no lost lease.
 for i = 2, #ARGV, 2 do
-  local list = list_held(ARGV[i], ARGV[i + 1])
-  if list then put_back(ARGV[i], list, ARGV[1] == '1') end
+  local list, tokens, bytes = list_held(ARGV[i], ARGV[i + 1])
+  if list then put_back(ARGV[i], list, tokens, bytes, ARGV[1] == '1') end
 end
+settle()
 
 -- script: reclaim allow-oom
 -- ARGV: token of a pop whose reply never arrived. Hands back what it took.
 local leases = redis.call('HGETALL', LEASES)
 for i = 1, #leases, 2 do
-  local list = list_held(leases[i], ARGV[1])
-  if list then put_back(leases[i], list, true) end
+  local list, tokens, bytes = list_held(leases[i], ARGV[1])
+  if list then put_back(leases[i], list, tokens, bytes, true) end
 end
+settle()
 
 -- script: postpone allow-oom
 -- ARGV: tag, token, when it is due. For a message that a foreign sender put in its list before it was due.
-local list = list_held(ARGV[1], ARGV[2])
+local list, tokens, bytes = list_held(ARGV[1], ARGV[2])
 if list then
   delay(list, redis.call('HGET', UNACKED, ARGV[1]), tonumber(ARGV[3]))
-  drop(ARGV[1])
+  drop(ARGV[1], list, tokens, bytes)
+  settle()
 end
 
 -- script: move_due allow-oom
@@ -226,8 +542,7 @@ for i = #names, 1, -1 do
   if entry and digits then
     local list_end = #digits + 1 + tonumber(digits)
     local list = string.sub(entry, #digits + 2, list_end)
-    is_moved = type(redis.pcall('RPUSH', list, string.sub(entry, list_end + 1))) == 'number'
-    if is_moved then wake(list) end
+    is_moved = type(insert(list, string.sub(entry, list_end + 1), true)) == 'number'
   end
   if is_moved then
     redis.call('HDEL', DELAYED, names[i])
@@ -236,6 +551,7 @@ for i = #names, 1, -1 do
     redis.call('ZADD', DUE, now() + 60, names[i]) -- its list is none: the others must not wait for it
   end
 end
+settle()
 local first = redis.call('ZRANGE', DUE, 0, 0, 'WITHSCORES')
 local wait_ms = -1
 if first[2] then wait_ms = math.max(0, math.ceil((tonumber(first[2]) - now()) * 1000)) end
@@ -256,8 +572,8 @@ if time - last > 0.6 * lease and time > from + 2 * lease then from = time + leas
 redis.call('HSET', SWEEP, 'last', time, 'from', from)
 if time < from then return reply end
 
-local function claim(name, list, n_deliveries, message)
-  redis.call('HSET', LEASES, name, ARGV[4] .. '\n' .. list)
+local function claim(name, list, tokens, bytes, n_deliveries, message)
+  redis.call('HSET', LEASES, name, lease_of(ARGV[4], list, tokens, bytes))
   redis.call('ZADD', INDEX, time + lease, name)
   for _, field in ipairs({list, name, n_deliveries, message}) do reply[#reply + 1] = field end
 end
@@ -266,36 +582,39 @@ local names = redis.call('ZRANGEBYSCORE', INDEX, '-inf', time, 'LIMIT', 0, tonum
 for i = #names, 1, -1 do -- whose lease ran out first is the next one in its list
   local name = names[i]
   local message, holder = redis.call('HGET', UNACKED, name), redis.call('HGET', LEASES, name)
+  local list, tokens, bytes = '', 0, 0
+  if holder then list, tokens, bytes = list_held(name, string.match(holder, '^[^\n]*')) end
   if not message then
-    drop(name)
+    drop(name, list, tokens, bytes)
   elseif not holder then
     -- Stock kombu's, whose score is when it was taken: nobody returns it once its hour is over.
-    if tonumber(redis.call('ZSCORE', INDEX, name)) < time - 3600 then claim(name, '', 0, message) end
+    if tonumber(redis.call('ZSCORE', INDEX, name)) < time - 3600 then claim(name, '', 0, 0, 0, message) end
   else
     reply[1] = reply[1] + 1
-    local list, tag = string.match(holder, '\n(.*)$'), tag_in(name)
+    local tag = tag_in(name)
     local lost = tonumber(redis.call('HGET', LOST, tag) or 0)
     if lost < most then lost = redis.call('HINCRBY', LOST, tag, 1) end
-    local length = lost < most and redis.pcall('RPUSH', list, message)
-    if type(length) == 'number' then
-      wake(list)
-      drop(name)
+    if lost < most and type(insert(list, message, true)) == 'number' then
+      drop(name, list, tokens, bytes)
     else
-      claim(name, list, lost, message)
+      claim(name, list, tokens, bytes, lost, message)
     end
   end
 end
+settle()
 return reply
 
 -- script: bury allow-oom
 -- ARGV: tag, token, JSON object without `at`, 1 if its sender must hear of it, seconds until another may tell.
 -- Returns the entry of the dead-letter list, or nil if the token does not hold the message.
-if not list_held(ARGV[1], ARGV[2]) then return false end
+local list, tokens, bytes = list_held(ARGV[1], ARGV[2])
+if not list then return false end
 local entry = string.sub(ARGV[3], 1, -2) .. string.format(',"at":%.6f}', now())
 redis.call('RPUSH', DEAD, entry)
 if ARGV[4] == '1' then redis.call('ZADD', UNTOLD, now() + tonumber(ARGV[5]), entry) end
-drop(ARGV[1])
+drop(ARGV[1], list, tokens, bytes)
 redis.call('HDEL', LOST, tag_in(ARGV[1]))
+settle()
 return entry
 
 -- script: revive
@@ -305,6 +624,7 @@ if redis.call('LREM', DEAD, 1, ARGV[1]) == 0 then return false end
 redis.call('ZREM', UNTOLD, ARGV[1])
 local name = free_name(UNACKED, tag_of(ARGV[2]))
 hold(name, ARGV[2], ARGV[4], ARGV[3], now() + tonumber(ARGV[5]))
+settle()
 return name
 
 -- script: claim_untold allow-oom
@@ -317,3 +637,26 @@ return entries
 -- script: nudge allow-oom
 -- ARGV: process. Wakes its wait: a place has become free that it did not wait for.
 wake(ARGV[1])
+
+-- script: load allow-oom
+-- KEYS: a list. Returns jobs, tokens and bytes of its queue, and the tokens before a message that comes now.
+local n, t, b, ahead = load_of(KEYS[1])
+return {n, math.ceil(t), math.ceil(b), math.ceil(ahead)}
+
+-- script: purge allow-oom
+-- KEYS: the lists of a queue. Returns how many messages were dropped, those of tenants included.
+local n = 0
+for _, base in ipairs(KEYS) do
+  local lists = {base}
+  for _, tenant in ipairs(redis.call('ZRANGE', TURNS .. base, 0, -1)) do
+    if tenant ~= '' then lists[#lists + 1] = part_of(base, tenant) end
+  end
+  for _, list in ipairs(lists) do
+    n = n + redis.call('LLEN', list)
+    redis.call('DEL', list)
+    if list ~= base then redis.call('DEL', LOAD .. list) end
+  end
+  redis.call('DEL', TURNS .. base, PASSED .. base)
+  redis.call('HDEL', LOAD .. queue_of(base), level_of(base), level_of(base) .. '+', 'age:' .. level_of(base))
+end
+return n

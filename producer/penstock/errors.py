@@ -27,6 +27,8 @@ PenstockError
 │   ├── BrokerUnavailableError
 │   ├── BrokerRefusedError
 │   └── ResultTimeoutError
+├── QueueDelayError              too much waits; nothing was sent
+├── RateLimitError               a tenant sends more than it may; nothing was sent
 ├── IncompleteOutputError
 ├── StreamRestartedError
 ├── JobCancelledError
@@ -40,7 +42,7 @@ Every field is a positional argument and every argument is plain JSON: the resul
 `cls.__name__` and `args`, and the error is built again from them on the caller's side.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 
@@ -317,6 +319,41 @@ class ResultTimeoutError(TransportError):
         return f"job {self.job_id} has no result after {self.timeout_s:g} s"
 
 
+class QueueDelayError(PenstockError):
+    """The queue is full, or the job would wait until after its deadline; nothing was enqueued.
+
+    `exceeded` is `jobs`, `tokens`, `bytes` or `deadline`; the predicted wait is None if no worker has told
+    its speed.
+    """
+
+    retryable = True
+
+    def __init__(
+        self, queue: str, exceeded: str, retry_after_s: float, predicted_wait_s: float | None = None
+    ) -> None:
+        super().__init__(queue, exceeded, retry_after_s, predicted_wait_s)
+        self.queue, self.exceeded = queue, exceeded
+        self.retry_after_s, self.predicted_wait_s = retry_after_s, predicted_wait_s
+
+    def __str__(self) -> str:
+        wait = "" if self.predicted_wait_s is None else f", a job would wait {self.predicted_wait_s:.1f} s"
+        why = "takes longer than the deadline" if self.exceeded == "deadline" else f"is full: {self.exceeded}"
+        return f"queue {self.queue} {why}{wait}; try again in {self.retry_after_s:.1f} s"
+
+
+class RateLimitError(PenstockError):
+    """A tenant sends more tokens than its settings allow; nothing was enqueued."""
+
+    retryable = True
+
+    def __init__(self, tenant: str, retry_after_s: float) -> None:
+        super().__init__(tenant, retry_after_s)
+        self.tenant, self.retry_after_s = tenant, retry_after_s
+
+    def __str__(self) -> str:
+        return f"tenant {self.tenant!r} sends too many tokens; try again in {self.retry_after_s:.1f} s"
+
+
 class IncompleteOutputError(PenstockError):
     """An answer ended before its response format did, at its limit or in thought; `text` is what there is."""
 
@@ -344,25 +381,33 @@ class StreamRestartedError(PenstockError):
 
 
 class JobCancelledError(PenstockError):
-    """The job was cancelled before its result was stored."""
+    """The job was cancelled before its result was stored.
 
-    def __init__(self, job_id: str) -> None:
-        super().__init__(job_id)
-        self.job_id = job_id
+    `timings` say where its time went as far as a worker knows: see `DeadlineExceededError`.
+    """
+
+    def __init__(self, job_id: str, timings: Mapping[str, float] | None = None) -> None:
+        super().__init__(job_id, timings)
+        self.job_id, self.timings = job_id, timings or {}
 
     def __str__(self) -> str:
-        return f"job {self.job_id} was cancelled"
+        return f"job {self.job_id} was cancelled{_tell(self.timings)}"
 
 
 class DeadlineExceededError(PenstockError):
-    """The job's deadline passed before the model saw it; nothing was computed."""
+    """The job's deadline passed before its answer; what was not in a batch by then is not computed.
 
-    def __init__(self, job_id: str, late_s: float) -> None:
-        super().__init__(job_id, late_s)
-        self.job_id, self.late_s = job_id, late_s
+    `timings` say where its time went, seconds: `queued_s`, `prepared_s`, `batched_s` and `computed_s` of
+    `penstock.result.Timings`, as far as it came.
+    """
+
+    def __init__(self, job_id: str, late_s: float, timings: Mapping[str, float] | None = None) -> None:
+        super().__init__(job_id, late_s, timings)
+        self.job_id, self.late_s, self.timings = job_id, late_s, timings or {}
 
     def __str__(self) -> str:
-        return f"job {self.job_id} reached the model {self.late_s:.3f} s after its deadline"
+        spent = _tell(self.timings)
+        return f"job {self.job_id} reached the model {self.late_s:.3f} s after its deadline{spent}"
 
 
 class ResultExpiredError(PenstockError):
@@ -396,6 +441,11 @@ class ResultDecodeError(PenstockError):
 
     def __str__(self) -> str:
         return f"stored result cannot be read: {self.problem}"
+
+
+def _tell(timings: Mapping[str, float]) -> str:
+    spent = ", ".join(f"{name.removesuffix('_s')} {seconds:.3f} s" for name, seconds in timings.items())
+    return f" ({spent})" if spent else ""
 
 
 def error_classes(root: type[PenstockError] = PenstockError) -> Iterator[type[PenstockError]]:

@@ -21,7 +21,7 @@ from penstock.errors import (
     WorkerError,
 )
 from penstock.job import AsyncJob
-from penstock.request import EmbedRequest, Priority
+from penstock.request import EmbedRequest, Lane
 from penstock.result import Vectors
 
 JOIN_S: Final = 0.002
@@ -39,7 +39,7 @@ _OPTIONS: Final = tuple(EmbedRequest.model_fields.keys() - {"texts", "sent_at", 
 _OF_ONE_TEXT: Final = (InvalidTextError, InputTooLongError, RequestTooLargeError, WorkerError)
 _CLOSED: Final = JobCancelledError("of a client that was closed")
 
-Send = Callable[[EmbedRequest, Priority], Awaitable[AsyncJob[Vectors]]]
+Send = Callable[[EmbedRequest, Lane], Awaitable[AsyncJob[Vectors]]]
 """Sends a job whose id nobody else is told."""
 
 
@@ -67,7 +67,7 @@ class _Group:
         timer: when those that wait are sent.
     """
 
-    priority: Priority
+    lane: Lane
     waiting: list[_Call] = field(default_factory=list)
     n_under_way: int = 0
     timer: asyncio.Handle | None = None
@@ -86,7 +86,7 @@ class Joiner:
         self._groups: dict[tuple[object, ...], _Group] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def embed(self, request: EmbedRequest, priority: Priority, timeout_s: float | None) -> Vectors:
+    async def embed(self, request: EmbedRequest, lane: Lane, timeout_s: float | None) -> Vectors:
         """Return the request's vectors, shape (n_texts, dim).
 
         Raises:
@@ -95,9 +95,9 @@ class Joiner:
         """
         call = _Call(request, asyncio.get_running_loop().create_future())
         if len(request.texts) > MOST_TEXTS or sum(map(len, request.texts)) > MOST_CHARACTERS:
-            self._start([call], priority)
+            self._start([call], lane)
         else:
-            self._wait_for_company(call, priority)
+            self._wait_for_company(call, lane)
         try:
             async with asyncio.timeout(timeout_s):
                 return await call.answer
@@ -115,9 +115,9 @@ class Joiner:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _wait_for_company(self, call: _Call, priority: Priority) -> None:
-        key = (priority, _urgency(call.request), *(getattr(call.request, name) for name in _OPTIONS))
-        group = self._groups.setdefault(key, _Group(priority))
+    def _wait_for_company(self, call: _Call, lane: Lane) -> None:
+        key = (lane, _urgency(call.request), *(getattr(call.request, name) for name in _OPTIONS))
+        group = self._groups.setdefault(key, _Group(lane))
         group.waiting.append(call)
         loop = asyncio.get_running_loop()
         if sum(len(other.request.texts) for other in group.waiting) >= TEXTS_AT_ONCE:
@@ -140,7 +140,7 @@ class Joiner:
             # Each by itself: of jobs that come together the first idle worker takes all.
             for start in range(n_jobs):
                 group.n_under_way += 1
-                task = self._start(calls[start::n_jobs], group.priority)
+                task = self._start(calls[start::n_jobs], group.lane)
                 task.add_done_callback(lambda _: self._returned(key))
         elif not group.n_under_way:
             del self._groups[key]
@@ -151,23 +151,23 @@ class Joiner:
         if not group.n_under_way:
             self._flush(key)
 
-    def _start(self, part: Sequence[_Call], priority: Priority) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._carry_out(part, priority), name="penstock-embed")
+    def _start(self, part: Sequence[_Call], lane: Lane) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._carry_out(part, lane), name="penstock-embed")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _carry_out(self, part: Sequence[_Call], priority: Priority) -> None:
+    async def _carry_out(self, part: Sequence[_Call], lane: Lane) -> None:
         """Send one job for these calls, and answer them."""
         try:
-            await self._answer(part, await self._send(_join(part), priority), priority)
+            await self._answer(part, await self._send(_join(part), lane), lane)
         except asyncio.CancelledError:
             _fail(part, _CLOSED)
             raise
         except Exception as error:  # noqa: BLE001  whatever it is, nobody may wait for ever
             _fail(part, error)
 
-    async def _answer(self, part: Sequence[_Call], job: AsyncJob[Vectors], priority: Priority) -> None:
+    async def _answer(self, part: Sequence[_Call], job: AsyncJob[Vectors], lane: Lane) -> None:
         result = asyncio.create_task(job.result(None))
 
         def leave(_: object) -> None:
@@ -187,7 +187,7 @@ class Joiner:
         elif (error := result.exception()) is None:
             _share_out(result.result(), part)
         elif isinstance(error, _OF_ONE_TEXT) and len(part) > 1:
-            alone = (self._carry_out([call], priority) for call in part if not call.answer.done())
+            alone = (self._carry_out([call], lane) for call in part if not call.answer.done())
             await asyncio.gather(*alone)
         else:
             _fail(part, error)

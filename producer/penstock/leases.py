@@ -25,6 +25,8 @@ from typing import Any, Final
 import redis
 from redis.commands.core import Script
 
+from penstock.bucket import bucket_functions
+
 logger = logging.getLogger(__name__)
 
 LEASE_S: Final = 20.0
@@ -52,25 +54,54 @@ def scripts() -> Mapping[str, str]:
     text = files("penstock").joinpath("delivery.lua").read_text(encoding="utf-8")
     _, *sections = re.split(r"^-- script: (\w+)( allow-oom)?$", text, flags=re.MULTILINE)
     names, flags, bodies = sections[::3], sections[1::3], sections[2::3]
-    shared = bodies[0]
+    # `push` takes from buckets of tenants too.
+    shared, buckets = bodies[0], bucket_functions()
     return {
-        name: f"#!lua flags={(flag or '').strip()}\n{shared}{body}"
+        name: f"#!lua flags={(flag or '').strip()}\n{shared}\n{buckets if name == 'push' else ''}\n{body}"
         for name, flag, body in zip(names[1:], flags[1:], bodies[1:], strict=True)
     }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a queue takes; None is no limit.
+
+    Attributes:
+        jobs: that wait or are held, those that are pushed included.
+        tokens: of these jobs.
+        bytes: of their messages.
+        tokens_per_s: what the workers of the queue do together.
+        wait_s: how long a message may wait by that speed.
+    """
+
+    jobs: int | None = None
+    tokens: int | None = None
+    bytes: int | None = None
+    tokens_per_s: float | None = None
+    wait_s: float | None = None
+
+    def arguments(self) -> list[Value]:
+        """Return them as the script `push` takes them."""
+        values = (self.jobs, self.tokens, self.bytes, self.tokens_per_s, self.wait_s)
+        return ["" if value is None else value for value in values]
+
+
+NO_LIMITS: Final = Limits()
+
+
 def push_arguments(
-    key: str, *messages: bytes | str, due_at: float | None = None
+    key: str, *messages: bytes | str, due_at: float | None = None, limits: Limits = NO_LIMITS
 ) -> tuple[list[str], list[Value]]:
     """Return keys and arguments of the script `push`, which queues messages and wakes idle workers.
 
     Args:
         key: the queue's list, see `codec.queue_key`.
-        messages: what workers get.
+        messages: what workers get; with the property `cost`, see docs/messages.md, they are counted by it.
         due_at: not before this, Unix seconds; None for at once.
+        limits: of the queue.
     """
     due = "" if due_at is None else due_at
-    return [key], [value for message in messages for value in (message, due)]
+    return [key], [*limits.arguments(), *(value for message in messages for value in (message, due))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@
 | `penstock:models` | hash | model name -> `ModelInfo` |
 | `penstock:workers` | hash | worker id -> time of its last heartbeat, newline, `WorkerInfo` |
 | `penstock:results` | string | where results are kept, without credentials |
+| `penstock:tenants` | hash | tenant -> its share, and its tokens per second or 0 |
 
 A model stays known when its workers are gone: its jobs are accepted and wait.
 """
@@ -13,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any, Final, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
@@ -22,6 +24,7 @@ from penstock.sentinel import SentinelUrl, is_sentinel
 MODELS_KEY: Final = "penstock:models"
 WORKERS_KEY: Final = "penstock:workers"
 RESULTS_KEY: Final = "penstock:results"
+TENANTS_KEY: Final = "penstock:tenants"
 HEARTBEAT_S: Final = 2.0
 ALIVE_S: Final = 15.0
 """A worker that was silent for longer counts as gone."""
@@ -53,6 +56,9 @@ class ModelInfo:
         int8_ranges: lowest and highest values behind its int8 vectors, for each dimension, or one for all; an
             int8 v stands for lowest + (v + 128.5) * (highest - lowest) / 255. The latter are for vectors of
             unit length, and sqrt(dim / truncate_dim) times as wide for those that were cut and normalised.
+        max_waiting_jobs: of one queue, those that workers hold included; None is no limit.
+        max_waiting_tokens: of these jobs.
+        max_waiting_bytes: of their messages.
     """
 
     name: str
@@ -65,6 +71,9 @@ class ModelInfo:
     dtype: str
     batching: str = ""
     int8_ranges: tuple[tuple[float, ...], ...] | None = None
+    max_waiting_jobs: int | None = None
+    max_waiting_tokens: int | None = None
+    max_waiting_bytes: int | None = None
 
     def to_json(self) -> str:
         """Return the registry's form."""
@@ -91,7 +100,9 @@ class WorkerInfo:
         started_at: Unix seconds.
         load_s: how long each model took to load, seconds.
         memory_bytes: resident memory of the process.
-        units_per_s: measured speed by model: tokens of texts, or new tokens, per second of computing.
+        units_per_s: measured speed by model: tokens of texts, or of prompts and answers, per second.
+        tokens_per_character: measured by model: prompt tokens in a character of what was sent.
+        answer_tokens: measured by model: tokens of an answer.
         cache_hits: texts by model that were answered without computing, where vectors are cached.
         cache_misses: texts by model that were computed, where vectors are cached.
         upstreams: what is wrong with the servers of remote models, by model; without those that are well.
@@ -109,6 +120,8 @@ class WorkerInfo:
     load_s: Mapping[str, float] = field(default_factory=dict)
     memory_bytes: int = 0
     units_per_s: Mapping[str, float] = field(default_factory=dict)
+    tokens_per_character: Mapping[str, float] = field(default_factory=dict)
+    answer_tokens: Mapping[str, float] = field(default_factory=dict)
     cache_hits: Mapping[str, int] = field(default_factory=dict)
     cache_misses: Mapping[str, int] = field(default_factory=dict)
     upstreams: Mapping[str, str] = field(default_factory=dict)
@@ -151,7 +164,7 @@ class Registry:
         beats.sort(key=lambda beat: (beat[0].pool, beat[0].host, beat[0].pid))
         return cls(models=found, workers=tuple(beats), results=results.decode() if results else None)
 
-    def ready_workers(self, model: str, pool: PoolName) -> int:
+    def ready_workers(self, model: str, pool: str) -> int:
         """Count the live workers that take this model's jobs in this pool."""
         return sum(
             worker.pool == pool and model in worker.models and worker.state == "ready" and age_s <= ALIVE_S
@@ -163,7 +176,20 @@ class Registry:
         told = (worker.upstreams.get(model, "") for worker, age_s in self.workers if age_s <= ALIVE_S)
         return next(filter(None, told), "")
 
-    def speeds(self, model: str, pool: PoolName) -> list[float]:
+    def tokens_per_s(self, model: str, pool: str) -> float | None:
+        """Return what the ready workers of a model do together; None before the first has measured itself.
+
+        One that has not is taken for like the others.
+        """
+        speeds = self.speeds(model, pool)
+        return fmean(speeds) * self.ready_workers(model, pool) if speeds else None
+
+    def measured(self, model: str, name: Literal["tokens_per_character", "answer_tokens"]) -> float | None:
+        """Return the mean over workers of a measure of `WorkerInfo`; None before the first."""
+        found = [values[model] for worker, _ in self.workers if model in (values := getattr(worker, name))]
+        return fmean(found) if found else None
+
+    def speeds(self, model: str, pool: str) -> list[float]:
         """Return the measured speeds of the live workers that take this model's jobs, tokens per second."""
         return [
             worker.units_per_s[model]

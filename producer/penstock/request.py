@@ -6,10 +6,11 @@ configuration file, and each range stands in one place.
 
 import contextlib
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Annotated, Any, Literal, NotRequired, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, NotRequired, Self
 
 from pydantic import (
     BaseModel,
@@ -61,6 +62,15 @@ class Priority(IntEnum):
 
 
 PriorityName = Literal["interactive", "default", "batch"]
+TENANT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+"""What a tenant may be called."""
+
+
+class Lane(NamedTuple):
+    """Where in a queue a job waits."""
+
+    priority: Priority
+    tenant: str = ""
 
 
 _exact = with_config(ConfigDict(extra="forbid", strict=True))
@@ -324,9 +334,14 @@ class EmbedRequest(_Request):
         _check_bytes([text] if text else [])
         return text
 
+    @property
+    def n_characters(self) -> int:
+        """Of all texts."""
+        return sum(map(len, self.texts))
+
     def summary(self) -> str:
         """Say how much is asked, without a word of it: for logs and Flower."""
-        return f"{len(self.texts):,} texts, {sum(map(len, self.texts)):,} characters"
+        return f"{len(self.texts):,} texts, {self.n_characters:,} characters"
 
 
 class GenerateRequest(_Request, GenerationOptions):
@@ -434,10 +449,14 @@ class GenerateRequest(_Request, GenerationOptions):
         asked = [Message(role="user", content=self.prompt)] if self.prompt else []
         return [*system, *self.history, *asked]
 
+    @property
+    def n_characters(self) -> int:
+        """Of all turns."""
+        return sum(len(turn.content) for turn in self.messages())
+
     def summary(self) -> str:
         """Say how much is asked, without a word of it: for logs and Flower."""
-        turns = self.messages()
-        return f"{len(turns):,} turns, {sum(len(turn.content) for turn in turns):,} characters"
+        return f"{len(self.messages()):,} turns, {self.n_characters:,} characters"
 
 
 class RerankRequest(_Request):
@@ -459,6 +478,11 @@ class RerankRequest(_Request):
     def _within_limits(self) -> Self:
         _check_bytes([*self.documents, self.query])
         return self
+
+    @property
+    def n_characters(self) -> int:
+        """Of all documents, each with the query before it."""
+        return sum(map(len, self.documents)) + len(self.documents) * len(self.query)
 
     def summary(self) -> str:
         """Say how much is asked, without a word of it: for logs and Flower."""

@@ -28,7 +28,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from penstock.errors import ConfigError
 from penstock.registry import mask_url
-from penstock.request import GenerationOptions, PoolName, Task
+from penstock.request import TENANT, GenerationOptions, PoolName, Task
 from penstock.sentinel import SentinelUrl, is_sentinel
 
 PREFIX = "PENSTOCK_"
@@ -240,6 +240,12 @@ class ModelSettings(_Section):
     """Weight among the models of a process that want its device at once; none: 2 to embed, 1 to generate."""
     deadline_s: float | None = Field(default=None, gt=0)
     """Deadline of jobs that name none, seconds after they were sent."""
+    max_waiting_jobs: int | None = Field(default=None, ge=1)
+    """Jobs that one of its queues takes; more are refused with QueueDelayError. None: no limit."""
+    max_waiting_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of these jobs, as their senders estimate them."""
+    max_waiting_bytes: int | None = Field(default=None, ge=1)
+    """Bytes of their messages."""
     generation: GenerationOptions = GenerationOptions()
     """Options of calls that do not set their own."""
     remote: RemoteSettings = RemoteSettings()
@@ -303,6 +309,19 @@ class ModelSettings(_Section):
         return GenerationOptions.model_validate(value, strict=False)
 
 
+class TenantSettings(_Section):
+    """What one tenant may have of every queue."""
+
+    share: float = Field(default=1.0, gt=0, le=1000)
+    """Tokens it gets for each token of a tenant of share 1, while both have jobs waiting."""
+    tokens_per_minute: float | None = Field(default=None, gt=0)
+    """Tokens it may send; more are refused with RateLimitError. None: no limit."""
+
+    def terms(self) -> str:
+        """Return what the scripts read: the share, and tokens per second or 0."""
+        return f"{self.share:g} {(self.tokens_per_minute or 0) / 60:g}"
+
+
 class WorkerSettings(_Section):
     """What all worker processes share."""
 
@@ -347,6 +366,7 @@ class Settings(BaseSettings):
     redis: RedisSettings = RedisSettings()
     pools: Pools = Pools()
     models: dict[str, ModelSettings] = Field(default_factory=dict)
+    tenants: dict[str, TenantSettings] = Field(default_factory=dict)
     worker: WorkerSettings = WorkerSettings()
     flower: FlowerSettings = FlowerSettings()
 
@@ -356,6 +376,13 @@ class Settings(BaseSettings):
         if wrong := [name for name in models if not _MODEL_NAME.fullmatch(name)]:
             raise ValueError(f"names {wrong}: up to 64 of a-z 0-9 - _, no __, a-z 0-9 first")
         return models
+
+    @field_validator("tenants")
+    @classmethod
+    def _tenants_have_names(cls, tenants: dict[str, TenantSettings]) -> dict[str, TenantSettings]:
+        if wrong := [name for name in tenants if not TENANT.fullmatch(name)]:
+            raise ValueError(f"names {wrong}: up to 64 of a-z A-Z 0-9 . _ @ -")
+        return tenants
 
     @classmethod
     def settings_customise_sources(
@@ -564,8 +591,9 @@ def _unknown_word(model: type[BaseModel], words: list[str]) -> tuple[str, list[s
     names = list(model.model_fields)
     if not words or words[0] not in names:
         return (words[0] if words else "", names)
-    if model is Settings and words[0] == "models":
-        return _unknown_word(ModelSettings, words[2:]) if len(words) > 2 else None
+    if model is Settings and words[0] in ("models", "tenants"):
+        section = ModelSettings if words[0] == "models" else TenantSettings
+        return _unknown_word(section, words[2:]) if len(words) > 2 else None
     inner = model.model_fields[words[0]].annotation
     if isinstance(inner, type) and issubclass(inner, BaseModel):
         return _unknown_word(inner, words[1:])

@@ -27,6 +27,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, ResponseError
 from redis.retry import Retry
 
+from penstock.codec import TENANT_SEPARATOR
 from penstock.errors import ConfigError
 from penstock.leases import (
     LEASE_RANGE_S,
@@ -40,6 +41,7 @@ from penstock.leases import (
     push_arguments,
     scripts,
 )
+from penstock.request import TENANT
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,9 @@ POP_MOST: Final = 32
 
 SHARE: Final = 2
 """One pop takes half of a list at most: of a few large jobs sent together, others have their part."""
+
+BYTES_PER_TOKEN: Final = 4
+"""What a job costs whose sender does not say it; `delivery.lua` has the same for what others push."""
 
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -273,6 +278,11 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
 
     def _put(self, queue: str, message: dict[str, Any], **options: Any) -> None:
         key = self._q_for_pri(queue, self._get_message_priority(message, reverse=False))
+        tenant = message.get("headers", {}).get("tenant")
+        if isinstance(tenant, str) and TENANT.fullmatch(tenant):
+            key += TENANT_SEPARATOR + tenant
+        if "task" in message.get("headers", {}):  # a job, not a reply to `celery inspect`
+            message["properties"].setdefault("cost", max(1, len(message["body"]) // BYTES_PER_TOKEN))
         keys, arguments = push_arguments(key, dumps(message), due_at=due_time(message.get("headers")))
         batch = options.get("_publish_batch")
         if batch is not None:
@@ -281,6 +291,18 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         with self.conn_or_acquire() as client:
             client.register_script(scripts()["push"])(keys=keys, args=arguments)
             self._maybe_update_queues_expire(client, queue)
+
+    def _size(self, queue: str) -> int:
+        """Count what waits, tenants' messages too."""
+        fields = [f"{level}+" for level in self.priority_steps]
+        with self.conn_or_acquire() as client:
+            sums = client.hmget(f"penstock:load:{queue}", fields)
+        return int(super()._size(queue)) + sum(int(text.split()[0]) for text in sums if text)
+
+    def _purge(self, queue: str) -> int:
+        """Drop what waits, tenants' messages too; returns how many."""
+        with self.conn_or_acquire() as client:
+            return int(client.register_script(scripts()["purge"])(keys=self._lists([queue])))
 
     # Taking
 
@@ -521,7 +543,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         ]
 
     def _queue_of(self, source: str) -> str:
-        return source.rsplit(self.sep, 1)[0]
+        return source.partition(TENANT_SEPARATOR)[0].rsplit(self.sep, 1)[0]
 
     def _load_pop(self) -> None:
         if not self._pop_sha:

@@ -14,7 +14,7 @@ import pytest
 import redis
 from celery import Celery, chord, group
 
-from penstock.leases import UNTOLD_KEY, scripts
+from penstock.leases import UNTOLD_KEY, push_arguments, scripts
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import APP, LEASE_S, Fleet, Worker, message
@@ -150,14 +150,14 @@ def test_a_full_broker_is_worked_off(fleet: Fleet, own: Server) -> None:
     with redis.Redis.from_url(own.broker_url) as broker:
         push = broker.register_script(scripts()["push"])
         for name in names:
-            push(keys=["celery"], args=[message(f"{APP}.work", [name, 0.3])[1], ""])
+            push(*push_arguments("celery", message(f"{APP}.work", [name, 0.3])[1]))
         broker.config_set("maxmemory", 1)
 
         with pytest.raises(redis.OutOfMemoryError):
-            push(keys=["celery"], args=["refused", ""])
+            push(*push_arguments("celery", "refused"))
         eventually(lambda: fleet.n_done() == len(names) and not broker.hlen("unacked"), within_s=15)
         broker.config_set("maxmemory", 0)
-        push(keys=["celery"], args=[message(f"{APP}.work", ["next"])[1], ""])
+        push(*push_arguments("celery", message(f"{APP}.work", ["next"])[1]))
         eventually(lambda: fleet.runs()["next"])
 
     assert set(fleet.runs().values()) == {1}

@@ -1,7 +1,7 @@
 """States, cancelling, deadlines and errors of jobs, with queues that no worker empties yet."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_type_hints
 
@@ -174,6 +174,7 @@ def test_a_full_redis_refuses_at_submit(own_server: Server, gone: Path) -> None:
 
 def _example_arguments(cls: type[PenstockError]) -> list[object]:
     examples = {str: "a «word»", int: 7, float: 0.25, Sequence[str]: ["one", "two"]}
+    examples |= {float | None: 0.5, Mapping[str, float] | None: {"queued_s": 0.125}}
     if cls.__init__ is Exception.__init__:
         return []
     return [examples[hint] for name, hint in get_type_hints(cls.__init__).items() if name != "return"]

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from penstock import BrokerUnavailableError
-from penstock.leases import UNTOLD_KEY, scripts
+from penstock.leases import NO_LIMITS, UNTOLD_KEY, scripts
 from penstock.settings import Settings, load_settings
 from penstock.store import record_key, result_key
 from penstock_workers.local_redis import free_port
@@ -47,7 +47,7 @@ def settings(own: Server, tmp_path_factory: pytest.TempPathFactory) -> Settings:
 def give_up(broker: redis.Redis, results: redis.Redis) -> str:
     """Give a job up as a worker does, its sender still to be told; return its id."""
     job_id, raw = message("penstock.embed", [], queue=QUEUE)
-    run(broker, "push", raw, "", keys=(QUEUE,))
+    run(broker, "push", *NO_LIMITS.arguments(), raw, "", keys=(QUEUE,))
     _, tag, _, _ = run(broker, "pop", "worker/1", 20, 1, 1, 2, 1, 1, keys=(QUEUE,))
     letter = {"id": job_id, "queue": QUEUE, "n_deliveries": 4, "message": raw.decode()}
     assert run(broker, "bury", tag, "worker/1", json.dumps(letter), 1, 40)

@@ -19,6 +19,7 @@ from penstock import (
     ConfigError,
     DeadlineExceededError,
     EngineError,
+    Estimate,
     GenerateResult,
     IncompleteOutputError,
     InputTooLongError,
@@ -36,6 +37,8 @@ from penstock import (
     OutOfMemoryError,
     PenstockError,
     Piece,
+    QueueDelayError,
+    RateLimitError,
     RequestError,
     RequestTooLargeError,
     RerankResult,
@@ -58,6 +61,7 @@ from penstock import (
     UpstreamRefusedError,
     UpstreamUnavailableError,
     Usage,
+    WaitPolicy,
     WorkerError,
     WorkerLostError,
     WrongTaskError,
@@ -93,6 +97,8 @@ def embed(client: Client) -> None:
             precision="binary",
             priority="interactive",
             deadline_s=2.5,
+            tenant="search",
+            wait=WaitPolicy(max_wait_s=30.0, attempts=5, base_s=0.1, most_s=5.0),
         ),
         Vectors,
     )
@@ -215,6 +221,17 @@ def models(client: Client) -> None:
     assert_type(model.dtype, str)
 
 
+def delays(client: Client) -> None:
+    """A caller asks how long a job would wait, and why."""
+    found = client.estimate("minilm", priority="batch")
+    assert_type(found, Estimate)
+    assert_type(found.queue, str)
+    assert_type(found.predicted_wait_s, float | None)
+    assert_type((found.jobs, found.tokens, found.bytes, found.tokens_ahead), tuple[int, int, int, int])
+    assert_type(found.tokens_per_s, float | None)
+    assert_type(found.workers, int)
+
+
 def life() -> None:
     """A client is closed by its `with`, or by hand."""
     with Client("redis://127.0.0.1:6379/0") as client:
@@ -245,6 +262,7 @@ async def twins() -> None:
         await answer.forget()
         async for piece in client.stream("a", model="chat"):
             assert_type(piece, Piece)
+        assert_type(await client.estimate("minilm"), Estimate)
         parts = client.embed_many((str(n) for n in range(1000)), model="minilm", progress=False)
         assert_type(parts, AsyncIterator[Vectors])
         async for part in parts:
@@ -326,8 +344,14 @@ def other_ends(error: PenstockError) -> None:
             assert_type(error.job_id, str)
         case IncompleteOutputError():
             assert_type((error.n_tokens, error.text), tuple[int, str])
+        case RateLimitError():
+            assert_type((error.tenant, error.retry_after_s), tuple[str, float])
+        case QueueDelayError():
+            assert_type((error.queue, error.exceeded), tuple[str, str])
+            assert_type((error.retry_after_s, error.predicted_wait_s), tuple[float, float | None])
         case DeadlineExceededError():
             assert_type((error.job_id, error.late_s), tuple[str, float])
+            assert_type(error.timings, Mapping[str, float])
         case ResultDecodeError():
             assert_type(error.problem, str)
         case ConfigError():

@@ -103,7 +103,7 @@ def test_config_env_is_accepted_as_it_is_printed(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, text)
     as_variables = shown()
 
-    assert set(keys) == set(before) - {"models"}
+    assert set(keys) == set(before) - {"models", "tenants"}
     assert {key: row["value"] for key, row in as_arguments.items()} == {
         key: row["value"] for key, row in as_variables.items()
     }

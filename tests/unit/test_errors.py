@@ -1,7 +1,7 @@
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -9,7 +9,8 @@ from penstock import errors
 from penstock.codec import decode_outcome, encode_failure
 from penstock.errors import PenstockError, WorkerError, error_classes, rebuild_error
 
-EXAMPLES = {str: "grün", int: 7, float: 1.5, Sequence[str]: ["first", "second"]}
+EXAMPLES = {str: "grün", int: 7, float: 1.5, float | None: 2.5, Sequence[str]: ["first", "second"]}
+EXAMPLES[Mapping[str, float] | None] = {"queued_s": 1.5}
 CLASSES = [cls for cls in error_classes() if cls.__module__ == "penstock.errors"]
 
 
@@ -57,8 +58,10 @@ def test_text_holds_each_field(error: PenstockError) -> None:
     """What went wrong is told with the values that belong to it."""
     values = [value for name, value in vars(error).items() if not isinstance(value, tuple) and name != "text"]
 
+    flat = [item for value in values for item in (value.values() if isinstance(value, dict) else [value])]
+
     assert str(error)
-    assert all(str(value) in str(error) for value in values)
+    assert all(str(value) in str(error) for value in flat)
 
 
 def test_an_answer_is_not_quoted() -> None:
@@ -151,4 +154,6 @@ def test_only_the_workers_and_redis_faults_are_retryable() -> None:
         "TransportError",
         "BrokerUnavailableError",
         "ResultTimeoutError",
+        "QueueDelayError",
+        "RateLimitError",
     }

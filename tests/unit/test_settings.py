@@ -149,7 +149,7 @@ def test_empty_variable_is_no_value(tmp_path: Path) -> None:
         ("POOLS__GPUS__PROCESSES", "no setting GPUS; is GPU meant?"),
         ("MODELS__CHAT__SORCE", "no setting SORCE; is SOURCE meant?"),
         ("MODELS__CHAT__GENERATION__TEMPERATUR", "no setting TEMPERATUR; is TEMPERATURE meant?"),
-        ("NONSENSE", "no setting NONSENSE; known: REDIS, POOLS, MODELS, WORKER, FLOWER"),
+        ("NONSENSE", "no setting NONSENSE; known: REDIS, POOLS, MODELS, TENANTS, WORKER, FLOWER"),
         ("FLOWER__XYZ", "no setting XYZ; known: ADDRESS, PORT"),
     ],
 )
@@ -470,7 +470,7 @@ def test_sample_environment_is_the_defaults() -> None:
     loaded = load_settings(environ=environ)
 
     assert loaded.settings == Settings()
-    keys = [key for key, _ in flatten(Settings().model_dump()) if key != "models"]
+    keys = [key for key, _ in flatten(Settings().model_dump()) if key not in ("models", "tenants")]
     assert list(environ) == [variable_name(key) for key in keys]
 
 

@@ -146,7 +146,7 @@ class Work(Generic[I, A]):
         due: Unix seconds; the job with the smallest goes first.
         tokens: of the items that are in no batch yet, int64, shape (n_waiting,), longest first.
         is_over: whether it was answered, or failed.
-        batched_s: seconds that its first item waited for a batch; set when the answer is there.
+        batched_s: seconds that its first item waited for a batch; set when the answer is there, or the error.
         computed_s: seconds from the first batch that held one of its items to the end of the last.
     """
 
@@ -221,6 +221,12 @@ class Work(Generic[I, A]):
         return None
 
     def _end(self, *, result: list[A] | None = None, error: BaseException | None = None) -> None:
+        if error is not None and not self.is_over:
+            now = time.perf_counter()
+            if self._started is None:
+                self.batched_s = now - self._submitted
+            else:
+                self.computed_s = now - self._started
         self.is_over = True
         with suppress(InvalidStateError):  # whoever is first decides
             if error is not None:

@@ -25,6 +25,7 @@ from penstock.registry import (
     HEARTBEAT_S,
     MODELS_KEY,
     RESULTS_KEY,
+    TENANTS_KEY,
     WORKERS_KEY,
     WorkerInfo,
     WorkerState,
@@ -230,12 +231,15 @@ class Heartbeat(threading.Thread):
         return "ready" if self._is_ready else "loading"
 
     def _announce(self, state: WorkerState) -> None:
+        costs = self._serving.costs()
         info = WorkerInfo(
             **cast("dict[str, Any]", self._fields),
             state=state,
             load_s=dict(self._load_s),
             memory_bytes=_memory_bytes(),
             units_per_s=self._serving.speeds(),
+            tokens_per_character={name: cost.tokens_per_character for name, cost in costs.items()},
+            answer_tokens={name: cost.answer_tokens for name, cost in costs.items() if cost.answer_tokens},
             cache_hits={name: cache.n_hits for name, cache in self._serving.caches().items()},
             cache_misses={name: cache.n_misses for name, cache in self._serving.caches().items()},
             upstreams=self._serving.troubles(),
@@ -249,6 +253,8 @@ class Heartbeat(threading.Thread):
         try:
             self._redis.hset(MODELS_KEY, mapping=models)  # type: ignore[arg-type]  # str keys are fine
             self._redis.set(RESULTS_KEY, results)
+            if tenants := {name: tenant.terms() for name, tenant in self._settings.tenants.items()}:
+                self._redis.hset(TENANTS_KEY, mapping=tenants)  # type: ignore[arg-type]  # str keys are fine
         except (redis.RedisError, OSError) as error:
             logger.warning("registry out of reach: %s", type(error).__name__)
         self._is_ready = True

@@ -10,9 +10,11 @@ from typing import Any, Final
 
 from penstock.broker import connect_sync, redis_errors
 from penstock.codec import queue_key, queue_name
+from penstock.delay import predict
 from penstock.errors import UnknownJobError
 from penstock.leases import DEAD_KEY, LEASE_S, scripts
-from penstock.registry import MODELS_KEY, ModelInfo
+from penstock.registry import MODELS_KEY, WORKERS_KEY, Registry
+from penstock.request import TENANT, Priority
 from penstock.settings import Settings
 from penstock.store import RECORD_TTL_S, SENT, record_key, result_key
 
@@ -32,6 +34,10 @@ class QueueState:
         in_flight: jobs that workers hold.
         delayed: jobs that are not due yet.
         dead: jobs that were given up.
+        tokens: of jobs that wait or that workers hold, as their senders estimated them.
+        predicted_wait_s: until a job of the default priority that came now is computed; None if no worker of
+            the queue has told its speed.
+        spilled: jobs that came here so far because the wait in the model's preferred pool was longer.
         oldest_s: age of the job that waits longest, seconds, by its sender's clock; None if it does not say.
     """
 
@@ -40,6 +46,9 @@ class QueueState:
     in_flight: int
     delayed: int
     dead: int
+    tokens: int
+    predicted_wait_s: float | None
+    spilled: int
     oldest_s: float | None
 
 
@@ -91,14 +100,17 @@ class Queues:
             TransportError: Redis is out of reach, or refuses.
         """
         with redis_errors(self._settings.redis.broker_url):
-            announced = [ModelInfo.from_json(text) for text in self._hash(MODELS_KEY).values()]
-            names = {queue_name(pool, model.name) for model in announced for pool in model.pools}
+            second, microsecond = self._broker.time()
+            hashes = self._hash(MODELS_KEY), self._hash(WORKERS_KEY)
+            registry = Registry.read(*hashes, None, second + microsecond / 1e6)
+            models = registry.models.values()
+            names = {queue_name(pool, model.name) for model in models for pool in model.pools}
             for name, model in self._settings.models.items():
                 names |= {queue_name(pool, name) for pool in model.pools}
-            held = Counter(_queue_of(lease.partition(b"\n")[2]) for lease in self._hash(LEASES_KEY).values())
+            held = Counter(_queue_of(lease.split(b"\n")[1]) for lease in self._hash(LEASES_KEY).values())
             delayed = Counter(_queue_of(_list_of(entry)) for entry in self._hash(DELAYED_KEY).values())
             dead = Counter(job.queue for job in self.dead())
-            return [self._state(name, held, delayed, dead) for name in sorted(names)]
+            return [self._state(name, registry, held, delayed, dead) for name in sorted(names)]
 
     def dead(self) -> list[DeadJob]:
         """Return the jobs that were given up, oldest first."""
@@ -123,8 +135,11 @@ class Queues:
         It is leased in between: whoever drops or requeues it meanwhile finds it gone, and if this process
         dies here, a worker takes it over.
         """
-        number = json.loads(job.message).get("properties", {}).get("priority")
-        key = queue_key(job.queue, number if number in PRIORITIES else 0)
+        message = json.loads(job.message)
+        number = message.get("properties", {}).get("priority")
+        tenant = message.get("headers", {}).get("tenant")
+        is_tenant = isinstance(tenant, str) and TENANT.fullmatch(tenant)
+        key = queue_key(job.queue, number if number in PRIORITIES else 0, tenant if is_tenant else "")
         token = secrets.token_hex(8)
         with redis_errors(self._settings.redis.broker_url):
             tag = self._run("revive", job.entry, job.message, key, token, LEASE_S)
@@ -144,9 +159,17 @@ class Queues:
             return bool(self._broker.lrem(DEAD_KEY, 1, job.entry))  # type: ignore[arg-type]  # bytes are fine
 
     def _state(
-        self, queue: str, held: Mapping[str, int], delayed: Mapping[str, int], dead: Mapping[str, int]
+        self,
+        queue: str,
+        registry: Registry,
+        held: Mapping[str, int],
+        delayed: Mapping[str, int],
+        dead: Mapping[str, int],
     ) -> QueueState:
+        load = self._run("load", keys=(queue_key(queue, Priority.DEFAULT),))
         keys = [queue_key(queue, priority) for priority in PRIORITIES]
+        fields = ["spilled", *(f"{priority}+" for priority in PRIORITIES)]
+        spilled, *sums = self._broker.hmget(f"penstock:load:{queue}", fields)
         with self._broker.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.llen(key)
@@ -155,15 +178,18 @@ class Queues:
         ages = [age for message in found[1::2] if message and (age := _age_s(message)) is not None]
         return QueueState(
             queue=queue,
-            waiting=sum(found[::2]),
+            waiting=sum(found[::2]) + sum(int(text.split()[0]) for text in sums if text),
             in_flight=held.get(queue, 0),
             delayed=delayed.get(queue, 0),
             dead=dead.get(queue, 0),
+            tokens=load[1],
+            predicted_wait_s=predict(queue, load, registry).predicted_wait_s,
+            spilled=int(spilled or 0),
             oldest_s=max(ages, default=None),
         )
 
-    def _run(self, script: str, *arguments: bytes | str | float) -> Any:
-        return self._broker.eval(scripts()[script], 0, *arguments)
+    def _run(self, script: str, *arguments: bytes | str | float, keys: tuple[str, ...] = ()) -> Any:
+        return self._broker.eval(scripts()[script], len(keys), *keys, *arguments)
 
     def _hash(self, key: str) -> dict[bytes, bytes]:
         return self._broker.hgetall(key)  # type: ignore[return-value]  # bytes: no decode_responses
@@ -184,7 +210,7 @@ def _dead_job(entry: bytes) -> DeadJob:
 
 
 def _queue_of(key: bytes) -> str:
-    return key.partition(b"\x06\x16")[0].decode(errors="replace")
+    return key.partition(b"\x06")[0].decode(errors="replace")
 
 
 def _list_of(entry: bytes) -> bytes:
@@ -203,8 +229,15 @@ def _age_s(message: bytes) -> float | None:
 def table(states: Sequence[QueueState]) -> Iterator[str]:
     """Yield lines for people."""
     width = max((len(state.queue) for state in states), default=5)
-    yield f"{'queue':{width}}  {'waiting':>8} {'in flight':>9} {'delayed':>8} {'dead':>6}  oldest"
+    yield (
+        f"{'queue':{width}}  {'waiting':>8} {'in flight':>9} {'delayed':>8} {'dead':>6} {'tokens':>10} "
+        f"{'new waits':>10} {'spilled':>8} {'oldest':>10}"
+    )
     for state in states:
-        oldest = "" if state.oldest_s is None else f"{state.oldest_s:,.1f} s"
         counts = f"{state.waiting:>8,} {state.in_flight:>9,} {state.delayed:>8,} {state.dead:>6,}"
-        yield f"{state.queue:{width}}  {counts}  {oldest}"
+        waits = f"{_seconds(state.predicted_wait_s):>10} {state.spilled:>8,} {_seconds(state.oldest_s):>10}"
+        yield f"{state.queue:{width}}  {counts} {state.tokens:>10,} {waits}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:,.1f} s"

@@ -1,12 +1,14 @@
 """What one worker process serves: an engine and a batcher for each of its models."""
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from penstock.errors import ModelLoadError, UnknownModelError, WrongTaskError
 from penstock.registry import ModelInfo
-from penstock.request import Task
+from penstock.request import Request, Task
+from penstock.result import Usage
 from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching import Batcher, Cut, cut_by_tokens
 from penstock_workers.cache import VectorCache
@@ -67,12 +69,49 @@ _TASKS: Final[Mapping[type, Task]] = {
 }
 
 
+class Cost:
+    """What the jobs of a model cost; the last hundred or so weigh most."""
+
+    _DECAY: Final = 0.99
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_jobs = self._n_characters = self._prompt_tokens = self._answer_tokens = 0.0
+
+    def count(self, n_characters: int, usage: Usage) -> None:
+        """Take note of a job."""
+        with self._lock:
+            self._n_jobs = self._DECAY * self._n_jobs + 1
+            self._n_characters = self._DECAY * self._n_characters + n_characters
+            self._prompt_tokens = self._DECAY * self._prompt_tokens + usage.prompt_tokens
+            self._answer_tokens = self._DECAY * self._answer_tokens + usage.completion_tokens
+
+    @property
+    def tokens_per_character(self) -> float:
+        """Prompt tokens in a character of what was sent."""
+        return self._prompt_tokens / max(self._n_characters, 1)
+
+    @property
+    def answer_tokens(self) -> float:
+        """Tokens of an answer; 0 for an embedding model."""
+        return self._answer_tokens / max(self._n_jobs, 1)
+
+
 class Serving:
     """The models of this process, by name; empty until they are loaded."""
 
     def __init__(self) -> None:
         self.models: dict[str, Served] = {}
         self._device = Device()
+        self._costs: dict[str, Cost] = {}
+
+    def count(self, request: Request, usage: Usage) -> None:
+        """Take note of what a job cost, so that senders can tell beforehand; any thread may call."""
+        self._costs.setdefault(request.model, Cost()).count(request.n_characters, usage)
+
+    def costs(self) -> Mapping[str, "Cost"]:
+        """Return what jobs cost, by model."""
+        return dict(self._costs)
 
     def find(self, model: str, kind: type[S]) -> S:
         """Return a model of one kind.
@@ -240,6 +279,9 @@ def _describe(
         max_tokens=max_tokens,
         max_texts=model.max_texts,
         deadline_s=model.deadline_s,
+        max_waiting_jobs=model.max_waiting_jobs,
+        max_waiting_tokens=model.max_waiting_tokens,
+        max_waiting_bytes=model.max_waiting_bytes,
         dtype=dtype,
         batching=batching,
     )

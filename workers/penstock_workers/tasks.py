@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -10,7 +10,7 @@ from celery import Celery
 from celery.exceptions import Ignore, Reject
 
 from penstock.codec import MAX_RESULT_BYTES, TASK_NAMES, decode_request
-from penstock.errors import PenstockError, ResultTooLargeError
+from penstock.errors import DeadlineExceededError, JobCancelledError, PenstockError, ResultTooLargeError
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
 from penstock.result import Choice, EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
 from penstock.stream import Part
@@ -38,6 +38,7 @@ class Delivery:
         is_unwanted: says whether nobody waits for its answer any more.
         reply_to: whom to tell of its text while it is generated.
         streams: where that text goes.
+        works: what the model was given of it.
     """
 
     job_id: str
@@ -45,6 +46,7 @@ class Delivery:
     is_unwanted: Callable[[], bool]
     reply_to: str | None
     streams: Streams
+    works: list[Work[Any, Any]] = field(default_factory=list)
 
 
 def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], streams: Streams) -> None:
@@ -72,11 +74,18 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], str
                 reply_to=self.request.reply_to,
                 streams=streams,
             )
-            _check_wanted(delivery, request)
+            arrived, clock = time.time(), time.perf_counter()
             try:
-                return answer(delivery, request, serving)
+                _check_wanted(delivery, request)
+                result = answer(delivery, request, serving)
+            except (DeadlineExceededError, JobCancelledError) as error:
+                spent = _timings(request, arrived, clock, delivery.works)
+                error.args = (*error.args[:-1], _rounded(spent))  # what is stored
+                raise
             except HandBackError as error:
                 raise Reject(str(error), requeue=True) from None
+            serving.count(request, result.usage)
+            return result
 
     add(EmbedRequest, embed)
     add(GenerateRequest, generate)
@@ -105,7 +114,6 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
     n_bytes = len(request.texts) * row_bytes(served.engine.dim, request)
     if n_bytes > MAX_RESULT_BYTES - HEADER_BYTES:
         raise ResultTooLargeError(n_bytes, MAX_RESULT_BYTES - HEADER_BYTES)
-    works: list[Work[Any, Any]] = []
 
     def compute(texts: list[str]) -> list[Embedded]:
         items: Sequence[HasTokens] = served.engine.prepare(request.model_copy(update={"texts": texts}))
@@ -116,7 +124,7 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
             priority=delivery.priority,
             is_unwanted=delivery.is_unwanted,
         )
-        works.append(work)
+        delivery.works.append(work)
         return [
             Embedded(vector=vector, n_tokens=item.n_tokens)
             for vector, item in zip(work.wait(), items, strict=True)
@@ -132,13 +140,12 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
             patience_s=PATIENCE_S[delivery.priority],
             check=lambda: _check_wanted(delivery, request),
         )
-    waited_s = sum(work.batched_s + work.computed_s for work in works)
-    prepared_s = max(0.0, time.perf_counter() - clock - waited_s)
+    timings = _timings(request, arrived, clock, delivery.works)
     return EmbedResult(
         model=request.model,
         vectors=served.engine.finish(request, [answer.vector for answer in answers]),
         usage=Usage(prompt_tokens=sum(answer.n_tokens for answer in answers)),
-        timings=_timings(request, arrived, prepared_s, works),
+        timings=timings,
     )
 
 
@@ -152,7 +159,6 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
     served = serving.find(request.model, ServedGenerator)
     prompt: Any = served.engine.prepare(request)
     _check_size(prompt)
-    prepared_s = time.perf_counter() - clock
     with delivery.streams.open(delivery.job_id, delivery.reply_to) as stream:
         work = served.batcher.submit(
             delivery.job_id,
@@ -161,6 +167,7 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
             is_unwanted=lambda: delivery.is_unwanted() or stream.is_unread(),
             listen=(lambda _, piece: stream.write(piece, _part(piece))) if request.stream else None,
         )
+        delivery.works.append(work)
         answers = work.wait()
     answers *= prompt.n_choices // len(answers)  # one for all, where all are equal
     first, *others = (
@@ -187,7 +194,7 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
             completion_tokens=sum(answer.n_tokens for answer in answers),
             cut_tokens=prompt.cut_tokens,
         ),
-        timings=_timings(request, arrived, prepared_s, [work]),
+        timings=_timings(request, arrived, clock, delivery.works),
     )
 
 
@@ -200,7 +207,6 @@ def rerank(delivery: Delivery, request: RerankRequest, serving: Serving) -> Rera
     arrived, clock = time.time(), time.perf_counter()
     served = serving.find(request.model, ServedReranker)
     pairs = served.engine.prepare(request)
-    prepared_s = time.perf_counter() - clock
     work = served.batcher.submit(
         delivery.job_id,
         pairs,
@@ -208,6 +214,7 @@ def rerank(delivery: Delivery, request: RerankRequest, serving: Serving) -> Rera
         priority=delivery.priority,
         is_unwanted=delivery.is_unwanted,
     )
+    delivery.works.append(work)
     scores = np.array(work.wait(), dtype=np.float32)
     best = np.argsort(-scores, kind="stable")[: request.top_n]  # equal ones in the order of the request
     return RerankResult(
@@ -215,7 +222,7 @@ def rerank(delivery: Delivery, request: RerankRequest, serving: Serving) -> Rera
         scores=scores,
         order=best.tolist(),
         usage=Usage(prompt_tokens=sum(pair.n_tokens for pair in pairs)),
-        timings=_timings(request, arrived, prepared_s, [work]),
+        timings=_timings(request, arrived, clock, delivery.works),
     )
 
 
@@ -237,10 +244,16 @@ def _check_wanted(delivery: Delivery, request: Request) -> None:
         raise error
 
 
-def _timings(request: Request, arrived: float, prepared_s: float, works: Sequence[Work[Any, Any]]) -> Timings:
+def _timings(request: Request, arrived: float, clock: float, works: Sequence[Work[Any, Any]]) -> Timings:
+    """Return where the time of a job went that came at `arrived`, Unix seconds; `clock` is monotonic."""
+    waited_s = sum(work.batched_s + work.computed_s for work in works)
     return Timings(
         queued_s=max(0.0, arrived - request.sent_at) if request.sent_at else 0.0,
-        prepared_s=prepared_s,
+        prepared_s=max(0.0, time.perf_counter() - clock - waited_s),
         batched_s=sum(work.batched_s for work in works),
         computed_s=sum(work.computed_s for work in works),
     )
+
+
+def _rounded(timings: Timings) -> dict[str, float]:
+    return {name: round(seconds, 6) for name, seconds in asdict(timings).items()}

@@ -1,0 +1,108 @@
+"""Trying again: after the server's own delay, with jitter, before the deadline, at a rate that all share."""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_any,
+    stop_before_delay,
+    stop_never,
+)
+
+from penstock.bucket import BUCKET_PREFIX, Bucket
+from penstock.errors import PenstockError, ResultTimeoutError
+
+RETRIES: Final = Bucket(f"{BUCKET_PREFIX}retries", rate=100.0, burst=200.0)
+"""What all clients and workers of a broker together may try again, per second."""
+
+T = TypeVar("T")
+Ask = Callable[[float], Awaitable[float | None]]
+"""Takes a retry of the budget, if it comes within so many seconds; returns the wait for it, or None."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitPolicy:
+    """How long to try again, where a queue is full or a worker or Redis failed for now.
+
+    Attributes:
+        max_wait_s: no attempt begins later than this after the first, seconds, nor after the job's deadline.
+        attempts: at most, the first included; None for any number.
+        base_s: the first pause is drawn up to this, each next one up to twice as much, seconds. It comes on
+            top of what the server asks for (`retry_after_s` of the error).
+        most_s: upper bound of what is drawn, seconds.
+    """
+
+    max_wait_s: float = 600.0
+    attempts: int | None = 10
+    base_s: float = 0.5
+    most_s: float = 30.0
+
+    def pause_s(self, n_failures: int, error: BaseException | None) -> float:
+        """Return how long to wait after so many failures, seconds."""
+        drawn = random.uniform(0, min(self.most_s, self.base_s * 2 ** min(n_failures - 1, 30)))  # noqa: S311  no secret
+        return float(getattr(error, "retry_after_s", 0.0)) + drawn
+
+
+def is_transient(error: BaseException) -> bool:
+    """Say whether the same call may succeed later; a job that was not in time is still under way."""
+    return isinstance(error, PenstockError) and error.retryable and not isinstance(error, ResultTimeoutError)
+
+
+async def try_again(
+    policy: WaitPolicy | None, call: Callable[[], Awaitable[T]], *, deadline: float | None, ask: Ask
+) -> T:
+    """Call, and again while it fails for now.
+
+    Args:
+        policy: None calls once.
+        call: what is tried.
+        deadline: no attempt begins after this, Unix seconds.
+        ask: for a share of the budget, before each further attempt.
+
+    Raises:
+        PenstockError: of the last attempt.
+    """
+    if policy is None:
+        return await call()
+    until = time.time() + policy.max_wait_s
+    until = until if deadline is None else min(until, deadline)
+    last: BaseException | None = None
+
+    async def attempt() -> T:
+        nonlocal last
+        if last is not None:
+            wait_s = await ask(max(0.0, until - time.time()))
+            if wait_s is None:
+                raise _BudgetSpentError
+            await asyncio.sleep(wait_s)
+        try:
+            return await call()
+        except BaseException as error:
+            last = error
+            raise
+
+    def pause_s(state: RetryCallState) -> float:
+        return policy.pause_s(state.attempt_number, state.outcome.exception() if state.outcome else None)
+
+    stop = stop_any(
+        stop_before_delay(max(0.0, until - time.time())),
+        stop_never if policy.attempts is None else stop_after_attempt(policy.attempts),
+    )
+    retrying = AsyncRetrying(retry=retry_if_exception(is_transient), wait=pause_s, stop=stop, reraise=True)
+    try:
+        return await retrying(attempt)
+    except _BudgetSpentError:
+        assert last is not None
+        raise last from None
+
+
+class _BudgetSpentError(Exception):
+    """No retry is left before it would be too late."""
