@@ -1,5 +1,6 @@
 """What tests ask for by name: a server, a worker that serves both bundled models, a client."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,12 @@ import pytest
 from penstock import Client
 from penstock_workers.local_redis import free_port
 from tests.deployment import BUNDLED, Server, WorkerProcess
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _measured_here(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what workers find out about this machine apart from what others have found."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

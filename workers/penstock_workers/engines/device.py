@@ -94,3 +94,8 @@ def left_to_groups_bytes(root: Path = Path("/")) -> int:
 def _field(file: Path, name: str) -> int:
     fields = (line.split() for line in file.read_text().splitlines())
     return next(int(value) for key, value, *_ in fields if key == name)
+
+
+def name_device(device: torch.device) -> str:
+    """Return what a device is, for comparing measurements."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +21,9 @@ from penstock.request import EmbedRequest
 from penstock.result import Vectors
 from penstock.settings import ModelSettings
 from penstock_workers.engines.attention import upload
-from penstock_workers.engines.device import has_fast_bfloat16
+from penstock_workers.engines.device import has_fast_bfloat16, name_device
 from penstock_workers.engines.formats import are_unit, choose_ranges, form, read_ranges
+from penstock_workers.engines.measured import machine_key, recall, remember
 from penstock_workers.engines.memory import check_memory, weights_bytes
 from penstock_workers.engines.openvino import Compiled, is_installed
 from penstock_workers.engines.packed import Packed
@@ -141,19 +143,7 @@ class Embedder:
         engine._has_lists = engine._try_lists()
         plain = engine._probe()
         engine._choose_ranges(model, plain)
-        is_bfloat16 = model.dtype == "bfloat16" or (model.dtype == "auto" and has_fast_bfloat16(device))
-        compiled = None
-        is_possible = device.type == "cpu" and model.dtype != "float16" and is_installed()
-        if model.engine == "openvino" or (model.engine == "auto" and is_possible):
-            compiled = engine._compile(model, plain, device, is_bfloat16=is_bfloat16)
-        if model.engine == "openvino":
-            engine._compiled, engine.dtype = compiled, "bfloat16" if is_bfloat16 else "float32"
-            return engine
-        engine._pack(plain)
-        if is_bfloat16:
-            engine._reduce(plain, is_forced=model.dtype == "bfloat16")
-        if compiled is not None:
-            engine._race(compiled, is_bfloat16=is_bfloat16)
+        engine._choose_ways(model, plain, device)
         return engine
 
     @property
@@ -286,6 +276,37 @@ class Embedder:
             except (OSError, ValueError) as error:
                 raise ModelLoadError(self.name, f"int8_ranges: {error}") from error
 
+    def _choose_ways(self, model: ModelSettings, plain: NDArray[np.float32], device: torch.device) -> None:
+        """Settle what computes, and in which format: of what gives the probe's vectors the fastest.
+
+        Raises:
+            ModelLoadError: what the settings name does not give them.
+        """
+        key = machine_key(
+            self.fingerprint or _fingerprint(self._model, model), name_device(device), torch.get_num_threads()
+        )
+        known = recall(key) if "auto" in (model.engine, model.dtype) else {}
+        is_bfloat16 = model.dtype == "bfloat16" or (
+            model.dtype == "auto" and has_fast_bfloat16(device) and known.get("dtype") != "float32"
+        )
+        may_compile = device.type == "cpu" and model.dtype != "float16" and is_installed()
+        compiled = None
+        if model.engine == "openvino" or (
+            model.engine == "auto" and may_compile and known.get("engine") != "torch"
+        ):
+            compiled = self._compile(model, plain, device, is_bfloat16=is_bfloat16)
+        if compiled is not None and "openvino" in (model.engine, known.get("engine")):
+            self._compiled, self.dtype = compiled, "bfloat16" if is_bfloat16 else "float32"
+            return
+        self._pack(plain)
+        if is_bfloat16:
+            is_settled = model.dtype == "bfloat16" or known.get("dtype") == "bfloat16"
+            self._reduce(plain, is_forced=model.dtype == "bfloat16", is_settled=is_settled)
+        if compiled is not None:
+            self._race(compiled, is_bfloat16=is_bfloat16)
+        if "auto" in (model.engine, model.dtype):
+            remember(key, {"engine": "torch" if self._compiled is None else "openvino", "dtype": self.dtype})
+
     def _pack(self, plain: NDArray[np.float32]) -> None:
         """Leave padding out, if that changes no vector of the probe, and no text sees its neighbours."""
         try:
@@ -382,9 +403,9 @@ class Embedder:
             found.append(time.perf_counter() - start)
         return min(found[1:])
 
-    def _reduce(self, plain: NDArray[np.float32], *, is_forced: bool) -> None:
-        """Compute products in bfloat16, if vectors keep their directions and come sooner."""
-        _, float32_s = self._timed_probe()
+    def _reduce(self, plain: NDArray[np.float32], *, is_forced: bool, is_settled: bool) -> None:
+        """Compute products in bfloat16, if vectors keep their directions and, unless settled, come sooner."""
+        float32_s = math.inf if is_settled else self._timed_probe()[1]
         undo = use_bfloat16(self._model)
         self.dtype = "bfloat16"
         try:
@@ -393,7 +414,7 @@ class Embedder:
             reason = None
             if worst < MIN_COSINE:
                 reason = f"bfloat16 turns vectors: cosine {worst:.5f} to float32"
-            elif bfloat16_s > float32_s and not is_forced:
+            elif bfloat16_s > float32_s:
                 reason = "bfloat16 is slower here"
         except FOREIGN as error:
             reason = f"bfloat16 fails: {type(error).__name__}: {error}"

@@ -1,0 +1,77 @@
+"""What was found out about a model's speed on this machine, kept for the next start.
+
+Only what costs time is kept, never what is right: whatever is chosen by it is compared with the model's own
+vectors at each load.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+logger = logging.getLogger(__name__)
+
+KEPT_S: Final = 7 * 86_400
+"""A machine that was busy when it was measured is not believed for ever."""
+_PACKAGES: Final = ("penstock", "torch", "transformers", "openvino")
+
+
+def machine_key(fingerprint: str, device: str, n_threads: int) -> str:
+    """Return what a choice is kept under: another model, processor, number of threads or version is another.
+
+    Args:
+        fingerprint: of the model's weights and settings.
+        device: in torch's words, with the card's name.
+        n_threads: of torch.
+    """
+    parts = (fingerprint, device, n_threads, platform.machine(), _processor(), *map(_version, _PACKAGES))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def recall(key: str) -> dict[str, str]:
+    """Return what was chosen last week or later; empty if nothing was, or it cannot be read."""
+    try:
+        kept = json.loads(_file(key).read_text())
+        if time.time() - kept["at"] < KEPT_S:
+            return {str(name): str(choice) for name, choice in kept["choices"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    return {}
+
+
+def remember(key: str, choices: dict[str, str]) -> None:
+    """Keep what was chosen, if there is a place for it."""
+    file = _file(key)
+    draft = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps({"at": time.time(), "choices": choices}))
+        draft.replace(file)  # whole or not at all: the processes of a machine start together
+    except OSError as error:
+        logger.info("what was measured is not kept: %s", error)
+
+
+def _file(key: str) -> Path:
+    # Source: XDG Base Directory Specification 0.8, user-specific non-essential data.
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "penstock" / "measured" / f"{key}.json"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
