@@ -10,11 +10,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from penstock.errors import EngineError, InvalidOptionError
+from penstock.errors import EngineError, InvalidOptionError, OutOfMemoryError
 from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
 from penstock_workers.batching import Batcher, cut_by_tokens
 from penstock_workers.bundled import bundled_folder
+from penstock_workers.engines import embedding
 from penstock_workers.engines.embedding import MIN_COSINE, Embedder
 
 CPU = torch.device("cpu")
@@ -190,3 +191,17 @@ def test_a_format_that_turns_vectors_is_not_used(tmp_path: Path, caplog: pytest.
     if torch.cpu._is_avx512_bf16_supported():
         assert "bfloat16 turns vectors" in caplog.text
     assert np.allclose(embed(engine, list(SCRIPTS)), folder.model.encode(list(SCRIPTS)), atol=1e-4)
+
+
+def test_the_size_of_batches_is_learned_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device is nearly as fast with is enough; where nothing fits, the smallest is taken."""
+    settings = ModelSettings(task="embed", source="bundled:minilm", engine="torch")
+    engine = Embedder.load("minilm", settings, CPU)
+    monkeypatch.setattr(embedding, "BATCH_TOKENS", (128, 256, 512))
+    assert engine.learn_batch_tokens() in (128, 256, 512)
+
+    def too_much(*_: object) -> None:
+        raise OutOfMemoryError("minilm", 1)
+
+    monkeypatch.setattr(engine, "_forward", too_much)
+    assert engine.learn_batch_tokens() == 128

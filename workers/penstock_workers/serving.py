@@ -175,6 +175,8 @@ def load_model(
         from penstock_workers.engines.embedding import Embedder
 
         embedder = Embedder.load(name, model, device)
+        if device.type != "cpu" and model.max_batch_tokens is None:
+            model = model.model_copy(update={"max_batch_tokens": embedder.learn_batch_tokens()})
         return ServedEmbedder(
             info=replace(
                 _describe(name, model, embedder.dim, embedder.max_tokens, embedder.dtype, embedder.batching),

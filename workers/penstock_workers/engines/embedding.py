@@ -37,6 +37,10 @@ TOKENIZE_AT_ONCE: Final = 256
 AS_LISTS: Final = {"text": {"padding": False}, "common": {"return_tensors": None}}
 """Asks sentence-transformers for tokens as they are. Padding them to tensors takes twice the tokenizer's own
 time, and in Python, where the model's thread has to wait for it."""
+BATCH_TOKENS: Final = tuple(1024 << i for i in range(8))
+"""Sizes that are tried on a card; TEI's default is among them, 16,384."""
+TYPICAL_TOKENS: Final = 128
+NEARLY: Final = 0.95
 FOREIGN: Final = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a model's own code may raise when it meets a row of texts, or two number formats."""
 
@@ -208,6 +212,27 @@ class Embedder:
                     yield index, EngineError(self.name, f"a vector has {len(vector)} numbers, not {self.dim}")
                 else:
                     yield index, vector
+
+    def learn_batch_tokens(self) -> int:
+        """Return the tokens of the smallest batches at which the device is nearly as fast as it gets.
+
+        Larger ones gain nothing, and whoever comes next waits for them. Takes a second or two on a card.
+        """
+        (text,) = self.prepare(EmbedRequest(model=self.name, texts=[max(PROBE, key=len)]))
+        text = text.of_length(min(TYPICAL_TOKENS, text.n_tokens))
+        speeds: dict[int, float] = {}
+        for n_tokens in BATCH_TOKENS:
+            batch = [text] * max(1, n_tokens // text.n_tokens)
+            try:
+                self._forward(batch, text.prompt_length)  # the first of a shape has more to do
+                began = time.perf_counter()
+                for _ in range(3):
+                    self._forward(batch, text.prompt_length)
+            except OutOfMemoryError:
+                break  # what comes close to it is left to the batcher, which learns from a lack of memory
+            speeds[n_tokens] = n_tokens / (time.perf_counter() - began)
+        enough = NEARLY * max(speeds.values(), default=0.0)
+        return next((n_tokens for n_tokens, speed in speeds.items() if speed >= enough), BATCH_TOKENS[0])
 
     def finish(self, request: EmbedRequest, vectors: Sequence[NDArray[np.float32]]) -> Vectors:
         """Return a request's vectors in the form it asked for; see `formats.form`."""
