@@ -16,7 +16,9 @@ from penstock.broker import Broker, connect, connect_sync
 from penstock.codec import decode_meta
 from penstock.errors import BrokerUnavailableError
 from penstock.inbox import Inbox
+from penstock.leases import NO_LIMITS
 from penstock.registry import locate_results
+from penstock.request import Lane, Priority
 from penstock.store import result_key
 from penstock_workers.local_redis import free_port, wait_until_ready
 from tests.deployment import server_command
@@ -181,7 +183,7 @@ class Caller:
 
     async def work(self, name: str, seconds: float) -> None:
         """Send a job without a result."""
-        await self._broker.push("celery", message(f"{APP}.work", [name, seconds])[1])
+        await self._send(message(f"{APP}.work", [name, seconds])[1])
 
     async def add(self, left: int, right: int) -> int:
         """Send a job, again while there is no master, and return its result when its note has come."""
@@ -196,9 +198,12 @@ class Caller:
                 note.clear()  # a reconnect sets it too
         return int(decode_meta(stored)["result"])
 
+    async def _send(self, raw: bytes) -> None:
+        await self._broker.push("celery", Lane(Priority.INTERACTIVE), raw, limits=NO_LIMITS)
+
     async def _is_sent(self, raw: bytes) -> bool:
         try:
-            await self._broker.push("celery", raw)
+            await self._send(raw)
         except BrokerUnavailableError:
             return False
         return True
