@@ -5,6 +5,8 @@ A random Llama of 32 million parameters (no download, no real text) answers prom
 thread and its queue; peers are transformers' `generate` on a batch that is formed beforehand, `generate`
 one by one, and transformers' own continuous batching. Ways take turns; medians are compared. The section
 `beside` embeds single texts with the bundled model while sixteen such requests are answered without end.
+The bundled chat model, sixteen requests at a time, shows what a token costs more in a `response_format`
+(`formats`, in this process), and what streaming costs (`streaming`, through client, Redis and a worker).
 
 Run: python -m benchmarks.generation [--quick] [--only SECTION ...] [--json FILE] [--plot FILE]
 """
@@ -16,6 +18,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,20 +27,24 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LlamaConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.deployment import deployed
 from benchmarks.report import Figure, Report, Row, arguments, finish
-from penstock.request import EmbedRequest
+from penstock.request import EmbedRequest, GenerateRequest, ResponseFormat
 from penstock.settings import ModelSettings
 from penstock_workers.batching import Batcher
 from penstock_workers.engines.causal_lm import Sharing, find_sharing, pause_between_layers
 from penstock_workers.engines.decoding import Decoding
 from penstock_workers.engines.decoding import Row as Line
 from penstock_workers.engines.embedding import Embedder
+from penstock_workers.engines.generation import Generator
 from penstock_workers.engines.sampling import Sampling, Trail
 from penstock_workers.scheduling import Scheduler
 from penstock_workers.serving import DEFAULT_SHARES, cut_texts
 from penstock_workers.turns import Device, Turn
 
 N_NEW = 64
+CHAT = "bundled:tiny-chat"
+ASKED = "Tell me about water."
 GREEDY = Sampling(
     temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, seed=1
 )
@@ -77,6 +84,8 @@ def main() -> None:
         "shared": lambda model: shared_prompts(model, n_rounds=1 if quick else 5),
         "equality": lambda _: equality(n_requests=60 if quick else 200),
         "endurance": lambda _: endurance(n_requests=500 if quick else 10_000),
+        "formats": lambda _: formats(n_rounds=2 if quick else 7),
+        "streaming": lambda _: streaming(n_rounds=2 if quick else 7),
         "beside": lambda model: beside(model, n_texts=50 if quick else 150, n_rounds=1 if quick else 5),
     }
     options = arguments(__doc__, list(sections))
@@ -458,6 +467,88 @@ def beside(model: PreTrainedModel, *, n_texts: int, n_rounds: int) -> Found:
     return rows, {
         "text_beside_generation": Figure(value=with_turns / idle, unit="x", goal=2.0, at_most=True),
         "text_beside_generation_without_turns": Figure(value=without / idle, unit="x"),
+    }
+
+
+def formats(*, n_rounds: int) -> Found:
+    """Answer with a JSON schema, a regular expression, and neither; time of a step of sixteen rows.
+
+    The end-of-sequence token ends no answer here: all rows go on for as long as the longest format.
+    """
+    engine = Generator.load("chat", ModelSettings(task="generate", source=CHAT), torch.device("cpu"))
+    engine._end_ids = frozenset()
+    word = {"type": "string", "pattern": "^[a-z]{6}$"}
+    words = {"type": "array", "items": word, "minItems": 6, "maxItems": 6}
+    schema = {"type": "object", "properties": {"words": words}, "required": ["words"]}
+    ways: dict[str, ResponseFormat | None] = {
+        "free": None,
+        "JSON schema": {"type": "json_schema", "json_schema": {"schema": schema}},
+        "regular expression": {"type": "regex", "pattern": "[a-z]{60}"},
+    }
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for round_ in range(n_rounds + 1):  # the first is a warm-up
+        for way, wanted in ways.items():
+            prompts = [
+                engine.prepare(
+                    GenerateRequest(
+                        model="chat",
+                        prompt=ASKED,
+                        max_new_tokens=45 if wanted is None else 200,
+                        temperature=1.0,
+                        seed=100 * round_ + i,
+                        response_format=wanted,
+                    )
+                )
+                for i in range(16)
+            ]
+            scheduler = Scheduler("chat", engine.decoding(max_rows=16), engine.row)
+            began = time.perf_counter()
+            answers = scheduler.submit("job", prompts, None).wait()
+            seconds = time.perf_counter() - began
+            if round_:
+                found[way].append(1e3 * seconds / max(answer.n_tokens for answer in answers))
+    rows = [Row(way=f"a step of 16 requests, {way}", unit="ms", values=v) for way, v in found.items()]
+    return rows, {
+        f"{name}_us_per_token": Figure(value=1e3 * (row.median - rows[0].median) / 16, unit="us")
+        for name, row in zip(("schema", "regex"), rows[1:], strict=True)
+    }
+
+
+def streaming(*, n_rounds: int) -> Found:
+    """Ask for whole answers and for streamed ones, sixteen callers at once, and for a first token alone."""
+    models = f'[models.chat]\ntask = "generate"\nsource = "{CHAT}"\n'
+    speeds: dict[str, list[float]] = {"whole": [], "streamed": []}
+    firsts: dict[str, list[float]] = {"answer of one token": [], "first piece": []}
+    options: dict[str, Any] = {"model": "chat", "max_new_tokens": 128, "temperature": 1.0}
+    with deployed(models, processes=1) as client, ThreadPoolExecutor(16) as pool:
+
+        def answer(seed: int, *, is_streamed: bool) -> int:
+            if not is_streamed:
+                return client.generate(ASKED, seed=seed, **options).usage.completion_tokens
+            *_, last = client.stream(ASKED, seed=seed, **options)
+            return last.usage.completion_tokens if last.usage else 0
+
+        for round_ in range(n_rounds + 1):  # the first is a warm-up
+            for way, found in speeds.items():
+                began = time.perf_counter()
+                sent = [
+                    pool.submit(answer, 100 * round_ + i, is_streamed=way == "streamed") for i in range(64)
+                ]
+                n_tokens = sum(one.result() for one in sent)
+                if round_:
+                    found.append(n_tokens / (time.perf_counter() - began))
+        for seed in range(10 * n_rounds):
+            began = time.perf_counter()
+            client.generate(ASKED, seed=seed, **options | {"max_new_tokens": 1})
+            firsts["answer of one token"].append(1e3 * (time.perf_counter() - began))
+            began = time.perf_counter()
+            next(client.stream(ASKED, seed=seed, **options))  # leaving it cancels the rest
+            firsts["first piece"].append(1e3 * (time.perf_counter() - began))
+    rows = [Row(way=f"16 callers, {way} answers", unit="tokens/s", values=v) for way, v in speeds.items()]
+    rows += [Row(way=f"idle, {way}", unit="ms", values=v) for way, v in firsts.items()]
+    return rows, {
+        "streamed_vs_whole": Figure(value=rows[1].median / rows[0].median, unit="x"),
+        "first_piece_later_ms": Figure(value=rows[3].median - rows[2].median, unit="ms"),
     }
 
 
