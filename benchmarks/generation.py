@@ -479,7 +479,12 @@ def formats(*, n_rounds: int) -> Found:
     engine._end_ids = frozenset()
     word = {"type": "string", "pattern": "^[a-z]{6}$"}
     words = {"type": "array", "items": word, "minItems": 6, "maxItems": 6}
-    schema = {"type": "object", "properties": {"words": words}, "required": ["words"]}
+    schema = {
+        "type": "object",
+        "properties": {"words": words},
+        "required": ["words"],
+        "additionalProperties": False,
+    }
     ways: dict[str, ResponseFormat | None] = {
         "free": None,
         "JSON schema": {"type": "json_schema", "json_schema": {"schema": schema}},

@@ -1,5 +1,6 @@
 """What tests ask for by name: a server, a worker that serves both bundled models, a client."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,11 @@ import pytest
 from penstock import Client
 from penstock_workers.local_redis import free_port
 from tests.deployment import BUNDLED, Server, WorkerProcess
+
+
+def pytest_unconfigure() -> None:
+    """Let the summary be the last word: threads of workers under test outlive their servers, and complain."""
+    logging.lastResort = None
 
 
 @pytest.fixture(scope="session", autouse=True)
