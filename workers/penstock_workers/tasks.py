@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from celery import Celery
@@ -21,9 +21,6 @@ from penstock_workers.engines.thinking import Thought
 from penstock_workers.serving import ServedEmbedder, ServedGenerator, ServedReranker, Serving
 from penstock_workers.streams import Streams
 
-if TYPE_CHECKING:  # torch loads with the first model, not with the app
-    from penstock_workers.engines.generation import Prompt
-
 HEADER_BYTES: Final = 1 << 16  # room for all of a result that is not its array
 LOGPROB_BYTES: Final = 8  # a token's id and log-probability; what it is called is there once
 
@@ -39,6 +36,8 @@ class Delivery:
         reply_to: whom to tell of its text while it is generated.
         streams: where that text goes.
         works: what the model was given of it.
+        arrived: Unix seconds.
+        clock: the same moment, monotonic.
     """
 
     job_id: str
@@ -47,6 +46,8 @@ class Delivery:
     reply_to: str | None
     streams: Streams
     works: list[Work[Any, Any]] = field(default_factory=list)
+    arrived: float = field(default_factory=time.time)
+    clock: float = field(default_factory=time.perf_counter)
 
 
 def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], streams: Streams) -> None:
@@ -74,13 +75,11 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], str
                 reply_to=self.request.reply_to,
                 streams=streams,
             )
-            arrived, clock = time.time(), time.perf_counter()
             try:
                 _check_wanted(delivery, request)
                 result = answer(delivery, request, serving)
             except (DeadlineExceededError, JobCancelledError) as error:
-                spent = _timings(request, arrived, clock, delivery.works)
-                error.args = (*error.args[:-1], _rounded(spent))  # what is stored
+                error.args = (*error.args[:-1], _rounded(_timings(delivery, request)))  # what is stored
                 raise
             except HandBackError as error:
                 raise Reject(str(error), requeue=True) from None
@@ -109,11 +108,8 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
     Raises:
         HandBackError: the model will not answer any more.
     """
-    arrived, clock = time.time(), time.perf_counter()
     served = serving.find(request.model, ServedEmbedder)
-    n_bytes = len(request.texts) * row_bytes(served.engine.dim, request)
-    if n_bytes > MAX_RESULT_BYTES - HEADER_BYTES:
-        raise ResultTooLargeError(n_bytes, MAX_RESULT_BYTES - HEADER_BYTES)
+    _check_size(len(request.texts) * row_bytes(served.engine.dim, request))
 
     def compute(texts: list[str]) -> list[Embedded]:
         items: Sequence[HasTokens] = served.engine.prepare(request.model_copy(update={"texts": texts}))
@@ -140,7 +136,7 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
             patience_s=PATIENCE_S[delivery.priority],
             check=lambda: _check_wanted(delivery, request),
         )
-    timings = _timings(request, arrived, clock, delivery.works)
+    timings = _timings(delivery, request)
     return EmbedResult(
         model=request.model,
         vectors=served.engine.finish(request, [answer.vector for answer in answers]),
@@ -155,10 +151,10 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
     Raises:
         HandBackError: the model will not answer any more.
     """
-    arrived, clock = time.time(), time.perf_counter()
     served = serving.find(request.model, ServedGenerator)
     prompt: Any = served.engine.prepare(request)
-    _check_size(prompt)
+    if prompt.n_likeliest is not None:
+        _check_size(prompt.n_choices * prompt.max_new_tokens * (1 + prompt.n_likeliest) * LOGPROB_BYTES)
     with delivery.streams.open(delivery.job_id, delivery.reply_to) as stream:
         work = served.batcher.submit(
             delivery.job_id,
@@ -194,7 +190,7 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
             completion_tokens=sum(answer.n_tokens for answer in answers),
             cut_tokens=prompt.cut_tokens,
         ),
-        timings=_timings(request, arrived, clock, delivery.works),
+        timings=_timings(delivery, request),
     )
 
 
@@ -204,7 +200,6 @@ def rerank(delivery: Delivery, request: RerankRequest, serving: Serving) -> Rera
     Raises:
         HandBackError: the model will not answer any more.
     """
-    arrived, clock = time.time(), time.perf_counter()
     served = serving.find(request.model, ServedReranker)
     pairs = served.engine.prepare(request)
     work = served.batcher.submit(
@@ -222,7 +217,7 @@ def rerank(delivery: Delivery, request: RerankRequest, serving: Serving) -> Rera
         scores=scores,
         order=best.tolist(),
         usage=Usage(prompt_tokens=sum(pair.n_tokens for pair in pairs)),
-        timings=_timings(request, arrived, clock, delivery.works),
+        timings=_timings(delivery, request),
     )
 
 
@@ -230,12 +225,10 @@ def _part(piece: str) -> Part:
     return "reasoning" if isinstance(piece, Thought) else "text"
 
 
-def _check_size(prompt: "Prompt") -> None:
-    """Refuse log-probabilities that no result could hold, before they are computed."""
-    if prompt.n_likeliest is not None:
-        n_bytes = prompt.n_choices * prompt.max_new_tokens * (1 + prompt.n_likeliest) * LOGPROB_BYTES
-        if n_bytes > MAX_RESULT_BYTES - HEADER_BYTES:
-            raise ResultTooLargeError(n_bytes, MAX_RESULT_BYTES - HEADER_BYTES)
+def _check_size(n_bytes: int) -> None:
+    """Refuse what no result could hold, before it is computed."""
+    if n_bytes > MAX_RESULT_BYTES - HEADER_BYTES:
+        raise ResultTooLargeError(n_bytes, MAX_RESULT_BYTES - HEADER_BYTES)
 
 
 def _check_wanted(delivery: Delivery, request: Request) -> None:
@@ -244,12 +237,13 @@ def _check_wanted(delivery: Delivery, request: Request) -> None:
         raise error
 
 
-def _timings(request: Request, arrived: float, clock: float, works: Sequence[Work[Any, Any]]) -> Timings:
-    """Return where the time of a job went that came at `arrived`, Unix seconds; `clock` is monotonic."""
+def _timings(delivery: Delivery, request: Request) -> Timings:
+    """Return where the time of a job went until now."""
+    works = delivery.works
     waited_s = sum(work.batched_s + work.computed_s for work in works)
     return Timings(
-        queued_s=max(0.0, arrived - request.sent_at) if request.sent_at else 0.0,
-        prepared_s=max(0.0, time.perf_counter() - clock - waited_s),
+        queued_s=max(0.0, delivery.arrived - request.sent_at) if request.sent_at else 0.0,
+        prepared_s=max(0.0, time.perf_counter() - delivery.clock - waited_s),
         batched_s=sum(work.batched_s for work in works),
         computed_s=sum(work.computed_s for work in works),
     )
