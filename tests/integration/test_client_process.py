@@ -58,8 +58,8 @@ def test_ctrl_c_interrupts_a_wait(server: Server, worker: WorkerProcess) -> None
         with Client(url) as client:
             client.models()
             job = client.submit_embed(["slow " * 250] * 3000, model="minilm")
-            print("waiting", flush=True)
             try:
+                print("waiting", flush=True)  # the signal may come at once after this
                 job.result(timeout_s=300)
             except KeyboardInterrupt:
                 job.cancel()
