@@ -421,7 +421,8 @@ class AsyncClient:
     ) -> AsyncIterator[Vectors]:
         """Embed any number of texts with bounded memory: several jobs in flight, results in order.
 
-        Jobs are cut by the workers' measured speed; see `penstock.pacing`.
+        Jobs are cut by the workers' measured speed, see `penstock.pacing`, and go behind other callers'
+        unless `priority` says otherwise.
 
         Args:
             texts: read as needed, never all at once.
@@ -582,7 +583,7 @@ class _Sender:
     def __init__(self, client: AsyncClient, model: str, options: EmbedOptions) -> None:
         self._client, self._model = client, model
         # A full queue is what so many texts lead to, and no reason to stop.
-        self._options = EmbedOptions(wait=WaitPolicy(attempts=None))
+        self._options = EmbedOptions(wait=WaitPolicy(attempts=None), priority="batch")
         self._options.update(options)
 
     async def look(self) -> tuple[Registry, ModelInfo]:

@@ -63,6 +63,12 @@ def queue_name(pool: str, model: str) -> str:
     return f"{pool}.{model}"
 
 
+def split_queue(queue: str) -> tuple[str, str]:
+    """Return pool and model of a queue."""
+    pool, _, model = queue.partition(".")
+    return pool, model
+
+
 def queue_key(queue: str, priority: int, tenant: str = "") -> str:
     r"""Return the Redis list that holds a queue's jobs of one priority, and of one tenant if it is named.
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from penstock.codec import queue_name
+from penstock.codec import queue_name, split_queue
 from penstock.leases import Limits
 from penstock.registry import ModelInfo, Registry
 from penstock.request import EmbedRequest, Lane, PoolName, Request, RerankRequest
@@ -62,7 +62,7 @@ class Estimate:
 def predict(queue: str, load: list[int], registry: Registry) -> Estimate:
     """Return the estimate for a queue from what the script `load` answered."""
     jobs, tokens, n_bytes, ahead = load
-    pool, _, model = queue.partition(".")
+    pool, model = split_queue(queue)
     speed = registry.tokens_per_s(model, pool)
     n_workers = registry.ready_workers(model, pool)
     if ahead == 0 and n_workers:

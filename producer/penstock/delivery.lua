@@ -344,12 +344,14 @@ return n_waiting
 -- script: pop allow-oom
 -- KEYS: lists, the most urgent level first, in each level one of every queue.
 -- ARGV: token, lease in seconds, most messages, how many suspects, lost leases that make one, 2 to take at most half of a
--- list and leave the rest to others who are idle (else 1), then the credits of each queue.
--- Returns list, tag, leases that ran out or -1, message; of each that was taken.
+-- list and leave the rest to others who are idle (else 1), how many jobs the process may hold whatever they cost; then
+-- the credits of each queue; of each the tokens that the process may hold, or ''; of each list the jobs and tokens of it
+-- that the process holds.
+-- Returns list, tag, leases that ran out or -1, tokens, message; of each that was taken.
 local token, lease_end = ARGV[1], now() + tonumber(ARGV[2])
 local room, suspects, suspect_at = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local credits, n_queues = {}, #ARGV - 6
-for queue = 1, n_queues do credits[queue] = tonumber(ARGV[6 + queue]) end
+local credits, n_queues = {}, (#ARGV - 7) / 2 - #KEYS
+for queue = 1, n_queues do credits[queue] = tonumber(ARGV[7 + queue]) end
 local taken, share, fair = {}, {}, {}
 
 -- The part of a level whose turn it is.
@@ -395,7 +397,7 @@ local function take(base)
     redis.call('ZINCRBY', TURNS .. base, tokens / terms_of(tenant), tenant)
     if is_empty then leave(base, tenant) end
   end
-  for _, field in ipairs({list, name, lost, message}) do taken[#taken + 1] = field end
+  for _, field in ipairs({list, name, lost, tokens, message}) do taken[#taken + 1] = field end
   return tokens
 end
 
@@ -404,9 +406,23 @@ end
 local AGE, PART = 1000, 1 / 8
 local queues = {}
 for queue = 1, n_queues do
-  local bases = {}
-  for level = 1, #KEYS / n_queues do bases[level] = KEYS[(level - 1) * n_queues + queue] end
-  queues[queue] = {bases = bases, closed = {}, touched = {}}
+  local of = {bases = {}, n = {}, tokens = {}, closed = {}, touched = {}, full = {}}
+  of.most = tonumber(ARGV[7 + n_queues + queue])
+  for level = 1, #KEYS / n_queues do
+    local at = (level - 1) * n_queues + queue
+    of.bases[level] = KEYS[at]
+    of.n[level] = tonumber(ARGV[6 + 2 * n_queues + 2 * at])
+    of.tokens[level] = tonumber(ARGV[7 + 2 * n_queues + 2 * at])
+  end
+  queues[queue] = of
+end
+
+-- What is held of less urgent levels keeps nobody from taking what is urgent.
+local function is_full(of, level)
+  if not of.most then return false end
+  local n, tokens = 0, 0
+  for each = 1, level do n, tokens = n + of.n[each], tokens + of.tokens[each] end
+  return n >= tonumber(ARGV[7]) and tokens >= of.most
 end
 
 local function read_ages(of)
@@ -435,9 +451,11 @@ local function take_one(of)
   for level = 1, #of.bases do order[#order + 1] = level end
   for place, level in ipairs(order) do
     local base = of.bases[level]
-    local tokens = not of.closed[level] and take(base)
+    of.full[level] = is_full(of, level)
+    local tokens = not of.closed[level] and not of.full[level] and take(base)
     if tokens then
       of.touched[level] = true
+      of.n[level], of.tokens[level] = of.n[level] + 1, of.tokens[level] + tokens
       for other in pairs(of.ages) do
         if other > level then of.ages[other] = of.ages[other] + PART * tokens end
       end
@@ -466,8 +484,9 @@ while any and room > 0 do
 end
 for _, of in ipairs(queues) do
   for level, base in ipairs(of.bases) do
-    local is_left = (of.touched[level] or of.ages and of.ages[level]) and redis.call('EXISTS', base, TURNS .. base) > 0
-    if of.touched[level] and is_left then wake(base) end -- one that is idle
+    local is_seen = of.touched[level] or of.full[level]
+    local is_left = (is_seen or of.ages and of.ages[level]) and redis.call('EXISTS', base, TURNS .. base) > 0
+    if is_seen and is_left then wake(base) end -- one that is idle
     if next(of.touched) and of.ages[level] and is_left then
       redis.call('HSET', LOAD .. queue_of(base), 'age:' .. level_of(base), string.format('%.0f', of.ages[level]))
     end

@@ -36,6 +36,12 @@ DEAD_KEY: Final = "penstock:dead"
 UNTOLD_KEY: Final = "penstock:untold"
 WAKE_PREFIX: Final = "penstock:wake:"
 
+SHARE: Final = 2
+"""One pop takes half of a list at most: of a few large jobs sent together, others have their part."""
+
+FEWEST_JOBS: Final = 2
+"""A process may hold so many of a queue, whatever they cost: one is computed, and the next is at hand."""
+
 SETTLE_S: Final = 5.0
 """How long a process that ends waits for Redis; after that its leases run out."""
 
@@ -44,6 +50,7 @@ _MOVE_S: Final = 0.5  # how late a delayed message is at most, when a sender add
 _BACKOFF_S: Final = (0.05, 1.0)
 
 IsAlive = Callable[[], bool]
+Room = Callable[[str], float | None]
 OnDead = Callable[[Mapping[str, Any], int], None]
 Value = str | bytes | int | float
 
@@ -104,6 +111,39 @@ def push_arguments(
     return [key], [*limits.arguments(), *(value for message in messages for value in (message, due))]
 
 
+def pop_arguments(
+    token: str,
+    *,
+    lease_s: float,
+    most: int,
+    credits_: Sequence[int],
+    rooms: Sequence[float | None],
+    held: Sequence[tuple[int, int]],
+    n_suspects: int = 1,
+    suspect_at: int = MAX_DELIVERIES - 2,
+    share: int = SHARE,
+) -> list[Value]:
+    """Return arguments of the script `pop`; its keys are the lists, level by level.
+
+    Args:
+        token: names this pop.
+        lease_s: how long the leases last.
+        most: messages.
+        credits_: how many more messages of each queue.
+        rooms: how many tokens of each queue the process may hold; None for any.
+        held: messages of each list, and their tokens, that it holds already.
+        n_suspects: how many more of these.
+        suspect_at: lost leases that make one.
+        share: 2 to leave half of a list to others, else 1.
+    """
+    return [
+        *(token, lease_s, most, n_suspects, suspect_at, share, FEWEST_JOBS),
+        *credits_,
+        *("" if room is None else room for room in rooms),
+        *(count for counts in held for count in counts),
+    ]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
     """The right to one message.
@@ -112,12 +152,16 @@ class Lease:
         tag: its name in Redis.
         token: of the pop that took it.
         queue: where it waited, without the priority.
+        level: its priority there, as kombu numbers them; lower goes first.
+        tokens: what it costs.
         n_lost: leases on it that ran out before; None on its first delivery.
     """
 
     tag: str
     token: str
     queue: str
+    level: int
+    tokens: int
     n_lost: int | None
 
     @property
@@ -163,6 +207,8 @@ class Leases:
         self._n_tokens = 0
         self._held: dict[str, Lease] = {}
         self._n_held: Counter[str] = Counter()
+        self._n_of: Counter[tuple[str, int]] = Counter()
+        self._tokens_of: Counter[tuple[str, int]] = Counter()
         self.suspect_at = max(1, max_deliveries - 2)
         self._n_suspects = 0
         self._is_away, self._patience_s = False, SETTLE_S
@@ -206,6 +252,10 @@ class Leases:
         """Count the messages of a queue that are held and not acknowledged."""
         return self._n_held[queue]
 
+    def held(self, queue: str, level: int) -> tuple[int, int]:
+        """Count the messages of one level of a queue that are held, and their tokens."""
+        return self._n_of[queue, level], self._tokens_of[queue, level]
+
     def n_suspects(self) -> int:
         """Count the suspects that are held; a process takes one at a time."""
         return self._n_suspects
@@ -222,8 +272,7 @@ class Leases:
         """Renew the lease from now on."""
         with self._lock:
             self._held[lease.id] = lease
-            self._n_held[lease.queue] += 1
-            self._n_suspects += self.is_suspect(lease)
+            self._count(lease, 1)
 
     def ack(self, lease_id: str) -> Lease | None:
         """Acknowledge; the lease is renewed until Redis knows. Returns None if it is not held."""
@@ -315,9 +364,14 @@ class Leases:
     def _release(self, lease_id: str) -> Lease | None:
         lease = self._held.pop(lease_id, None)
         if lease is not None:
-            self._n_held[lease.queue] -= 1
-            self._n_suspects -= self.is_suspect(lease)
+            self._count(lease, -1)
         return lease
+
+    def _count(self, lease: Lease, n: int) -> None:
+        self._n_held[lease.queue] += n
+        self._n_of[lease.queue, lease.level] += n
+        self._tokens_of[lease.queue, lease.level] += n * lease.tokens
+        self._n_suspects += n * self.is_suspect(lease)
 
     def _forget(self, leases: Iterable[Lease]) -> None:
         for lease in leases:
@@ -494,5 +548,5 @@ def _pairs(leases: Iterable[Lease]) -> list[str]:
 
 
 def _rows(flat: Sequence[Any]) -> Iterable[tuple[Any, ...]]:
-    """Split what `pop` and `take_over` return into its rows of four."""
+    """Split what `take_over` returns into its rows of four."""
     return zip(*[iter(flat)] * 4, strict=True)

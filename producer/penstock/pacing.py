@@ -1,6 +1,6 @@
 """How `embed_many` cuts texts into jobs, and how many of them are under way: by the workers' live speed.
 
-A job is half a second of one worker's work. Three for each worker: it computes one, the next fills its
+A job is a second of one worker's work. Three for each worker: it computes one, the next fills its
 batches, and one is on its way. Towards a known end they become smaller, so that all workers end together
 (guided self-scheduling: Polychronopoulos and Kuck, IEEE Trans. Computers C-36, 1987).
 """
@@ -16,7 +16,7 @@ from penstock.job import AsyncJob
 from penstock.registry import ModelInfo, Registry
 from penstock.result import Vectors
 
-JOB_S: Final = 0.5
+JOB_S: Final = 1.0
 """Work in one job, seconds of one worker."""
 JOBS_PER_WORKER: Final = 3
 TEXTS_PER_JOB: Final = 64

@@ -30,6 +30,7 @@ from redis.retry import Retry
 from penstock.codec import TENANT_SEPARATOR
 from penstock.errors import ConfigError
 from penstock.leases import (
+    FEWEST_JOBS,
     LEASE_RANGE_S,
     LEASE_S,
     MAX_DELIVERIES,
@@ -38,6 +39,8 @@ from penstock.leases import (
     Lease,
     Leases,
     OnDead,
+    Room,
+    pop_arguments,
     push_arguments,
     scripts,
 )
@@ -64,9 +67,6 @@ WAIT_S: Final = 0.9
 POP_MOST: Final = 32
 """Messages in one reply: a big batch would keep the event loop from its other work."""
 
-SHARE: Final = 2
-"""One pop takes half of a list at most: of a few large jobs sent together, others have their part."""
-
 BYTES_PER_TOKEN: Final = 4
 """What a job costs whose sender does not say it; `delivery.lua` has the same for what others push."""
 
@@ -83,6 +83,7 @@ class RefusedError(Exception):
 class _Hooks:
     is_alive: IsAlive | None = None
     on_dead: OnDead | None = None
+    room: Room | None = None
 
 
 _hooks = _Hooks()
@@ -90,13 +91,17 @@ _leases_of_process: dict[tuple[object, ...], Leases] = {}
 _lock = threading.Lock()
 
 
-def install(*, is_alive: IsAlive | None = None, on_dead: OnDead | None = None) -> None:
+def install(
+    *, is_alive: IsAlive | None = None, on_dead: OnDead | None = None, room: Room | None = None
+) -> None:
     """Take the place of kombu's Redis transports, under their own names.
 
     Args:
         is_alive: leases are renewed, and jobs taken, while it says yes; it must not wait.
         on_dead: called with each message that was given up and how often it was delivered. A second call for
             one message is possible, after the process of the first died in it.
+        room: given a queue, tells how many tokens of its jobs this process may hold, apart from two jobs
+            that it may hold in any case; None where only their number is bounded. It must not wait.
 
     Raises:
         ConfigError: kombu or Celery is of a version that this was not tested with.
@@ -111,7 +116,7 @@ def install(*, is_alive: IsAlive | None = None, on_dead: OnDead | None = None) -
         kombu.transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:{name}"
         kombu.transport._transport_cache.pop(scheme, None)  # whoever asked before us got kombu's own
     # No transport options: those are sent to whoever runs `celery inspect stats`.
-    _hooks.is_alive, _hooks.on_dead = is_alive, on_dead
+    _hooks.is_alive, _hooks.on_dead, _hooks.room = is_alive, on_dead, room
 
 
 def is_stopping() -> bool:
@@ -144,15 +149,17 @@ class _Pop:
 
 @dataclass(frozen=True, slots=True)
 class _Wait:
-    """A wait for a token that was sent, and the queues with free places that it waits for."""
+    """A wait for a token that was sent, and the lists with room in this process that it waits for."""
 
-    queues: frozenset[str]
+    lists: frozenset[str]
 
 
 class QoS(virtual.QoS):  # type: ignore[misc]  # kombu has no types
-    """How many messages of each queue may be held, and what becomes of those that are.
+    """How much of each queue may be held, and what becomes of it.
 
     `prefetch_count` counts for each queue by itself, so jobs of one model leave the places of another alone.
+    Where the process tells its `room`, tokens count too: what it cannot compute soon is left to others. Less
+    urgent jobs that are held take no room from urgent ones, which would wait for them otherwise.
     Counted are the leases of the process, not those of a channel: jobs outlive connections.
     """
 
@@ -176,6 +183,23 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu has no types
         if not self.prefetch_count:
             return POP_MOST
         return max(0, int(self.prefetch_count) - self.channel.leases.n_held(queue))
+
+    def most_tokens(self, queue: str) -> float | None:
+        """Return how many tokens of a queue may be held."""
+        return None if _hooks.room is None else _hooks.room(queue)
+
+    def open_lists(self, queues: list[str]) -> list[str]:
+        """Return the lists that more may be taken from, the most urgent first; as the script `pop` does."""
+        channel, found = self.channel, []
+        open_queues = {queue: self.most_tokens(queue) for queue in queues if self.credit(queue)}
+        held = dict.fromkeys(open_queues, (0, 0))
+        for level in channel.priority_steps:
+            for queue, most in open_queues.items():
+                n, tokens = map(sum, zip(held[queue], channel.leases.held(queue, level), strict=True))
+                held[queue] = n, tokens
+                if most is None or n < FEWEST_JOBS or tokens < most:
+                    found.append(channel._q_for_pri(queue, level))
+        return found
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Keep a message that was leased already."""
@@ -267,11 +291,11 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         return _leases_for(self)
 
     def freed(self, lease: Lease | None) -> None:
-        """Look again if a place has become free that the wait under way is not for."""
+        """Look again if there is room now that the wait under way is not for."""
         flight = self.flight
         if not lease or not isinstance(flight, _Wait):
             return
-        if lease.queue not in flight.queues or self.leases.is_suspect(lease):
+        if self.leases.is_suspect(lease) or not flight.lists.issuperset(self.qos.open_lists([lease.queue])):
             self.leases.nudge()
 
     # Sending
@@ -331,7 +355,17 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         token = self.leases.new_token()
         with self.conn_or_acquire() as client:
             pop = client.register_script(scripts()["pop"])
-            while found := pop(*self._pop_arguments(token, [queue], {queue: 1}, most=1)):
+            arguments = pop_arguments(
+                token,
+                lease_s=self.leases.lease_s,
+                most=1,
+                credits_=[1],
+                rooms=[None],
+                held=[(0, 0) for _ in self.priority_steps],
+                n_suspects=max(0, 1 - self.leases.n_suspects()),
+                suspect_at=self.leases.suspect_at,
+            )
+            while found := pop(keys=self._lists([queue]), args=arguments):
                 ((lease, raw),) = self._leases_in(found, token)
                 self.leases.hold(lease)
                 if (message := self._open(lease, raw)) is not None:
@@ -346,24 +380,21 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues:
             return
-        credits_ = {queue: self.qos.credit(queue) for queue in queues}
         connection = self.client.connection
         if self._must_look:
             self._load_pop()
             self.flight = _Pop(self.leases.new_token(), time.monotonic())
-            keys, arguments = self._pop_arguments(self.flight.token, queues, credits_, most=POP_MOST)
+            keys, arguments = self._pop_arguments(self.flight.token, queues)
             command = ["EVALSHA", self._pop_sha, len(keys), *keys, *arguments]
         else:
-            open_queues = [queue for queue in queues if credits_[queue]]
-            self.flight = _Wait(frozenset(open_queues))
-            wakes = [self.leases.process, *self._lists(open_queues)]
+            open_lists = self.qos.open_lists(queues)
+            self.flight = _Wait(frozenset(open_lists))
+            wakes = [self.leases.process, *open_lists]
             command = ["BRPOP", *(WAKE_PREFIX + name for name in wakes), timeout or self.brpop_timeout]
         self._in_poll, self._brpop_sent_at = connection, time.monotonic()
         connection.send_command(*command)
-        # A place that became free since its credit was read would be missed for as long as the wait lasts.
-        if isinstance(self.flight, _Wait) and any(
-            queue not in self.flight.queues and self.qos.credit(queue) for queue in queues
-        ):
+        # What became free since then would be missed for as long as the wait lasts.
+        if isinstance(self.flight, _Wait) and not self.flight.lists.issuperset(self.qos.open_lists(queues)):
             self.leases.nudge()
 
     def _brpop_read(self, **options: Any) -> bool:
@@ -512,38 +543,42 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
     def _lists(self, queues: list[str]) -> list[str]:
         return [self._q_for_pri(queue, level) for level in self.priority_steps for queue in queues]
 
-    def _pop_arguments(
-        self, token: str, queues: list[str], credits_: Mapping[str, int], *, most: int
-    ) -> tuple[list[str], list[Any]]:
-        leases, places = self.leases, [credits_[queue] for queue in queues]
-        n_suspects = max(0, 1 - leases.n_suspects())
-        return self._lists(queues), [
+    def _pop_arguments(self, token: str, queues: list[str]) -> tuple[list[str], list[Any]]:
+        leases = self.leases
+        return self._lists(queues), pop_arguments(
             token,
-            leases.lease_s,
-            most,
-            n_suspects,
-            leases.suspect_at,
-            SHARE,
-            *places,
-        ]
+            lease_s=leases.lease_s,
+            most=POP_MOST,
+            credits_=[self.qos.credit(queue) for queue in queues],
+            rooms=[self.qos.most_tokens(queue) for queue in queues],
+            held=[leases.held(queue, level) for level in self.priority_steps for queue in queues],
+            n_suspects=max(0, 1 - leases.n_suspects()),
+            suspect_at=leases.suspect_at,
+        )
 
     def _leases_in(self, reply: list[Any], token: str) -> list[tuple[Lease, bytes]]:
-        rows = zip(*[iter(reply)] * 4, strict=True)
+        rows = zip(*[iter(reply)] * 5, strict=True)
         return [
             (
                 Lease(
                     tag=tag.decode(errors="surrogateescape"),
                     token=token,
                     queue=self._queue_of(bytes_to_str(source)),
+                    level=self._level_of(bytes_to_str(source)),
+                    tokens=n_tokens,
                     n_lost=n_lost if n_lost >= 0 else None,
                 ),
                 raw,
             )
-            for source, tag, n_lost, raw in rows
+            for source, tag, n_lost, n_tokens, raw in rows
         ]
 
     def _queue_of(self, source: str) -> str:
         return source.partition(TENANT_SEPARATOR)[0].rsplit(self.sep, 1)[0]
+
+    def _level_of(self, source: str) -> int:
+        _, separator, level = source.partition(TENANT_SEPARATOR)[0].rpartition(self.sep)
+        return int(level) if separator and level.isdecimal() else 0
 
     def _load_pop(self) -> None:
         if not self._pop_sha:

@@ -18,7 +18,7 @@ from celery import Celery
 from kombu import Connection
 
 from penstock import Client, DeadlineExceededError, QueueDelayError, RateLimitError, WaitPolicy
-from penstock.leases import DEAD_KEY, push_arguments, scripts
+from penstock.leases import DEAD_KEY, pop_arguments, push_arguments, scripts
 from penstock.registry import MODELS_KEY, WORKERS_KEY, ModelInfo, WorkerInfo
 from penstock.request import PoolName
 from penstock.transport import install
@@ -128,9 +128,17 @@ class Life:
         """Take some."""
         self._n_pops += 1
         token, most = f"worker/{self._n_pops}", self.random.randrange(1, 6)
-        share = self.random.choice((1, 2))
-        reply = self.run("pop", token, 60, most, 1, 2, share, most, keys=LISTS)
-        self.held += [(tag, token) for tag in reply[1::4]]
+        arguments = pop_arguments(
+            token,
+            lease_s=60,
+            most=most,
+            credits_=[most],
+            rooms=[self.random.choice((None, 100, 1000))],
+            held=[(0, 0)] * len(LISTS),
+            share=self.random.choice((1, 2)),
+        )
+        reply = self.run("pop", *arguments, keys=LISTS)
+        self.held += [(tag, token) for tag in reply[1::5]]
 
     def some(self) -> list[Any]:
         """Return tags and tokens of some that are held, or were."""
@@ -390,7 +398,11 @@ def order(client: redis.Redis, n: int) -> list[str]:
     pop = client.register_script(scripts()["pop"])
     taken = []
     for number in range(n):
-        name, tag, _, _ = pop(keys=LISTS, args=[f"w/{number}", 60, 1, 1, 2, 1, 1])
+        held = [(0, 0)] * len(LISTS)
+        arguments = pop_arguments(
+            f"w/{number}", lease_s=60, most=1, credits_=[1], rooms=[None], held=held, share=1
+        )
+        name, tag, *_ = pop(keys=LISTS, args=arguments)
         taken.append(name.decode().removeprefix(QUEUE))
         client.register_script(scripts()["ack"])(args=[tag, f"w/{number}"])
     return taken

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from penstock import BrokerUnavailableError
-from penstock.leases import NO_LIMITS, UNTOLD_KEY, scripts
+from penstock.leases import NO_LIMITS, UNTOLD_KEY, pop_arguments, scripts
 from penstock.settings import Settings, load_settings
 from penstock.store import record_key, result_key
 from penstock_workers.local_redis import free_port
@@ -48,7 +48,8 @@ def give_up(broker: redis.Redis, results: redis.Redis) -> str:
     """Give a job up as a worker does, its sender still to be told; return its id."""
     job_id, raw = message("penstock.embed", [], queue=QUEUE)
     run(broker, "push", *NO_LIMITS.arguments(), raw, "", keys=(QUEUE,))
-    _, tag, _, _ = run(broker, "pop", "worker/1", 20, 1, 1, 2, 1, 1, keys=(QUEUE,))
+    arguments = pop_arguments("worker/1", lease_s=20, most=1, credits_=[1], rooms=[None], held=[(0, 0)])
+    _, tag, *_ = run(broker, "pop", *arguments, keys=(QUEUE,))
     letter = {"id": job_id, "queue": QUEUE, "n_deliveries": 4, "message": raw.decode()}
     assert run(broker, "bury", tag, "worker/1", json.dumps(letter), 1, 40)
     results.mset({result_key(job_id): b"lost", record_key(job_id): b"FAILURE"})

@@ -19,8 +19,18 @@ from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 
 from penstock import transport
+from penstock.codec import queue_key
 from penstock.errors import ConfigError
-from penstock.leases import DEAD_KEY, NO_LIMITS, UNTOLD_KEY, Lease, Leases, push_arguments, scripts
+from penstock.leases import (
+    DEAD_KEY,
+    NO_LIMITS,
+    UNTOLD_KEY,
+    Lease,
+    Leases,
+    pop_arguments,
+    push_arguments,
+    scripts,
+)
 from penstock_workers.local_redis import free_port, wait_until_ready
 from tests.deployment import Server, server_command
 from tests.eventually import eventually
@@ -119,11 +129,33 @@ def run(client: redis.Redis, script: str, *arguments: str | bytes | float, keys:
 
 def pop(client: redis.Redis, token: str, queue: str = "q", most: int = 10, lease_s: float = 1) -> list[Lease]:
     """Pop as a process does."""
-    reply = run(client, "pop", token, lease_s, most, 1, 2, 1, most, keys=(queue,))
+    reply = run(client, "pop", *ask(token, most=most, lease_s=lease_s, share=1), keys=(queue,))
     return [
-        Lease(tag=tag.decode(), token=token, queue=queue, n_lost=n_lost if n_lost >= 0 else None)
-        for _, tag, n_lost, _ in zip(*[iter(reply)] * 4, strict=True)
+        Lease(
+            tag=tag.decode(),
+            token=token,
+            queue=queue,
+            level=0,
+            tokens=n_tokens,
+            n_lost=n_lost if n_lost >= 0 else None,
+        )
+        for _, tag, n_lost, n_tokens, _ in zip(*[iter(reply)] * 5, strict=True)
     ]
+
+
+def ask(
+    token: str, *, most: int = 10, lease_s: float = 1, n_queues: int = 1, n_lists: int = 0, **others: Any
+) -> Any:
+    """Return the arguments of a pop by a process that holds nothing."""
+    return pop_arguments(
+        token,
+        lease_s=lease_s,
+        most=most,
+        credits_=[most] * n_queues,
+        rooms=[None] * n_queues,
+        held=[(0, 0)] * (n_lists or n_queues),
+        **others,
+    )
 
 
 def put(client: redis.Redis, *names: str, queue: str = "q") -> list[str]:
@@ -302,13 +334,55 @@ def test_credits_are_per_queue(broker: redis.Redis, connect: Callable[..., Conne
     assert (broker.llen("slow"), broker.llen("fast")) == (5, 3)
 
 
+def costly(client: redis.Redis, names: str, n_tokens: int, *, level: int = 0) -> None:
+    """Put messages of this cost into the queue `q`."""
+    for name in names:
+        envelope = json.loads(message("task", [name], queue="q")[1])
+        envelope["properties"]["cost"] = n_tokens
+        run(client, "push", *NO_LIMITS.arguments(), json.dumps(envelope), "", keys=(queue_key("q", level),))
+
+
+def test_tokens_are_bounded_level_by_level(
+    broker: redis.Redis, connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process cannot compute soon is left to others, but two jobs; urgent ones have their own room."""
+    monkeypatch.setattr(transport.Transport, "brpop_timeout", 60)  # it is told of room, and does not look
+    transport.install(room=lambda _: 100)
+    costly(broker, "abcd", 400, level=6)
+    connection = connect()
+    channel = connection.default_channel
+    held: list[Any] = []
+    channel.basic_qos(0, 32, False)
+
+    def take(within_s: float = 0.3) -> str:
+        n_before = len(held)
+        with suppress(TimeoutError):
+            while True:
+                connection.drain_events(timeout=within_s)
+                within_s = 0.3
+        return "".join(each.payload[0][0] for each in held[n_before:])
+
+    with Consumer(channel, [Queue("q")], on_message=held.append, auto_declare=False):
+        taken = [take()]
+        costly(broker, "uvwxyz", 30)
+        taken.append(take(within_s=10))
+        for each in held[:2]:
+            each.ack()
+        taken.append(take())
+        for each in held[2:]:
+            each.ack()
+        taken.append(take(within_s=10))
+
+    assert taken == ["ab", "uvwx", "", "yzc"]
+
+
 def test_a_message_is_held_from_the_moment_it_is_popped(broker: redis.Redis) -> None:
     """After the pop it is in `unacked`, leased, and in no list; there is no step in between."""
     (job_id,) = put(broker, "job")
 
     (lease,) = pop(broker, "one/1")
 
-    assert lease == Lease(tag=job_id, token="one/1", queue="q", n_lost=None)
+    assert lease == Lease(tag=job_id, token="one/1", queue="q", level=0, tokens=lease.tokens, n_lost=None)
     assert (broker.llen("q"), broker.hkeys("unacked")) == (0, [job_id.encode()])
     left_s = (broker.zscore("unacked_index", job_id) or 0) - broker.time()[0]
     assert 0 <= left_s <= 2
@@ -385,10 +459,10 @@ def test_a_pop_leaves_half_to_others(broker: redis.Redis) -> None:
     """Jobs sent together are not all taken by the first; what is left goes before what is less urgent."""
     ids = put(broker, *"abcde") + put(broker, "later", queue="q\x06\x163")
 
-    pops = [run(broker, "pop", f"one/{n}", 1, 10, 1, 2, 2, 10, keys=("q", "q\x06\x163")) for n in range(4)]
+    pops = [run(broker, "pop", *ask(f"one/{n}", n_lists=2), keys=("q", "q\x06\x163")) for n in range(4)]
 
-    assert [len(reply) // 4 for reply in pops] == [3, 1, 2, 0]
-    assert [tag.decode() for reply in pops for tag in reply[1::4]] == ids
+    assert [len(reply) // 5 for reply in pops] == [3, 1, 2, 0]
+    assert [tag.decode() for reply in pops for tag in reply[1::5]] == ids
 
 
 def test_one_suspect_at_a_time(broker: redis.Redis) -> None:
@@ -400,10 +474,10 @@ def test_one_suspect_at_a_time(broker: redis.Redis) -> None:
         run(broker, "take_over", 1, 4, 10, f"two/{i}")
     put(broker, "fresh", queue="other")
 
-    reply = run(broker, "pop", "three/1", 1, 10, 1, 2, 1, 10, 10, keys=("q", "other"))
-    none = run(broker, "pop", "three/2", 1, 10, 0, 2, 1, 10, keys=("q",))
+    reply = run(broker, "pop", *ask("three/1", n_queues=2, share=1), keys=("q", "other"))
+    none = run(broker, "pop", *ask("three/2", n_suspects=0, share=1), keys=("q",))
 
-    assert [bytes(source) for source in reply[::4]] == [b"q", b"other"]
+    assert [bytes(source) for source in reply[::5]] == [b"q", b"other"]
     assert none == []
     assert broker.llen("q") == 2
 
@@ -465,7 +539,7 @@ def test_a_foreign_queue_key_of_another_type_harms_nobody(broker: redis.Redis) -
     broker.set("q", "not a list")
     put(broker, "job", queue="other")
 
-    reply = run(broker, "pop", "one/1", 1, 10, 1, 2, 1, 10, 10, keys=("q", "other"))
+    reply = run(broker, "pop", *ask("one/1", n_queues=2, share=1), keys=("q", "other"))
 
     assert reply[0] == b"other"
 

@@ -124,11 +124,12 @@ def test_padded_batches_hold_the_most_urgent_and_fit_and_are_alike() -> None:
         ([50, 49, 51, 1], 160, {0, 1, 2}),
         ([8, 512, 8, 8], 10_000, {0, 2, 3}),
         ([512, 8, 8, 300], 10_000, {0, 3}),
-        ([16, 2, 30], 10_000, {0, 1}),
+        ([16, 2, 30], 10_000, {0, 2}),
+        ([100, 60, 100, 60, 100, 60], 1024, {0, 2, 4}),
     ],
 )
 def test_padded_batches(lengths: list[int], max_tokens: int, chosen: set[int]) -> None:
-    """A text much longer than the others goes in another batch, so that they do not pay for it."""
+    """Texts that would make others pay for padding go in another batch."""
     assert set(cut_by_tokens(max_tokens)(np.array(lengths), math.inf)) == chosen
 
 

@@ -9,7 +9,7 @@ from celery.concurrency import ALIASES
 from kombu.connection import failover_strategies
 from kombu.serialization import register
 
-from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
+from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta, split_queue
 from penstock.errors import WorkerLostError
 from penstock.settings import Settings
 from penstock.transport import install
@@ -30,15 +30,20 @@ def build_app(settings: Settings) -> Celery:
     # By name: a function in the settings would leave `celery inspect stats` without an answer.
     failover_strategies["first"] = first_url
     app = Celery("penstock", broker=celery_url(_checked(settings.broker_url)))
-    app.penstock_settings, app.penstock_serving = settings, Serving()
+    serving = Serving()
+    app.penstock_settings, app.penstock_serving = settings, serving
     app.penstock_cancelled = Cancelled(_checked(settings.results_url))
     app.penstock_streams = Streams(_checked(settings.results_url), settings.worker.reader_timeout_s)
     app.conf.update(_configuration(settings))
     app.steps["worker"].add(Lifecycle)
-    register_tasks(app, app.penstock_serving, app.penstock_cancelled, app.penstock_streams)
+    register_tasks(app, serving, app.penstock_cancelled, app.penstock_streams)
 
     def is_alive() -> bool:
-        return not app.penstock_serving.is_stalled(settings.worker.stall_s)
+        return not serving.is_stalled(settings.worker.stall_s)
+
+    def room(queue: str) -> float | None:
+        _, model = split_queue(queue)
+        return serving.room(model)
 
     def tell(message: Mapping[str, Any], n_deliveries: int) -> None:
         headers, properties = message.get("headers") or {}, message.get("properties") or {}
@@ -47,7 +52,7 @@ def build_app(settings: Settings) -> Celery:
             error = WorkerLostError(job_id, n_deliveries)
             app.backend.mark_as_failure(job_id, error, request=sender, call_errbacks=False)
 
-    install(is_alive=is_alive, on_dead=tell)
+    install(is_alive=is_alive, on_dead=tell, room=room)
     return app
 
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:  # torch loads with the first model, not with the app
 DEFAULT_SHARES: Final[Mapping[Task, float]] = {"embed": 2.0, "generate": 1.0, "rerank": 2.0}
 """Weights of models that have none: a text takes milliseconds, and its caller waits for the whole of them."""
 
+HELD_S: Final = 0.25
+"""Work that a process holds, two jobs apart, seconds: more would wait here while others are free."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedEmbedder:
@@ -140,6 +143,19 @@ class Serving:
         """Return measured tokens per second by model."""
         measured = {name: served.batcher.tokens_per_s for name, served in self.models.items()}
         return {name: round(speed, 1) for name, speed in measured.items() if speed is not None}
+
+    def room(self, model: str) -> float | None:
+        """Return how many tokens of a model's jobs this process may hold; None for any.
+
+        Those that join a running batch are bounded by its places, those of remote models by what their
+        servers take; what is cached costs nothing.
+        """
+        served = self.models.get(model)
+        if served is None or not isinstance(served.batcher, Batcher):
+            return None
+        if isinstance(served, ServedEmbedder) and served.cache is not None:
+            return None
+        return HELD_S * (served.batcher.tokens_per_s or 0.0)
 
     def troubles(self) -> Mapping[str, str]:
         """Return what is wrong with the servers of remote models, by model; without those that are well."""
