@@ -521,7 +521,7 @@ class AsyncClient:
             )
             for request, job, cost in zip(requests, jobs, n_tokens, strict=True)
         ]
-        limits = queue_limits(model, registry, pool, requests)
+        limits = queue_limits(model, registry, pool, requests, n_tokens)
         job_ids = [job.id for job in jobs]
         if is_recorded:
             await record_sent(store.redis, store.url, job_ids)

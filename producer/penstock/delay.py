@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Final
 
 from penstock.codec import queue_name, split_queue
@@ -21,6 +22,9 @@ SPILL_S: Final = 1.0
 """By how much the wait in the preferred pool has to be longer for jobs to go to the next one, seconds."""
 LOOK_S: Final = 0.5
 """How often a client looks at the queues of a model in two pools, seconds."""
+PART_TO_WAIT: Final = 0.8
+"""Of the time until a deadline, what a job may take by prediction: those err, and who misses his deadline has
+cost another his place."""
 MOST_CHOICES: Final = 1000
 ANSWER_TOKENS: Final = 128
 """Of an answer, until a worker has measured it, unless `max_new_tokens` is less."""
@@ -81,16 +85,23 @@ def predict(queue: str, load: list[int], registry: Registry) -> Estimate:
     )
 
 
-def queue_limits(model: ModelInfo, registry: Registry, pool: str, requests: Sequence[Request]) -> Limits:
-    """Return what the queue of a model takes of these requests."""
+def queue_limits(
+    model: ModelInfo, registry: Registry, pool: str, requests: Sequence[Request], n_tokens: Sequence[int]
+) -> Limits:
+    """Return what the queue of a model takes of these requests, which cost so many tokens."""
     now = time.time()
-    deadlines = [request.deadline - now for request in requests if request.deadline is not None]
+    speed = median(registry.speeds(model.name, pool) or [math.inf])
+    waits = [
+        PART_TO_WAIT * (request.deadline - now) - cost / speed
+        for request, cost in zip(requests, n_tokens, strict=True)
+        if request.deadline is not None
+    ]
     return Limits(
         jobs=model.max_waiting_jobs,
         tokens=model.max_waiting_tokens,
         bytes=model.max_waiting_bytes,
         tokens_per_s=registry.tokens_per_s(model.name, pool),
-        wait_s=max(0.0, min(deadlines)) if deadlines else None,
+        wait_s=max(0.0, min(waits)) if waits else None,
     )
 
 

@@ -395,7 +395,7 @@ class JobCancelledError(PenstockError):
 
 
 class DeadlineExceededError(PenstockError):
-    """The job's deadline passed before its answer; what was not in a batch by then is not computed.
+    """The job's answer comes after its deadline, or would have: what cannot be in time is not computed.
 
     `timings` say where its time went, seconds: `queued_s`, `prepared_s`, `batched_s` and `computed_s` of
     `penstock.result.Timings`, as far as it came.
@@ -407,7 +407,7 @@ class DeadlineExceededError(PenstockError):
 
     def __str__(self) -> str:
         spent = _tell(self.timings)
-        return f"job {self.job_id} reached the model {self.late_s:.3f} s after its deadline{spent}"
+        return f"job {self.job_id} is late for its deadline by {self.late_s:.3f} s{spent}"
 
 
 class ResultExpiredError(PenstockError):

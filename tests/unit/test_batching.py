@@ -23,6 +23,7 @@ from penstock_workers.batching import (
     WINDOW_ITEMS,
     Batcher,
     HandBackError,
+    Speed,
     Work,
     cut_by_tokens,
 )
@@ -526,6 +527,61 @@ def test_job_whose_deadline_passed_is_not_computed() -> None:
     assert model.batches == [["first"], ["c"]]
 
 
+def test_job_that_cannot_be_in_time_makes_room_for_others() -> None:
+    """By the measured speed: what would be late is told so, and others are computed in its place."""
+    model = FakeModel()
+    batcher, first = start_busy(model)
+    time.sleep(0.05)  # a token took so long
+    model.go_on.set()
+    answers(first)
+    eventually(lambda: batcher.tokens_per_s is not None)
+    model.hold()
+    batcher.submit("busy", texts("x"), None)
+    eventually(lambda: len(model.batches) == 2)
+    large = batcher.submit("large", texts("y", 100_000), time.time() + 600)
+    small = batcher.submit("small", texts("z"), time.time() + 3600)
+
+    model.go_on.set()
+
+    with pytest.raises(DeadlineExceededError, match="large is late for its deadline"):
+        answers(large)
+    assert answers(small) == ["Z"]
+    assert ["y"] not in model.batches
+
+
+def test_a_wrong_speed_ends_with_the_next_batch() -> None:
+    """Where no job can be in time by the measured speed one is tried, and the speed measured anew."""
+    model = FakeModel()
+    batcher, first = start_busy(model)
+    time.sleep(0.05)
+    model.go_on.set()
+    answers(first)
+    eventually(lambda: batcher.tokens_per_s is not None)
+
+    assert answers(batcher.submit("large", texts("y", 100_000), time.time() + 600)) == ["Y"]
+
+
+def test_speed_tells_full_batches_from_small_ones() -> None:
+    """A fixed part and a part for each token are found, also while most batches are of one short text."""
+    speed = Speed()
+    for n_tokens in [1024, 900, 700, *[10] * 60]:
+        speed.count(n_tokens, 0.004 + n_tokens / 15_000)
+
+    assert speed.seconds(1024) == pytest.approx(0.004 + 1024 / 15_000, rel=0.1)
+    assert speed.tokens_per_s == pytest.approx(14_000, rel=0.25)
+
+
+def test_speed_of_batches_that_are_alike_is_their_ratio() -> None:
+    """Noise of equal batches is not taken for what tokens cost."""
+    speed, rng = Speed(), random.Random(1)
+    assert speed.tokens_per_s is None
+    for _ in range(100):
+        speed.count(rng.randint(98, 102), rng.uniform(0.9, 1.1))
+
+    assert speed.tokens_per_s == pytest.approx(100, rel=0.1)
+    assert 0.3 < speed.seconds(50) < 0.8
+
+
 def test_deadline_in_the_past_is_told_at_once() -> None:
     """An idle model does not start on it either."""
     model = FakeModel()
@@ -535,6 +591,7 @@ def test_deadline_in_the_past_is_told_at_once() -> None:
         answers(batcher.submit("late", texts("a"), time.time() - 10))
 
     assert model.batches == []
+    assert answers(batcher.submit("next", texts("b"), None)) == ["B"]
 
 
 # Signs of life

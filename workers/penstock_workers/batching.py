@@ -48,7 +48,8 @@ PADDING_TOKENS: Final = 16
 """A text may always be padded by this much; by more, up to its own length."""
 BATCH_OVERHEAD: Final = 1 / 16
 """What a padded batch costs besides its tokens, in parts of its most: 2 to 4 ms of 70 were measured."""
-_DECAY: Final = 0.95  # of what each batch before the last tells about the speed
+_DECAY: Final = 0.98  # of what each batch before the last tells about the speed
+_PULL: Final = 0.05  # towards the ratio, in parts of the sum of squares
 _RECOVERY: Final = 1.01  # of the limit that was learned from a lack of memory, for each full batch
 
 
@@ -152,7 +153,7 @@ class Work(Generic[I, A]):
     Attributes:
         job_id: the job.
         items: in the caller's order.
-        deadline: Unix seconds; what is in no batch by then is dropped.
+        deadline: Unix seconds; what is in no batch by then, or cannot be computed by then, is dropped.
         is_unwanted: says whether the job was cancelled.
         due: Unix seconds; the job with the smallest goes first.
         tokens: of the items that are in no batch yet, int64, shape (n_waiting,), longest first.
@@ -295,6 +296,39 @@ class ModelThread(ABC, Generic[I, A]):
                         work.fail(HandBackError(f"the model thread of {self.name} has ended"))
 
 
+class Speed:
+    """How long batches take: a fixed part and a part for each token, least squares over recent batches.
+
+    Many single short texts say little about a full batch. Where all batches are alike nothing tells the parts
+    apart, so the slope is drawn towards the plain ratio of seconds and tokens.
+    """
+
+    def __init__(self) -> None:
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+        self._largest = self._fixed_s = self._token_s = 0.0
+
+    def count(self, n_tokens: int, seconds: float) -> None:
+        """Take note of a batch."""
+        x, y = float(n_tokens), max(seconds, 1e-9)
+        self._n, self._x, self._y = _DECAY * self._n + 1, _DECAY * self._x + x, _DECAY * self._y + y
+        self._xx, self._xy = _DECAY * self._xx + x * x, _DECAY * self._xy + x * y
+        self._largest = max(x, _DECAY * self._largest)
+        ratio, pull = self._y / max(self._x, 1.0), _PULL * self._xx
+        spread, together = self._xx - self._x**2 / self._n, self._xy - self._x * self._y / self._n
+        slope = (together + pull * ratio) / max(spread + pull, _PULL)
+        self._token_s = min(max(slope, ratio / 10), ratio)  # the fixed part is not below nothing
+        self._fixed_s = (self._y - self._token_s * self._x) / self._n
+
+    def seconds(self, n_tokens: float) -> float:
+        """Return how long a batch of so many tokens takes; 0 before the first."""
+        return self._fixed_s + self._token_s * n_tokens
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second in batches as large as the largest of late; None before the first."""
+        return self._largest / self.seconds(self._largest) if self._largest else None
+
+
 class Batcher(ModelThread[I, A]):
     """Joins the items of concurrent jobs into batches and computes them in a thread of its own.
 
@@ -309,7 +343,7 @@ class Batcher(ModelThread[I, A]):
         self._run, self._cut = run, cut
         self._works: list[Work[I, A]] = []  # with waiting items, most urgent first
         self._memory_tokens = math.inf  # what a batch may hold, as far as lacks of memory have told
-        self._done_tokens = self._done_s = 0.0
+        self._speed = Speed()
         super().__init__(name, turn)
 
     def submit(
@@ -341,8 +375,8 @@ class Batcher(ModelThread[I, A]):
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens of items computed per second, recent batches weighing most; None before the first."""
-        return self._done_tokens / self._done_s if self._done_s else None
+        """Tokens of items computed per second in full batches; None before the first."""
+        return self._speed.tokens_per_s
 
     def _serve(self) -> NoReturn:
         while True:
@@ -361,8 +395,25 @@ class Batcher(ModelThread[I, A]):
 
     def _take(self) -> list[Entry[I, A]]:
         with self._changed:
+            now = time.time()
             self._works = [work for work in self._works if not work.is_dropped()]
-            return self._next_batch(time.time()) if self._works else []
+            self._drop_late(now)
+            return self._next_batch(now) if self._works else []
+
+    def _drop_late(self, now: float) -> None:
+        """Fail jobs that cannot be computed before their deadlines: others can, in their place."""
+        late = {
+            work: late_s
+            for work in self._works
+            if work.deadline is not None
+            and not work.is_started
+            and (late_s := now + self._speed.seconds(float(work.tokens.sum())) - work.deadline) > 0
+        }
+        if late and len(late) == len(self._works):  # one is tried: the speed may be wrong
+            del late[next(iter(late))]
+        for work, late_s in late.items():
+            work.fail(DeadlineExceededError(work.job_id, late_s))
+        self._works = [work for work in self._works if not work.is_over]
 
     def _next_batch(self, now: float) -> list[Entry[I, A]]:
         parts: list[Lengths] = []
@@ -429,9 +480,7 @@ class Batcher(ModelThread[I, A]):
 
     def _measure(self, batch: list[Entry[I, A]], seconds: float) -> None:
         n_tokens = _count(batch)
-        # Sums, not a mean of speeds: many single short texts say little about a full batch.
-        self._done_tokens = _DECAY * self._done_tokens + n_tokens
-        self._done_s = _DECAY * self._done_s + max(seconds, 1e-9)
+        self._speed.count(n_tokens, seconds)
         if n_tokens > self._memory_tokens / 2:
             self._memory_tokens *= _RECOVERY
 
