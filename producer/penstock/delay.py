@@ -25,6 +25,9 @@ LOOK_S: Final = 0.5
 PART_TO_WAIT: Final = 0.8
 """Of the time until a deadline, what a job may take by prediction: those err, and who misses his deadline has
 cost another his place."""
+BATCH_S: Final = 0.1
+"""So many seconds of the tokens before a job that reads texts, half at most, are no wait: a part of the
+batch under way is computed already, and the job's own batch holds texts of others."""
 MOST_CHOICES: Final = 1000
 ANSWER_TOKENS: Final = 128
 """Of an answer, until a worker has measured it, unless `max_new_tokens` is less."""
@@ -58,7 +61,7 @@ class Estimate:
         if self.predicted_wait_s is None:
             return f"{self.queue}: unknown, {self.workers} workers have not told their speed"
         return (
-            f"{self.queue}: {self.predicted_wait_s:,.2f} s = {self.tokens_ahead:,} tokens before it / "
+            f"{self.queue}: {self.predicted_wait_s:,.2f} s, {self.tokens_ahead:,} tokens before it, "
             f"{self.tokens_per_s or 0:,.0f} tokens/s of {self.workers} workers"
         )
 
@@ -73,6 +76,9 @@ def predict(queue: str, load: list[int], registry: Registry) -> Estimate:
         wait_s: float | None = 0.0
     else:
         wait_s = ahead / speed if speed else None
+    known = registry.models.get(model)
+    if wait_s and known is not None and known.task != "generate":
+        wait_s -= min(BATCH_S, wait_s / 2)
     return Estimate(
         queue=queue,
         predicted_wait_s=wait_s,

@@ -18,6 +18,7 @@ from celery import Celery
 from kombu import Connection
 
 from penstock import Client, DeadlineExceededError, QueueDelayError, RateLimitError, WaitPolicy
+from penstock.delay import BATCH_S
 from penstock.leases import DEAD_KEY, pop_arguments, push_arguments, scripts
 from penstock.registry import MODELS_KEY, WORKERS_KEY, ModelInfo, WorkerInfo
 from penstock.request import PoolName
@@ -258,9 +259,9 @@ def test_the_wait_is_predicted_from_load_and_speed(own: Server) -> None:
 
     assert (idle.predicted_wait_s, idle.jobs, idle.workers) == (0.0, 0, 2)
     waits = {name: each.predicted_wait_s for name, each in found.items()}
-    assert waits == {"interactive": 0.0, "default": 2.0, "batch": 2.5}
+    assert waits == {"interactive": 0.0, "default": 2.0 - BATCH_S, "batch": 2.5 - BATCH_S}
     assert (found["batch"].jobs, found["batch"].tokens, found["batch"].tokens_per_s) == (5, 500, 200.0)
-    assert str(found["batch"]) == "cpu.minilm: 2.50 s = 500 tokens before it / 200 tokens/s of 2 workers"
+    assert str(found["batch"]) == "cpu.minilm: 2.40 s, 500 tokens before it, 200 tokens/s of 2 workers"
 
 
 def announce(
@@ -344,11 +345,11 @@ def test_a_wait_past_the_deadline_is_refused(own: Server) -> None:
         sender.submit_embed(["x"], model="minilm", deadline_s=5)
         sender.submit_embed(["x"], model="minilm", deadline_s=1, priority="interactive")
         with pytest.raises(QueueDelayError) as caught:
-            sender.embed(["x"], model="minilm", deadline_s=2)
+            sender.embed(["x"], model="minilm", deadline_s=3.5)  # predicted to be just in time
 
     assert caught.value.exceeded == "deadline"
     assert caught.value.predicted_wait_s == pytest.approx(3.02)
-    assert caught.value.retry_after_s == pytest.approx(1.02, abs=0.1)
+    assert caught.value.retry_after_s == pytest.approx(0.23, abs=0.1)
 
 
 def test_callers_can_wait_for_room(own: Server) -> None:
@@ -497,7 +498,7 @@ def test_a_tenant_waits_for_its_own_jobs(own: Server) -> None:
         sender.submit_embed(["x" * 399], model="minilm", tenant="small")
         waits = [sender.estimate("minilm", tenant=name).predicted_wait_s for name in ("bulk", "small", None)]
 
-    assert waits == [51.0, 2.0, 0.0]
+    assert waits == [51.0 - BATCH_S, 2.0 - BATCH_S, 0.0]
 
 
 def test_celery_sends_and_counts_for_tenants(own: Server, monkeypatch: pytest.MonkeyPatch) -> None:

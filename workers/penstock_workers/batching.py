@@ -38,7 +38,7 @@ PATIENCE_S: Final = {Priority.INTERACTIVE: 1.0, Priority.DEFAULT: 30.0, Priority
 """After how long a job of each priority is due, if its deadline is not before; who waited long goes first."""
 STRETCH: Final = 10
 """How many times its own computing time a job may be made to wait by smaller ones that came later."""
-SHARED_BATCH_S: Final = 0.1
+SHARED_BATCH_S: Final = 0.05
 """How long a batch may take while other jobs wait, as far as the measured speed can tell."""
 MIN_BATCH_TOKENS: Final = 256
 """Batches are not cut smaller for the sake of time: below, a processor's speed falls."""
@@ -156,6 +156,7 @@ class Work(Generic[I, A]):
         deadline: Unix seconds; what is in no batch by then, or cannot be computed by then, is dropped.
         is_unwanted: says whether the job was cancelled.
         due: Unix seconds; the job with the smallest goes first.
+        tenant: who sent it; empty for nobody who is named.
         tokens: of the items that are in no batch yet, int64, shape (n_waiting,), longest first.
         is_over: whether it was answered, or failed.
         batched_s: seconds that its first item waited for a batch; set when the answer is there, or the error.
@@ -168,10 +169,11 @@ class Work(Generic[I, A]):
         items: Sequence[I],
         deadline: float | None,
         is_unwanted: Callable[[], bool] = lambda: False,
+        tenant: str = "",
     ) -> None:
         self.job_id, self.items, self.deadline, self.is_unwanted = job_id, items, deadline, is_unwanted
         self.batched_s = self.computed_s = 0.0
-        self.due = math.inf if deadline is None else deadline
+        self.due, self.tenant = math.inf if deadline is None else deadline, tenant
         tokens: Lengths = np.array([item.n_tokens for item in items], dtype=np.int64)
         self._waiting = np.argsort(-tokens, kind="stable")
         self.tokens = tokens[self._waiting]
@@ -248,6 +250,14 @@ class Work(Generic[I, A]):
 
 
 Entry = tuple[Work[I, A], int]
+
+
+def stretch(work: Work[I, A], others: Iterable[Work[I, A]], tokens_per_s: float | None) -> float:
+    """Return how much later a job is due for its size, seconds; what waits of its tenant counts with it."""
+    n_tokens = float(work.tokens.sum())
+    if work.tenant:
+        n_tokens += sum(float(other.tokens.sum()) for other in others if other.tenant == work.tenant)
+    return STRETCH * n_tokens / (tokens_per_s or math.inf)
 
 
 class ModelThread(ABC, Generic[I, A]):
@@ -354,6 +364,7 @@ class Batcher(ModelThread[I, A]):
         *,
         priority: Priority = Priority.DEFAULT,
         is_unwanted: Callable[[], bool] = lambda: False,
+        tenant: str = "",
     ) -> Work[I, A]:
         """Queue a job's items.
 
@@ -363,11 +374,12 @@ class Batcher(ModelThread[I, A]):
             deadline: items that are not in a batch by then, in Unix seconds, are dropped.
             priority: decides with the deadline, the age and the size who goes first.
             is_unwanted: the job was cancelled; asked in the model thread before each batch.
+            tenant: who sent it: what waits of his counts for its size, so that others go between.
         """
-        work: Work[I, A] = Work(job_id, items, deadline, is_unwanted)
-        computing_s = float(work.tokens.sum()) / (self.tokens_per_s or math.inf)
-        work.due = min(work.due, time.time() + PATIENCE_S[priority] + STRETCH * computing_s)
+        work: Work[I, A] = Work(job_id, items, deadline, is_unwanted, tenant)
         with self._changed:
+            stretch_s = stretch(work, self._works, self.tokens_per_s)
+            work.due = min(work.due, time.time() + PATIENCE_S[priority] + stretch_s)
             if items and self._death is None:
                 insort(self._works, work, key=lambda work: work.due)
                 self._changed.notify()

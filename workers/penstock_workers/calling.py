@@ -25,7 +25,7 @@ from penstock.errors import (
     UpstreamUnavailableError,
 )
 from penstock.request import Priority
-from penstock_workers.batching import PATIENCE_S, HasTokens, ModelThread, Work
+from penstock_workers.batching import PATIENCE_S, HasTokens, ModelThread, Work, stretch
 from penstock_workers.upstream import Fault, Leave, Upstream
 
 logger = logging.getLogger(__name__)
@@ -174,6 +174,7 @@ class Caller(ModelThread[I, A]):
         priority: Priority = Priority.DEFAULT,
         is_unwanted: Callable[[], bool] = lambda: False,
         listen: Listen | None = None,
+        tenant: str = "",
     ) -> Work[I, A]:
         """Queue a job's items.
 
@@ -184,9 +185,11 @@ class Caller(ModelThread[I, A]):
             priority: decides with the deadline who goes first.
             is_unwanted: the job was cancelled; a request that nobody waits for is given up.
             listen: takes the index of an item and the next piece of its text.
+            tenant: who sent it; what waits of his puts it off.
         """
-        work: Work[I, A] = Work(job_id, items, deadline, is_unwanted)
-        work.due = min(work.due, time.time() + PATIENCE_S[priority])
+        work: Work[I, A] = Work(job_id, items, deadline, is_unwanted, tenant)
+        stretch_s = stretch(work, (job.work for job in list(self._jobs)), self.tokens_per_s)
+        work.due = min(work.due, time.time() + PATIENCE_S[priority] + stretch_s)
         job = _Job(work)
         with self._changed:
             if self._death is None:

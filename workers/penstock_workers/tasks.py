@@ -32,6 +32,7 @@ class Delivery:
     Attributes:
         job_id: the job.
         priority: of its message; senders that are not ours may give any, or none.
+        tenant: of its message; empty where it names none.
         is_unwanted: says whether nobody waits for its answer any more.
         reply_to: whom to tell of its text while it is generated.
         streams: where that text goes.
@@ -42,6 +43,7 @@ class Delivery:
 
     job_id: str
     priority: Priority
+    tenant: str
     is_unwanted: Callable[[], bool]
     reply_to: str | None
     streams: Streams
@@ -71,6 +73,7 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], str
             delivery = Delivery(
                 job_id=job_id,
                 priority=_priority(self),
+                tenant=str(self.request.get("tenant") or ""),
                 is_unwanted=lambda: job_id in cancelled,
                 reply_to=self.request.reply_to,
                 streams=streams,
@@ -119,6 +122,7 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
             request.deadline,
             priority=delivery.priority,
             is_unwanted=delivery.is_unwanted,
+            tenant=delivery.tenant,
         )
         delivery.works.append(work)
         return [
@@ -208,6 +212,7 @@ def rerank(delivery: Delivery, request: RerankRequest, serving: Serving) -> Rera
         request.deadline,
         priority=delivery.priority,
         is_unwanted=delivery.is_unwanted,
+        tenant=delivery.tenant,
     )
     delivery.works.append(work)
     scores = np.array(work.wait(), dtype=np.float32)
