@@ -5,10 +5,12 @@ takes what he has not seen. The stored result closes the stream: it holds the wh
 reader that missed pieces (they are few and expire) gets them from there.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from penstock.errors import StreamRestartedError
+from penstock.request import ToolCall
 from penstock.result import FinishReason, GenerateResult, Logprobs, Usage
 
 OnRestart = Literal["hide", "show"]
@@ -42,6 +44,7 @@ class Piece:
         finish_reason: on the last piece, else None: `stop` if the model or a stop string ended it, `length`
             if a limit did.
         usage: on the last piece, else None: tokens of prompt and answer.
+        tool_calls: on the last piece; see `GenerateResult`.
         logprobs: on the last piece, of the whole answer, if the request asked for them.
     """
 
@@ -50,6 +53,7 @@ class Piece:
     is_restart: bool = False
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    tool_calls: Sequence[ToolCall] | None = None
     logprobs: Logprobs | None = None
 
 
@@ -114,6 +118,7 @@ class Reader:
                 text=self._unseen("text", result.text, 0),
                 finish_reason=result.finish_reason,
                 usage=result.usage,
+                tool_calls=result.tool_calls,
                 logprobs=result.logprobs,
             ),
         ]

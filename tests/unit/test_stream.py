@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from penstock.errors import StreamRestartedError
+from penstock.request import ToolCall
 from penstock.result import GenerateResult, Timings, Usage
 from penstock.stream import OnRestart, Piece, Reader
 
@@ -39,6 +40,15 @@ def test_an_answer_without_pieces_is_one_piece() -> None:
     """A worker that does not stream, or pieces that expired: the text comes from the result."""
     assert texts(read([], "A pipe.")) == ["A pipe."]
     assert texts(read([("a", 0, "A pipe.")], "A pipe.")) == ["A pipe.", ""]
+
+
+def test_calls_come_with_the_end() -> None:
+    """The last piece tells the calls that the text has."""
+    calls: list[ToolCall] = [{"function": {"name": "weather", "arguments": "{}"}}]
+
+    *_, last = Reader("job", "hide").end(replace(result("<call>"), tool_calls=calls))
+
+    assert (last.text, last.tool_calls) == ("<call>", calls)
 
 
 def test_what_is_sent_again_is_read_once() -> None:
