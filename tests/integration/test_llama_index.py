@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from llama_index.core import Document, VectorStoreIndex
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole
+from llama_index.core.tools import FunctionTool
+from pydantic import BaseModel, ConfigDict, Field
 
 from penstock import Client, InvalidOptionError, InvalidTextError
 from penstock.adapters.llama_index import PenstockEmbedding, PenstockLLM
@@ -99,7 +101,7 @@ def test_options_go_through(llm: PenstockLLM) -> None:
     assert json.loads(llm.complete("The gate?", response_format=wanted).text) in ("open", "closed")
     with pytest.raises(InvalidOptionError, match="colour"):
         llm.complete("?", colour="blue")
-    with pytest.raises(InvalidTextError, match="'tool'"):
+    with pytest.raises(InvalidOptionError, match="a tool's turn answers a call"):
         llm.chat([ChatMessage(role=MessageRole.TOOL, content="43")])
     with pytest.raises(InvalidTextError, match="ImageBlock"):
         llm.chat([ChatMessage(role="user", blocks=[ImageBlock(url="https://example.org/a.png")])])
@@ -110,3 +112,61 @@ def test_metadata_is_what_workers_announced(llm: PenstockLLM) -> None:
     assert (llm.metadata.context_window, llm.metadata.is_chat_model) == (1024, True)
     assert llm.metadata.model_name == "chat"
     assert llm.url not in repr(llm) + json.dumps(llm.to_payload(), default=str)
+
+
+class Stop(BaseModel):
+    """A place on the way."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    place: str = Field(max_length=8)
+
+
+def plan(days: int, stop: Stop) -> str:
+    """Plan a trip."""
+    return f"{days} days in {stop}"
+
+
+def test_a_required_call_follows_its_schema(server: Server, caller: str) -> None:
+    """Tools are called with what they take: directly, and by LlamaIndex itself."""
+    tool = FunctionTool.from_defaults(plan)
+    llm = PenstockLLM(model=caller, url=server.broker_url, is_function_calling_model=True)
+
+    answer = llm.chat_with_tools([tool], "Go to Ulm.", tool_required=True)
+    *_, last = llm.stream_chat_with_tools([tool], "Go to Ulm.", tool_required=True)
+    done = llm.predict_and_call([tool], "Go to Ulm.", tool_required=True)
+
+    (call,) = llm.get_tool_calls_from_response(answer)
+    assert call.tool_name == "plan"
+    assert isinstance(call.tool_kwargs["days"], int)
+    assert Stop(**call.tool_kwargs["stop"])
+    assert llm.get_tool_calls_from_response(last)[0].tool_kwargs == call.tool_kwargs
+    assert str(done).startswith(f"{call.tool_kwargs['days']} days in")
+
+
+def test_calls_come_back_and_go_on(server: Server, caller: str) -> None:
+    """An agent's turn: the call, its result, the answer; the call goes back into the prompt but once."""
+    tool = FunctionTool.from_defaults(plan)
+    llm = PenstockLLM(model=caller, url=server.broker_url)
+    call = r'<tool_call>\{"name": "plan", "arguments": \{"days": [1-9], "stop": "Ulm"\}\}</tool_call>'
+    asked = ChatMessage(role="user", content="Go.")
+
+    answer = llm.chat_with_tools(
+        [tool],
+        chat_history=[asked],
+        response_format={"type": "regex", "pattern": f"({call}){{2}}"},
+        max_tokens=200,
+    )
+
+    assert len(answer.raw.tool_calls) == 2  # of which LlamaIndex, unless asked, wants one
+    (called,) = llm.get_tool_calls_from_response(answer)
+    assert called.tool_kwargs["stop"] == "Ulm"
+    told = ChatMessage(role="tool", content="Done.", additional_kwargs={"tool_call_id": called.tool_id})
+    bare = ChatMessage(role="assistant", blocks=[answer.message.blocks[-1]])
+    n_tokens = [
+        llm.chat([asked, before, told]).additional_kwargs["prompt_tokens"]
+        for before in (answer.message, bare)
+    ]
+    assert n_tokens[0] == n_tokens[1]
+    with pytest.raises(ValueError, match="called no tool"):
+        llm.get_tool_calls_from_response(llm.chat([asked]))

@@ -1,37 +1,56 @@
 """LangChain's embedding and chat models, answered by Penstock's workers; against langchain-core 1.x."""
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any, Final, Literal
 
 import numpy as np
-from pydantic import Field, PrivateAttr
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from penstock.adapters.bridge import Bridge, conversation, shared
-from penstock.client import DEFAULT_URL, AsyncClient
-from penstock.errors import InvalidOptionError, InvalidTextError, PenstockError
+from penstock.adapters.bridge import (
+    CALLS_IN_TEXT,
+    UNTIL_LATE,
+    Sending,
+    conversation,
+    generate,
+    patiently,
+    pieces,
+    shared,
+)
+from penstock.client import DEFAULT_URL, AsyncClient, EmbedOptions
+from penstock.errors import InvalidOptionError, InvalidTextError
 from penstock.job import RESULT_TIMEOUT_S
 from penstock.request import PriorityName, ResponseFormat
 from penstock.result import GenerateResult, Usage
 from penstock.stream import Piece
+from penstock.waiting import WaitPolicy
 
 try:
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
     from langchain_core.embeddings import Embeddings
     from langchain_core.language_models import BaseChatModel, LanguageModelInput
-    from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+    from langchain_core.messages import (
+        AIMessage,
+        AIMessageChunk,
+        BaseMessage,
+        ToolMessage,
+        message_chunk_to_message,
+    )
     from langchain_core.messages.ai import UsageMetadata
+    from langchain_core.messages.tool import tool_call_chunk
     from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
     from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
     from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
-    from langchain_core.utils.function_calling import convert_to_json_schema
+    from langchain_core.tools import BaseTool
+    from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
     from langchain_core.utils.pydantic import is_basemodel_subclass
 except ImportError as error:
     raise ImportError('LangChain is missing: pip install "penstock[langchain]"') from error
 
-_ROLES: Final = {"system": "system", "human": "user", "ai": "assistant"}
+_ROLES: Final = {"system": "system", "human": "user", "ai": "assistant", "tool": "tool"}
+_CALLS: Final = ("tool_use", "tool_call")  # blocks that messages have in `tool_calls` too
 _OPTIONS: Final = (
     "temperature",
     "top_k",
@@ -42,11 +61,13 @@ _OPTIONS: Final = (
     "seed",
     "truncation",
     "response_format",
+    "tools",
+    "tool_choice",
     "priority",
+    "tenant",
+    "wait",
 )
 """Options that a call may set by `bind` or `invoke`, besides `model`, `max_tokens` and `stop`."""
-FIRST_WAIT_S: Final = 0.2
-LONGEST_WAIT_S: Final = 5.0
 
 
 class PenstockEmbeddings(Embeddings):
@@ -58,6 +79,8 @@ class PenstockEmbeddings(Embeddings):
         query_prompt_name: prompt of the model that goes before queries.
         document_prompt_name: prompt that goes before documents.
         priority: of documents; queries are interactive.
+        tenant: whose jobs they are; tenants take turns.
+        wait: how to try again what may pass, within `timeout`; None tries once.
         timeout: how long to wait for a query or for each job of documents, seconds.
     """
 
@@ -69,21 +92,25 @@ class PenstockEmbeddings(Embeddings):
         query_prompt_name: str | None = None,
         document_prompt_name: str | None = None,
         priority: PriorityName = "default",
+        tenant: str | None = None,
+        wait: WaitPolicy | None = UNTIL_LATE,
         timeout: float = RESULT_TIMEOUT_S,
     ) -> None:
         self.model = model
         self._client = shared(url)
-        self._query_prompt_name, self._document_prompt_name = query_prompt_name, document_prompt_name
-        self._priority, self._timeout_s = priority, timeout
+        self._query_prompt_name = query_prompt_name
+        self._tenant, self._wait, self._timeout_s = tenant, wait, timeout
+        self._of_documents = EmbedOptions(
+            prompt_name=document_prompt_name,
+            priority=priority,
+            tenant=tenant,
+            wait=wait and replace(wait, max_wait_s=min(wait.max_wait_s, timeout)),
+        )
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embed any number of texts."""
         parts = self._client.embed_many(
-            texts,
-            model=self.model,
-            prompt_name=self._document_prompt_name,
-            priority=self._priority,
-            timeout_s=self._timeout_s,
+            texts, model=self.model, timeout_s=self._timeout_s, **self._of_documents
         )
         return [row for part in parts for row in part.tolist()]
 
@@ -95,11 +122,7 @@ class PenstockEmbeddings(Embeddings):
         """See `embed_documents`."""
         parts = self._client.iterate(
             lambda client: client.embed_many(
-                texts,
-                model=self.model,
-                prompt_name=self._document_prompt_name,
-                priority=self._priority,
-                timeout_s=self._timeout_s,
+                texts, model=self.model, timeout_s=self._timeout_s, **self._of_documents
             )
         )
         return [row async for part in parts for row in part.tolist()]
@@ -109,47 +132,37 @@ class PenstockEmbeddings(Embeddings):
         return _only(await self._client.wait(lambda client: self._query(client, text)))
 
     async def _query(self, client: AsyncClient, text: str) -> Any:
-        return await client.embed(
-            [text],
+        return await patiently(
+            client,
+            client.embed,
+            texts=[text],
             model=self.model,
             prompt_name=self._query_prompt_name,
             priority="interactive",
+            tenant=self._tenant,
+            wait=self._wait,
             timeout_s=self._timeout_s,
-            deadline_s=self._timeout_s,
         )
 
 
-class ChatPenstock(BaseChatModel):
-    """A chat model.
+class ChatPenstock(Sending, BaseChatModel):
+    """A chat model; see `Sending` for what else it takes.
 
     `with_structured_output` constrains the model's tokens by the schema, so that any model follows it.
 
     Attributes:
         model: name it is served under.
-        url: Redis that holds the queues.
         temperature: 0 is greedy; None leaves it to the deployment, as for the other options.
         max_tokens: upper bound of the answer, tokens.
         stop: the answer ends before the first of these.
-        priority: which waiting jobs go first.
         timeout: how long to wait for an answer, or for the next piece of one, seconds.
-        max_retries: attempts after the first, for errors that may pass; a stream is not begun again.
     """
 
     model: str
-    url: str = Field(default=DEFAULT_URL, repr=False)  # it may hold a password
     temperature: float | None = None
     max_tokens: int | None = None
     stop: list[str] | None = None
-    priority: PriorityName = "default"
     timeout: float = RESULT_TIMEOUT_S
-    max_retries: int = 2
-
-    _client: Bridge = PrivateAttr()
-
-    def model_post_init(self, context: Any, /) -> None:
-        """Take the process' client of this URL; it connects at the first call."""
-        super().model_post_init(context)
-        self._client = shared(self.url)
 
     @property
     def _llm_type(self) -> str:
@@ -168,7 +181,7 @@ class ChatPenstock(BaseChatModel):
     ) -> ChatResult:
         del run_manager
         asked = self._ask(messages, stop, kwargs)
-        return _result(self._client.call(lambda client: self._answer(client, asked)))
+        return _result(self._client.call(lambda client: generate(client, **asked)))
 
     async def _agenerate(
         self,
@@ -179,7 +192,7 @@ class ChatPenstock(BaseChatModel):
     ) -> ChatResult:
         del run_manager
         asked = self._ask(messages, stop, kwargs)
-        return _result(await self._client.wait(lambda client: self._answer(client, asked)))
+        return _result(await self._client.wait(lambda client: generate(client, **asked)))
 
     def _stream(
         self,
@@ -189,7 +202,7 @@ class ChatPenstock(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         asked = self._ask(messages, stop, kwargs)
-        for piece in self._client.stream(**asked, timeout_s=self.timeout):
+        for piece in self._client.each(lambda client: pieces(client, **asked)):
             chunk = _chunk(piece, asked["model"])
             if run_manager:
                 run_manager.on_llm_new_token(piece.text, chunk=chunk)
@@ -203,13 +216,32 @@ class ChatPenstock(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         asked = self._ask(messages, stop, kwargs)
-        stream = self._client.iterate(lambda each: each.stream(**asked, timeout_s=self.timeout))
-        async with aclosing(stream) as pieces:
-            async for piece in pieces:
+        stream = self._client.iterate(lambda client: pieces(client, **asked))
+        async with aclosing(stream) as arriving:
+            async for piece in arriving:
                 chunk = _chunk(piece, asked["model"])
                 if run_manager:
                     await run_manager.on_llm_new_token(piece.text, chunk=chunk)
                 yield chunk
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | dict[str, Any] | bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Return a model that may ask for tools, where its chat template and tokenizer know them.
+
+        Args:
+            tools: what may be called.
+            tool_choice: None or `auto` lets the model choose; `any`, `required` or True makes it call one, a
+                name this one: the tokens are then constrained by the schemas of the arguments, and there is
+                one call. `none` allows no call.
+            **kwargs: see `bind`.
+        """
+        listed = [convert_to_openai_tool(tool) for tool in tools]
+        return self.bind(tools=listed or None, tool_choice=tool_choice, **kwargs)
 
     def with_structured_output(
         self,
@@ -261,58 +293,82 @@ class ChatPenstock(BaseChatModel):
             "max_tokens": self.max_tokens,
             "stop": None if "response_format" in options else self.stop,
             "priority": self.priority,
+            "tenant": self.tenant,
+            "wait": self.wait,
         }
         asked = own | options | ({} if stop is None else {"stop": stop})
         known = {name: asked[name] for name in ("model", *_OPTIONS) if asked.get(name) is not None}
         turns = [_turn(index, message) for index, message in enumerate(messages)]
         return {
             **conversation(turns),
+            "wait": None,
             **known,
             "max_new_tokens": asked["max_tokens"],
             "stop": asked["stop"] or None,
-            "deadline_s": self.timeout,
+            "timeout_s": self.timeout,
         }
 
-    async def _answer(self, client: AsyncClient, asked: dict[str, Any]) -> GenerateResult:
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(lambda error: isinstance(error, PenstockError) and error.retryable),
-            wait=wait_random_exponential(FIRST_WAIT_S, LONGEST_WAIT_S),
-            stop=stop_after_attempt(1 + self.max_retries),
-            reraise=True,
-        )
-        return await retrying(client.generate, **asked, timeout_s=self.timeout)
 
-
-def _turn(index: int, message: BaseMessage) -> tuple[str, str]:
+def _turn(index: int, message: BaseMessage) -> dict[str, Any]:
+    """Return a message in OpenAI's form."""
     role = _ROLES.get(message.type.removesuffix("MessageChunk").lower())
     if role is None:
-        raise InvalidTextError(index, f"is a {type(message).__name__}; only system, human and AI messages go")
-    blocks = [message.content] if isinstance(message.content, str) else message.content
-    for block in blocks:
-        if isinstance(block, dict) and block.get("type") != "text":
+        raise InvalidTextError(
+            index, f"is a {type(message).__name__}; only system, human, AI and tool ones go"
+        )
+    calls = message.tool_calls if isinstance(message, AIMessage) else []
+    texts = []
+    for block in [message.content] if isinstance(message.content, str) else message.content:
+        if isinstance(block, str):
+            texts.append(block)
+        elif block.get("type") == "text":
+            texts.append(block["text"])
+        elif not (calls and block.get("type") in _CALLS):
             raise InvalidTextError(index, f"holds a block of type {block.get('type')!r}; only text goes")
-    return role, "".join(block if isinstance(block, str) else block["text"] for block in blocks)
+    turn: dict[str, Any] = {"role": role, "content": "".join(texts)}
+    if calls:
+        turn["tool_calls"] = [
+            {"function": {"name": call["name"], "arguments": call["args"]}}
+            | ({"id": call["id"]} if call["id"] else {})
+            for call in calls
+        ]
+        if message.response_metadata.get(CALLS_IN_TEXT):
+            turn["content"] = ""
+    if isinstance(message, ToolMessage):
+        turn |= {"tool_call_id": message.tool_call_id, "name": message.name}
+    return turn
 
 
 def _result(answer: GenerateResult) -> ChatResult:
-    message = AIMessage(
-        content=answer.text,
-        usage_metadata=_usage(answer.usage),
-        response_metadata={"model_name": answer.model, "finish_reason": answer.finish_reason},
-    )
+    message = message_chunk_to_message(_last(answer, answer.model))
     return ChatResult(generations=[ChatGeneration(message=message)])
 
 
 def _chunk(piece: Piece, model: str) -> ChatGenerationChunk:
-    if piece.finish_reason is None or piece.usage is None:
-        return ChatGenerationChunk(message=AIMessageChunk(content=piece.text))
-    message = AIMessageChunk(
-        content=piece.text,
-        usage_metadata=_usage(piece.usage),
-        response_metadata={"model_name": model, "finish_reason": piece.finish_reason},
+    is_last = piece.finish_reason is not None
+    return ChatGenerationChunk(message=_last(piece, model) if is_last else AIMessageChunk(content=piece.text))
+
+
+def _last(answer: GenerateResult | Piece, model: str) -> AIMessageChunk:
+    """Return what ends a message, or is the whole of it."""
+    assert answer.usage is not None  # of a stream, asked for the last piece alone
+    calls = answer.tool_calls or ()
+    return AIMessageChunk(
+        content=answer.text,
+        tool_call_chunks=[
+            tool_call_chunk(
+                name=call["function"]["name"],
+                args=_text(call["function"]["arguments"]),
+                id=call.get("id"),
+                index=place,
+            )
+            for place, call in enumerate(calls)
+        ],
+        usage_metadata=_usage(answer.usage),
+        response_metadata={"model_name": model, "finish_reason": answer.finish_reason}
+        | ({CALLS_IN_TEXT: True} if calls else {}),
         chunk_position="last",
     )
-    return ChatGenerationChunk(message=message)
 
 
 def _usage(usage: Usage) -> UsageMetadata:
@@ -327,3 +383,7 @@ def _only(vectors: "np.ndarray[Any, np.dtype[Any]]") -> list[float]:
     """Return the row of an array of shape (1, dim)."""
     (row,) = vectors.tolist()
     return [float(x) for x in row]
+
+
+def _text(arguments: str | dict[str, Any]) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

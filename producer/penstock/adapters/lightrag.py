@@ -11,18 +11,15 @@ What LightRAG does with its functions, and what these therefore do:
 """
 
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from tenacity import AsyncRetrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
-from penstock.adapters.bridge import Bridge
-from penstock.client import DEFAULT_URL, GenerateOptions
+from penstock.adapters.bridge import UNTIL_LATE, Bridge, patiently, pieces
+from penstock.client import DEFAULT_URL, AsyncClient, GenerateOptions
 from penstock.errors import (
     DeadlineExceededError,
     IncompleteOutputError,
@@ -33,6 +30,8 @@ from penstock.errors import (
 )
 from penstock.registry import ModelInfo
 from penstock.request import PriorityName, ResponseFormat, Task
+from penstock.result import RerankResult, Vectors
+from penstock.waiting import WaitPolicy
 
 try:
     from lightrag import LightRAG
@@ -41,14 +40,11 @@ except ImportError as error:
     raise ImportError('LightRAG is missing: pip install "penstock[lightrag]"') from error
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 CANCELLED_AT: Final = 2
 """LightRAG cancels a call after so many times its timeout (`priority_limit_async_func_call`)."""
 BUDGET_SHARE: Final = 0.9
 """How much of that time a call takes at most, all its attempts together."""
-FIRST_WAIT_S: Final = 0.2
-LONGEST_WAIT_S: Final = 5.0
 
 KEYWORDS: Final[ResponseFormat] = {
     "type": "json_schema",
@@ -73,6 +69,7 @@ _PASSED_ON: Final = frozenset(GenerateOptions.__annotations__) - {
     "history",
     "response_format",
     "deadline_s",
+    "wait",
 }
 
 
@@ -84,8 +81,8 @@ class CallTimeoutError(CallFailedError):
     """A call of LightRAG's has no answer in the time that LightRAG gives it."""
 
 
-class LightRAGModels:
-    """Models for one or more LightRAG instances.
+class LightRAGModels(Bridge):
+    """A client whose models serve one or more LightRAG instances.
 
     ```python
     with LightRAGModels("redis://localhost:6379/0", llm="chat", embedding="minilm") as models:
@@ -106,6 +103,8 @@ class LightRAGModels:
         embedding: model that embeds.
         rerank: cross-encoder; None leaves the order of what was found.
         llm_options: of each generation that does not set its own.
+        tenant: whose jobs all of these are; tenants take turns.
+        wait: how to try again what may pass, within LightRAG's time; None tries once.
         query_prompt_name: prompt of the embedding model that goes before queries.
         document_prompt_name: prompt that goes before other texts.
         llm_timeout_s: what LightRAG has as `default_llm_timeout`, seconds; None asks the calling instance.
@@ -126,42 +125,45 @@ class LightRAGModels:
         embedding: str,
         rerank: str | None = None,
         llm_options: GenerateOptions | None = None,
+        tenant: str | None = None,
+        wait: WaitPolicy | None = UNTIL_LATE,
         query_prompt_name: str | None = None,
         document_prompt_name: str | None = None,
         llm_timeout_s: float | None = None,
         embedding_timeout_s: float | None = None,
         rerank_timeout_s: float | None = None,
     ) -> None:
-        self._client = Bridge(url)
+        super().__init__(url)
         self._llm = llm
         try:
-            served = self._client.models()
+            served = self.models()
             _find(served, llm, "generate")
             info = _find(served, embedding, "embed")
             if rerank is not None:
                 _find(served, rerank, "rerank")
         except BaseException:
-            self._client.close()
+            self.close()
             raise
         prompts = {"query": query_prompt_name, "document": document_prompt_name}
-        self.llm_model_func = _generation(self._client, llm, llm_options or {}, llm_timeout_s)
+        sending = {"tenant": tenant, "wait": wait}
+        self.llm_model_func = _generation(self, llm, {**sending, **(llm_options or {})}, llm_timeout_s)
         self.embedding_func = EmbeddingFunc(
             embedding_dim=info.dim,
             max_token_size=info.max_tokens,
             model_name=embedding,
             supports_asymmetric=True,
             func=_embedding(
-                self._client,
+                self,
                 embedding,
                 prompts,
+                sending,
                 embedding_timeout_s or LightRAG.default_embedding_timeout,
             ),
         )
-
         self.rerank_model_func = (
             None
             if rerank is None
-            else _reranking(self._client, rerank, rerank_timeout_s or LightRAG.default_rerank_timeout)
+            else _reranking(self, rerank, sending, rerank_timeout_s or LightRAG.default_rerank_timeout)
         )
 
     def arguments(self) -> dict[str, Any]:
@@ -180,21 +182,9 @@ class LightRAGModels:
             },
         }
 
-    def close(self) -> None:
-        """Close all connections; the functions open new ones if they are called again."""
-        self._client.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def _generation(
-    client: Bridge, model: str, defaults: GenerateOptions, own_timeout_s: float | None
+    client: Bridge, model: str, defaults: Mapping[str, Any], own_timeout_s: float | None
 ) -> Callable[..., Awaitable[str | AsyncIterator[str]]]:
     async def llm_model_func(
         prompt: str,
@@ -210,137 +200,109 @@ def _generation(
             raise CallFailedError(f"{model} takes no images")
         config = getattr(hashing_kv, "global_config", {})
         timeout_s = own_timeout_s or timeout or config.get("default_llm_timeout")
-        budget_s = _budget_s(timeout_s or LightRAG.default_llm_timeout)
         asked: dict[str, Any] = {
             **defaults,
             **_known_options(options),
             "model": model,
+            "prompt": prompt,
             "system_prompt": system_prompt,
             "history": _turns(history_messages),
+            "timeout_s": _budget_s(timeout_s or LightRAG.default_llm_timeout),
         }
         if stream:
-            return _stream(client, prompt, asked, budget_s)
-
-        async def attempt(left_s: float) -> str:
-            try:
-                answer = await client.wait(
-                    lambda each: each.generate(prompt, **asked, timeout_s=left_s, deadline_s=left_s)
-                )
-            except IncompleteOutputError as error:
-                return _cut(error.text)
-            logger.info(
-                "answered",
-                extra={
-                    "model": model,
-                    "queued_s": round(answer.timings.queued_s, 3),
-                    "computed_s": round(answer.timings.computed_s, 3),
-                    "n_tokens": answer.usage.total_tokens,
-                },
-            )
-            return _cut(answer.text) if answer.finish_reason == "length" else answer.text
-
-        return await _within(budget_s, attempt)
+            return _stream(client, asked)
+        try:
+            answer = await client.wait(lambda each: patiently(each, each.generate, **asked))
+        except IncompleteOutputError as error:
+            return _cut(error.text)
+        except PenstockError as error:
+            raise _told(error) from error
+        logger.info(
+            "answered",
+            extra={
+                "model": model,
+                "queued_s": round(answer.timings.queued_s, 3),
+                "computed_s": round(answer.timings.computed_s, 3),
+                "n_tokens": answer.usage.total_tokens,
+            },
+        )
+        return _cut(answer.text) if answer.finish_reason == "length" else answer.text
 
     return llm_model_func
 
 
 def _embedding(
-    client: Bridge, model: str, prompts: Mapping[str, str | None], timeout_s: float
+    client: Bridge,
+    model: str,
+    prompts: Mapping[str, str | None],
+    sending: Mapping[str, Any],
+    timeout_s: float,
 ) -> Callable[..., Awaitable[NDArray[np.float32]]]:
     async def embedding_func(texts: list[str], context: str = "document") -> NDArray[np.float32]:
         """Return shape (n_texts, dim)."""
         priority: PriorityName = "interactive" if context == "query" else "default"
 
-        async def attempt(left_s: float) -> NDArray[np.float32]:
-            vectors = await client.wait(
-                lambda each: each.embed(
-                    list(texts),
-                    model=model,
-                    prompt_name=prompts.get(context),
-                    priority=priority,
-                    timeout_s=left_s,
-                    deadline_s=left_s,
-                )
+        async def embed(each: AsyncClient) -> Vectors:
+            return await patiently(
+                each,
+                each.embed,
+                texts=list(texts),
+                model=model,
+                prompt_name=prompts.get(context),
+                priority=priority,
+                timeout_s=_budget_s(timeout_s),
+                **sending,
             )
-            return vectors.astype(np.float32, copy=False)
 
-        return await _within(_budget_s(timeout_s), attempt)
+        try:
+            vectors = await client.wait(embed)
+        except PenstockError as error:
+            raise _told(error) from error
+        return vectors.astype(np.float32, copy=False)
 
     return embedding_func
 
 
 def _reranking(
-    client: Bridge, model: str, timeout_s: float
+    client: Bridge, model: str, sending: Mapping[str, Any], timeout_s: float
 ) -> Callable[..., Awaitable[list[dict[str, float]]]]:
     async def rerank_model_func(
         query: str, documents: list[str], top_n: int | None = None, **_: Any
     ) -> list[dict[str, float]]:
-        async def attempt(left_s: float) -> list[dict[str, float]]:
-            found = await client.wait(
-                lambda each: each.rerank(
-                    query,
-                    documents,
-                    model=model,
-                    top_n=top_n,
-                    priority="interactive",
-                    timeout_s=left_s,
-                    deadline_s=left_s,
-                )
+        async def rerank(each: AsyncClient) -> RerankResult:
+            return await patiently(
+                each,
+                each.rerank,
+                query=query,
+                documents=documents,
+                model=model,
+                top_n=top_n,
+                priority="interactive",
+                timeout_s=_budget_s(timeout_s),
+                **sending,
             )
-            return [{"index": i, "relevance_score": float(found.scores[i])} for i in found.order]
 
         try:
-            return await _within(_budget_s(timeout_s), attempt)
-        except CallFailedError as error:
+            found = await client.wait(rerank)
+        except PenstockError as error:
+            told = _told(error)
             # LightRAG goes on without and tells nobody.
-            logger.warning("not reranked: %s", error, extra={"model": model})
-            raise
+            logger.warning("not reranked: %s", told, extra={"model": model})
+            raise told from error
+        return [{"index": i, "relevance_score": float(found.scores[i])} for i in found.order]
 
     return rerank_model_func
 
 
-async def _within(budget_s: float, attempt: Callable[[float], Awaitable[T]]) -> T:
-    """Return what an attempt returns, the first that meets no passing error; each is told what time is left.
-
-    Raises:
-        CallTimeoutError: the time is up.
-        CallFailedError: an error that would come again.
-    """
-    ends_at = time.monotonic() + budget_s
-    retrying = AsyncRetrying(
-        retry=retry_if_exception(_passes),
-        wait=wait_random_exponential(FIRST_WAIT_S, LONGEST_WAIT_S),
-        stop=stop_before_delay(budget_s),
-        reraise=True,
-    )
-
-    async def once() -> T:
-        return await attempt(max(ends_at - time.monotonic(), 0.001))
-
+async def _stream(client: Bridge, asked: dict[str, Any]) -> AsyncIterator[str]:
+    stream = client.iterate(lambda each: pieces(each, **asked))
     try:
-        return await retrying(once)
-    except PenstockError as error:
-        raise _told(error) from error
-
-
-async def _stream(
-    client: Bridge, prompt: str, options: dict[str, Any], budget_s: float
-) -> AsyncIterator[str]:
-    stream = client.iterate(
-        lambda each: each.stream(prompt, **options, timeout_s=budget_s, deadline_s=budget_s)
-    )
-    try:
-        async with aclosing(stream) as pieces:  # else its job would go on until the loop finds the time
-            async for piece in pieces:
+        async with aclosing(stream) as arriving:  # else its job would go on until the loop finds the time
+            async for piece in arriving:
                 if piece.text:  # else it is what the model thinks, or the end
                     yield piece.text
     except PenstockError as error:
         raise _told(error) from error
-
-
-def _passes(error: BaseException) -> bool:
-    is_late = isinstance(error, ResultTimeoutError | DeadlineExceededError)
-    return isinstance(error, PenstockError) and error.retryable and not is_late
 
 
 def _told(error: PenstockError) -> CallFailedError:

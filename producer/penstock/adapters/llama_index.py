@@ -3,15 +3,15 @@
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
-from penstock.adapters.bridge import Bridge, conversation, shared
-from penstock.client import DEFAULT_URL, AsyncClient
+from penstock.adapters.bridge import CALLS_IN_TEXT, Sending, conversation, generate, patiently, pieces
+from penstock.client import AsyncClient
 from penstock.errors import InvalidTextError
 from penstock.job import RESULT_TIMEOUT_S
-from penstock.request import PriorityName
+from penstock.request import ToolCall, parse_arguments
 from penstock.result import GenerateResult
 from penstock.stream import Piece
 
@@ -28,9 +28,12 @@ try:
         LLMMetadata,
         MessageRole,
         TextBlock,
+        ToolCallBlock,
     )
     from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-    from llama_index.core.llms.llm import LLM
+    from llama_index.core.llms.function_calling import FunctionCallingLLM
+    from llama_index.core.llms.llm import ToolSelection
+    from llama_index.core.tools.types import BaseTool
 except ImportError as error:
     raise ImportError('LlamaIndex is missing: pip install "penstock[llama-index]"') from error
 
@@ -41,35 +44,29 @@ _ROLES: Final = {
     MessageRole.ASSISTANT: "assistant",
     MessageRole.CHATBOT: "assistant",
     MessageRole.MODEL: "assistant",
+    MessageRole.TOOL: "tool",
+    MessageRole.FUNCTION: "tool",
 }
 
 
-class PenstockEmbedding(BaseEmbedding):
-    """An embedding model; queries go before texts.
+class _Timed(Sending):
+    timeout_s: float = Field(default=RESULT_TIMEOUT_S, gt=0)
+
+
+class PenstockEmbedding(_Timed, BaseEmbedding):
+    """An embedding model; queries go before texts. See `Sending` for what else it takes.
 
     Attributes:
         model_name: name it is served under.
-        url: Redis that holds the queues.
         query_prompt_name: prompt of the model that goes before queries.
         text_prompt_name: prompt that goes before texts.
         embed_batch_size: texts that LlamaIndex hands over at a time, and so of one job.
-        priority: of texts.
         timeout_s: how long to wait for an answer, seconds.
     """
 
-    url: str = Field(default=DEFAULT_URL, repr=False, exclude=True)  # it may hold a password
     query_prompt_name: str | None = None
     text_prompt_name: str | None = None
     embed_batch_size: int = Field(default=256, gt=0, le=2048)
-    priority: PriorityName = "default"
-    timeout_s: float = Field(default=RESULT_TIMEOUT_S, gt=0)
-
-    _client: Bridge = PrivateAttr()
-
-    def model_post_init(self, context: Any, /) -> None:
-        """Take the process' client of this URL; it connects at the first call."""
-        super().model_post_init(context)
-        self._client = shared(self.url)
 
     @classmethod
     def class_name(cls) -> str:
@@ -97,43 +94,39 @@ class PenstockEmbedding(BaseEmbedding):
     async def _embed(
         self, client: AsyncClient, texts: Sequence[str], *, is_query: bool = False
     ) -> list[Embedding]:
-        vectors = await client.embed(
-            list(texts),
+        vectors = await patiently(
+            client,
+            client.embed,
+            texts=list(texts),
             model=self.model_name,
             prompt_name=self.query_prompt_name if is_query else self.text_prompt_name,
             priority="interactive" if is_query else self.priority,
+            tenant=self.tenant,
+            wait=self.wait,
             timeout_s=self.timeout_s,
-            deadline_s=self.timeout_s,
         )
         rows: list[Embedding] = vectors.tolist()
         return rows
 
 
-class PenstockLLM(LLM):
-    """A language model. A call may name any option of `AsyncClient.generate`, `response_format` among them.
+class PenstockLLM(_Timed, FunctionCallingLLM):
+    """A language model; see `Sending` for what else it takes.
+
+    A call may name any option of `AsyncClient.generate`, `response_format` and `wait` among them.
 
     Attributes:
         model: name it is served under.
-        url: Redis that holds the queues.
         temperature: 0 is greedy; None leaves it to the deployment.
         max_tokens: upper bound of the answer, tokens; None leaves it to the deployment.
-        priority: which waiting jobs go first.
+        is_function_calling_model: tells LlamaIndex to use tools by calls; the model's chat template and
+            tokenizer have to know them.
         timeout_s: how long to wait for an answer, or for the next piece of one, seconds.
     """
 
     model: str
-    url: str = Field(default=DEFAULT_URL, repr=False, exclude=True)  # it may hold a password
     temperature: float | None = None
     max_tokens: int | None = None
-    priority: PriorityName = "default"
-    timeout_s: float = Field(default=RESULT_TIMEOUT_S, gt=0)
-
-    _client: Bridge = PrivateAttr()
-
-    def model_post_init(self, context: Any, /) -> None:
-        """Take the process' client of this URL; it connects at the first call."""
-        super().model_post_init(context)
-        self._client = shared(self.url)
+    is_function_calling_model: bool = False
 
     @classmethod
     def class_name(cls) -> str:
@@ -149,71 +142,76 @@ class PenstockLLM(LLM):
     @property
     def metadata(self) -> LLMMetadata:
         """Say what the model takes; its context window is the one that workers announced."""
-        return LLMMetadata(model_name=self.model, is_chat_model=True, **self._limits)
+        return LLMMetadata(
+            model_name=self.model,
+            is_chat_model=True,
+            is_function_calling_model=self.is_function_calling_model,
+            **self._limits,
+        )
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
         asked = self._ask(_talk(messages), kwargs)
-        return _chat_response(self._client.generate(**asked))
+        return _chat_response(self._client.call(lambda client: generate(client, **asked)))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """See `chat`."""
         asked = self._ask(_talk(messages), kwargs)
-        return _chat_response(await self._client.wait(lambda client: client.generate(**asked)))
+        return _chat_response(await self._client.wait(lambda client: generate(client, **asked)))
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt."""
         asked = self._ask({"prompt": self._format(prompt, formatted)}, kwargs)
-        return _completion_response(self._client.generate(**asked))
+        return _completion_response(self._client.call(lambda client: generate(client, **asked)))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """See `complete`."""
         asked = self._ask({"prompt": self._format(prompt, formatted)}, kwargs)
-        return _completion_response(await self._client.wait(lambda client: client.generate(**asked)))
+        return _completion_response(await self._client.wait(lambda client: generate(client, **asked)))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer a conversation piece by piece; leaving the loop cancels the job."""
         asked = self._ask(_talk(messages), kwargs)
 
-        def pieces() -> ChatResponseGen:
+        def read() -> ChatResponseGen:
             text = ""
-            for piece in self._client.stream(**asked):
+            for piece in self._client.each(lambda client: pieces(client, **asked)):
                 text += piece.text
                 yield _chat_piece(text, piece)
 
-        return pieces()
+        return read()
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """See `stream_chat`."""
         asked = self._ask(_talk(messages), kwargs)
 
-        async def pieces() -> ChatResponseAsyncGen:
+        async def read() -> ChatResponseAsyncGen:
             text = ""
-            async with self._pieces(asked) as read:
-                async for piece in read:
+            async with self._pieces(asked) as arriving:
+                async for piece in arriving:
                     text += piece.text
                     yield _chat_piece(text, piece)
 
-        return pieces()
+        return read()
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Answer a prompt piece by piece; leaving the loop cancels the job."""
         asked = self._ask({"prompt": self._format(prompt, formatted)}, kwargs)
 
-        def pieces() -> CompletionResponseGen:
+        def read() -> CompletionResponseGen:
             text = ""
-            for piece in self._client.stream(**asked):
+            for piece in self._client.each(lambda client: pieces(client, **asked)):
                 text += piece.text
                 yield CompletionResponse(text=text, delta=piece.text, additional_kwargs=_ending(piece))
 
-        return pieces()
+        return read()
 
     @llm_completion_callback()
     async def astream_complete(
@@ -222,17 +220,72 @@ class PenstockLLM(LLM):
         """See `stream_complete`."""
         asked = self._ask({"prompt": self._format(prompt, formatted)}, kwargs)
 
-        async def pieces() -> CompletionResponseAsyncGen:
+        async def read() -> CompletionResponseAsyncGen:
             text = ""
-            async with self._pieces(asked) as read:
-                async for piece in read:
+            async with self._pieces(asked) as arriving:
+                async for piece in arriving:
                     text += piece.text
                     yield CompletionResponse(text=text, delta=piece.text, additional_kwargs=_ending(piece))
 
-        return pieces()
+        return read()
+
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        del verbose, allow_parallel_tool_calls
+        asked = [ChatMessage(role="user", content=user_msg) if isinstance(user_msg, str) else user_msg]
+        return {
+            "messages": [*(chat_history or []), *filter(None, asked)],
+            "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools] or None,
+            "tool_choice": "required" if tool_required else None,
+            **kwargs,
+        }
+
+    def _validate_chat_with_tools_response(
+        self,
+        response: ChatResponse,
+        tools: Sequence[BaseTool],
+        allow_parallel_tool_calls: bool = False,
+        **kwargs: Any,
+    ) -> ChatResponse:
+        """Leave one call, where LlamaIndex wants no more."""
+        del tools, kwargs
+        blocks = response.message.blocks
+        for call in [block for block in blocks if isinstance(block, ToolCallBlock)][1:]:
+            if not allow_parallel_tool_calls:
+                blocks.remove(call)
+        return response
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        """Return the calls of an answer.
+
+        Raises:
+            ValueError: it has none, and has to.
+        """
+        del kwargs
+        calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
+        if error_on_no_tool_call and not calls:
+            raise ValueError("the model called no tool")
+        return [
+            ToolSelection(
+                tool_id=call.tool_call_id or "",
+                tool_name=call.tool_name,
+                tool_kwargs=cast("dict[str, Any]", call.tool_kwargs),  # it makes {} of what is no object
+            )
+            for call in calls
+        ]
 
     def _pieces(self, asked: dict[str, Any]) -> aclosing[AsyncGenerator[Piece]]:
-        return aclosing(self._client.iterate(lambda client: client.stream(**asked)))
+        return aclosing(self._client.iterate(lambda client: pieces(client, **asked)))
 
     def _format(self, prompt: str, is_formatted: bool) -> str:
         assert self.completion_to_prompt is not None  # it has a default
@@ -246,8 +299,9 @@ class PenstockLLM(LLM):
             "temperature": self.temperature,
             "max_new_tokens": self.max_tokens,
             "priority": self.priority,
+            "tenant": self.tenant,
+            "wait": self.wait,
             "timeout_s": self.timeout_s,
-            "deadline_s": self.timeout_s,
             **fields,
             **named,
         }
@@ -257,21 +311,32 @@ def _talk(messages: Sequence[ChatMessage]) -> dict[str, Any]:
     return conversation([_turn(index, message) for index, message in enumerate(messages)])
 
 
-def _turn(index: int, message: ChatMessage) -> tuple[str, str]:
+def _turn(index: int, message: ChatMessage) -> dict[str, Any]:
+    """Return a message in OpenAI's form."""
     role = _ROLES.get(message.role)
     if role is None:
-        raise InvalidTextError(index, f"is of role {message.role.value!r}; system, user and assistant go")
-    texts = []
+        raise InvalidTextError(index, f"is of role {message.role.value!r}; system, user, assistant, tool go")
+    texts, calls = [], []
     for block in message.blocks:
-        if not isinstance(block, TextBlock):
+        if isinstance(block, TextBlock):
+            texts.append(block.text)
+        elif isinstance(block, ToolCallBlock):
+            function = {"name": block.tool_name, "arguments": block.tool_kwargs}
+            calls.append({"function": function} | ({"id": block.tool_call_id} if block.tool_call_id else {}))
+        else:
             raise InvalidTextError(index, f"holds a {type(block).__name__}; only text goes")
-        texts.append(block.text)
-    return role, "".join(texts)
+    told = message.additional_kwargs
+    turn: dict[str, Any] = {"role": role, "content": "".join(texts)}
+    if calls:
+        turn["tool_calls"] = calls
+        turn["content"] = "" if told.get(CALLS_IN_TEXT) else turn["content"]
+    if role == "tool":
+        turn |= {name: told[name] for name in ("tool_call_id", "name") if name in told}
+    return turn
 
 
 def _chat_response(answer: GenerateResult) -> ChatResponse:
-    message = ChatMessage(role=MessageRole.ASSISTANT, content=answer.text)
-    return ChatResponse(message=message, raw=answer, additional_kwargs=_counts(answer))
+    return ChatResponse(message=_message(answer.text, answer), raw=answer, additional_kwargs=_counts(answer))
 
 
 def _completion_response(answer: GenerateResult) -> CompletionResponse:
@@ -279,8 +344,27 @@ def _completion_response(answer: GenerateResult) -> CompletionResponse:
 
 
 def _chat_piece(text: str, piece: Piece) -> ChatResponse:
-    message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
-    return ChatResponse(message=message, delta=piece.text, additional_kwargs=_ending(piece))
+    return ChatResponse(message=_message(text, piece), delta=piece.text, additional_kwargs=_ending(piece))
+
+
+def _message(text: str, answer: GenerateResult | Piece) -> ChatMessage:
+    calls = [_call_block(call) for call in answer.tool_calls or ()]
+    return ChatMessage(
+        role=MessageRole.ASSISTANT,
+        blocks=[TextBlock(text=text), *calls],
+        additional_kwargs={CALLS_IN_TEXT: True} if calls else {},
+    )
+
+
+def _call_block(call: ToolCall) -> ToolCallBlock:
+    arguments: dict[str, Any] | str
+    try:
+        arguments = parse_arguments(call)
+    except ValueError:
+        arguments = call["function"]["arguments"]
+    return ToolCallBlock(
+        tool_call_id=call.get("id"), tool_name=call["function"]["name"], tool_kwargs=arguments
+    )
 
 
 def _ending(piece: Piece) -> dict[str, Any]:
