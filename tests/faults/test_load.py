@@ -18,12 +18,12 @@ from celery import Celery
 from kombu import Connection
 
 from penstock import Client, DeadlineExceededError, QueueDelayError, RateLimitError, WaitPolicy
+from penstock.bucket import RETRIES
 from penstock.delay import BATCH_S
 from penstock.leases import DEAD_KEY, pop_arguments, push_arguments, scripts
 from penstock.registry import MODELS_KEY, WORKERS_KEY, ModelInfo, WorkerInfo
 from penstock.request import PoolName
 from penstock.transport import install
-from penstock.waiting import RETRIES
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import LEASE_S, Fleet, message
@@ -139,7 +139,7 @@ class Life:
             share=self.random.choice((1, 2)),
         )
         reply = self.run("pop", *arguments, keys=LISTS)
-        self.held += [(tag, token) for tag in reply[1::5]]
+        self.held += [(tag, token) for tag in reply[1::6]]
 
     def some(self) -> list[Any]:
         """Return tags and tokens of some that are held, or were."""

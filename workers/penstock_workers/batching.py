@@ -65,6 +65,18 @@ class HandBackError(Exception):
     """The model thread ended before it saw the job, which belongs back into its queue."""
 
 
+class TryLaterError(Exception):
+    """The job cannot be answered now, and its place is better used by others until it can.
+
+    Attributes:
+        error: why; what its caller gets if nobody tries again. Says in `retry_after_s` when that is worth it.
+    """
+
+    def __init__(self, error: PenstockError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 I = TypeVar("I", bound=HasTokens)  # noqa: E741  an item, as in typing's own examples
 A = TypeVar("A")
 
@@ -191,6 +203,7 @@ class Work(Generic[I, A]):
         Raises:
             PenstockError: why one of the items has none.
             HandBackError: they will not come from here.
+            TryLaterError: they will not come soon.
         """
         return self._future.result()
 
@@ -208,6 +221,11 @@ class Work(Generic[I, A]):
     def is_started(self) -> bool:
         """Whether the model has seen any item of it."""
         return self._started is not None
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether any item of it is."""
+        return bool(self._answers)
 
     def start(self) -> None:
         """Note that an item of it goes into a batch."""
