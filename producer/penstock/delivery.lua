@@ -21,7 +21,7 @@
 -- | `penstock:tenants` | hash | tenant -> its share, and its tokens per second or 0 | workers, by their settings |
 -- | `penstock:bucket:tenant:<tenant>` | string | see `bucket.lua` | `push` |
 -- | `penstock:bucket:retries` | string | see `bucket.lua` | `retry`; clients that try again |
--- | `penstock:load:<queue>` | hash | level (`+`: of tenants) or `held` -> jobs, tokens and bytes; `age:<level>` -> tokens that went before it in turn; `spilled` -> jobs that came from another pool | these scripts |
+-- | `penstock:load:<queue>` | hash | level (`+`: of tenants), or `held:<level>` -> jobs, tokens and bytes; `age:<level>` -> tokens that went before it in turn; `spilled` -> jobs that came from another pool | these scripts |
 --
 -- A tag is the message's own `delivery_tag`. A token names one pop of one process, so what a process took twice
 -- has two tokens: only the last holder acknowledges, renews or hands back.
@@ -222,14 +222,14 @@ local function hold(name, message, token, list, lease_end)
   redis.call('HSET', UNACKED, name, message)
   redis.call('ZADD', INDEX, lease_end, name)
   redis.call('HSET', LEASES, name, lease_of(token, list, tokens, bytes))
-  count(queue_of(list), 'held', 1, tokens, bytes)
+  count(queue_of(list), 'held:' .. level_of(list), 1, tokens, bytes)
 end
 
 local function drop(name, list, tokens, bytes)
   redis.call('ZREM', INDEX, name)
   redis.call('HDEL', UNACKED, name)
   redis.call('HDEL', LEASES, name)
-  if list ~= '' then count(queue_of(list), 'held', -1, tokens, bytes) end
+  if list ~= '' then count(queue_of(list), 'held:' .. level_of(list), -1, tokens, bytes) end
 end
 
 -- What is known of a message from earlier deliveries, once there will be no more.
@@ -259,21 +259,26 @@ end
 -- a message that comes into this list now. What is not counted is taken for like what is held.
 local function load_of(list)
   local queue, level, base, tenant = queue_of(list), level_of(list), split(list)
-  local fields = redis.call('HMGET', LOAD .. queue, 'held', '0', '3', '6', '9', '0+', '3+', '6+', '9+')
-  local n, t, b = read_sum(fields[1])
+  local fields = redis.call('HMGET', LOAD .. queue, '0', '3', '6', '9', '0+', '3+', '6+', '9+',
+    'held:0', 'held:3', 'held:6', 'held:9')
+  local n, t, b, ahead = 0, 0, 0, 0
+  for i, each in ipairs(LEVELS) do
+    local held_n, held_t, held_b = read_sum(fields[i + 8])
+    n, t, b = n + held_n, t + held_t, b + held_b
+    if each <= level then ahead = ahead + held_t end
+  end
   local plain_t, plain_b = n > 0 and t / n or 256, n > 0 and b / n or 1024
-  local ahead = t
   for i, each in ipairs(LEVELS) do
     local length = redis.pcall('LLEN', list_of(queue, each))
     if type(length) ~= 'number' then length = 0 end
     local tokens = 0
     if length > 0 then
-      local counted_n, counted_t, counted_b = read_sum(fields[i + 1])
+      local counted_n, counted_t, counted_b = read_sum(fields[i])
       local plain_n = math.max(length - counted_n, 0)
       tokens = plain_n * plain_t + counted_t
       n, t, b = n + length, t + tokens, b + plain_n * plain_b + counted_b
     end
-    local tenants_n, tenants_t, tenants_b = read_sum(fields[i + 5])
+    local tenants_n, tenants_t, tenants_b = read_sum(fields[i + 4])
     n, t, b = n + tenants_n, t + tenants_t, b + tenants_b
     if each < level then ahead = ahead + tokens + tenants_t end
     if each == level then

@@ -69,8 +69,10 @@ def recount(client: redis.Redis) -> dict[str, tuple[int, ...]]:
             if is_told or name in PARTS:
                 add(level_of(name), n_tokens, raw)
     held: Any = client.hgetall("unacked")
-    for raw in held.values():
-        add("held", cost_of(raw)[0], raw)
+    for tag, raw in held.items():
+        lease: Any = client.hget("penstock:leases", tag)
+        _, source, *_ = lease.decode().split("\n")
+        add(f"held:{level_of(source)[0]}", cost_of(raw)[0], raw)
     return {name: tuple(sums) for name, sums in found.items()}
 
 
@@ -166,6 +168,11 @@ class Life:
             if pair:
                 self.run("postpone", *pair, self.client.time()[0] + 1)
 
+    def retry(self) -> None:
+        """Put one off."""
+        if pair := self.some()[:2]:
+            self.run("retry", *pair, 1, 100, 200, keys=("penstock:bucket:retries",))
+
     def bury(self) -> None:
         """Give one up."""
         if pair := self.some()[:2]:
@@ -209,6 +216,7 @@ class Life:
         """Do one thing; return what."""
         often = [self.push, self.push, self.pop, self.pop, self.ack]
         seldom = [self.push_late, self.push_foreign, self.hand_back, self.reclaim, self.postpone, self.bury]
+        seldom += [self.retry]
         seldom += [self.revive, self.die, self.move_due, self.purge]
         deed: Callable[[], None] = self.random.choice(often if self.random.random() < 0.6 else seldom)
         deed()
@@ -226,7 +234,7 @@ def test_counters_never_drift(own: Server, seed: int) -> None:
         while life.held or any(client.llen(name) for name in (*LISTS, *PARTS)):
             life.pop()
             life.ack()
-        left: Any = client.keys("penstock:[tp]*")
+        left: Any = client.keys("penstock:[tp][ua]*")
 
     assert left == []  # nobody's turn, when nobody waits
 
