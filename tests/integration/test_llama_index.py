@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from llama_index.core import Document, VectorStoreIndex
+from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole
 from llama_index.core.tools import FunctionTool
 from pydantic import BaseModel, ConfigDict, Field
@@ -170,3 +171,25 @@ def test_calls_come_back_and_go_on(server: Server, caller: str) -> None:
     assert n_tokens[0] == n_tokens[1]
     with pytest.raises(ValueError, match="called no tool"):
         llm.get_tool_calls_from_response(llm.chat([asked]))
+
+
+# LlamaIndex's workflows read every attribute of the agent.
+@pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
+@pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince211")
+def test_an_agent_calls_and_answers(server: Server, caller: str) -> None:
+    """LlamaIndex's own agent: it streams, has to call first, and goes on with what the tool said."""
+    called: list[int] = []
+
+    def add(a: int, b: int) -> str:
+        """Add."""
+        called.append(a + b)
+        return "What is 17 + 26?"
+
+    llm = PenstockLLM(model=caller, url=server.broker_url, is_function_calling_model=True)
+    agent = FunctionAgent(tools=[add], llm=llm, initial_tool_choice="add")
+
+    async def ask() -> str:
+        return str(await agent.run("What is 17 + 26?"))
+
+    assert "43" in asyncio.run(ask())
+    assert len(called) == 1
