@@ -26,7 +26,8 @@ from penstock.request import EmbedRequest, GenerateRequest, new_job_id
 from penstock.settings import ModelSettings, RateLimit, RemoteSettings
 from penstock_workers.batching import Work
 from penstock_workers.calling import Caller
-from penstock_workers.engines.remote import Answer, RemoteEmbedder, RemoteGenerator
+from penstock_workers.engines.remote_chat import Answer, RemoteGenerator
+from penstock_workers.engines.remote_embedding import RemoteEmbedder
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.upstream import (
