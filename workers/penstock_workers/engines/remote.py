@@ -10,8 +10,9 @@ import logging
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import accumulate, pairwise
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
@@ -275,6 +276,13 @@ class Server(ABC):
         if status in (408, 409, 424, 425) or status >= 500:
             return Fault("failed", self._away(problem))
         return Fault("refused", self.refused(status, problem))
+
+
+def share_out(n_tokens: int, weights: Sequence[int]) -> list[int]:
+    """Split what the server counted for all by what each is thought to have; the sum stays exact."""
+    whole = max(1, sum(weights))
+    ends = [round(n_tokens * before / whole) for before in accumulate(weights, initial=0)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def _json_of(response: httpx2.Response) -> object:

@@ -23,7 +23,7 @@ from penstock.result import Vectors
 from penstock.settings import ModelSettings
 from penstock_workers.calling import Limits
 from penstock_workers.engines.formats import form, read_ranges
-from penstock_workers.engines.remote import CONNECT_S, Server
+from penstock_workers.engines.remote import CONNECT_S, Server, share_out
 from penstock_workers.upstream import Fault, Upstream
 
 START_S: Final = 60.0
@@ -144,7 +144,11 @@ class RemoteEmbedder(Server):
         if len(rows) != len(items):
             raise Fault("failed", self.bad_answer(f"{len(rows)} vectors for {len(items)} texts"))
         self.dim = self.dim or len(rows[0])
-        _share_out(items, self.counted(sum(len(text.encode()) for text in texts), n_tokens))
+        counted = self.counted(sum(len(text.encode()) for text in texts), n_tokens)
+        if counted is not None:
+            shares = share_out(counted, [item.n_tokens for item in items])
+            for item, share in zip(items, shares, strict=True):
+                item.n_tokens = share
         return [self._checked(row) for row in rows]
 
     def _checked(self, row: NDArray[np.float32]) -> NDArray[np.float32] | UpstreamError:
@@ -253,16 +257,3 @@ def _read_vector(found: object) -> NDArray[np.float32]:
     if isinstance(found, str):
         return np.frombuffer(base64.b64decode(found, validate=True), dtype="<f4").astype(np.float32)
     return np.asarray(found, dtype=np.float32)
-
-
-def _share_out(items: Sequence[Text], n_tokens: int | None) -> None:
-    """Give each text its share of what the server counted for all; the sum stays exact."""
-    estimated = sum(item.n_tokens for item in items)
-    if n_tokens is None:
-        return
-    before = given = 0
-    for item in items:
-        before += item.n_tokens
-        share = round(n_tokens * before / estimated) - given
-        given += share
-        item.n_tokens = share
