@@ -21,7 +21,7 @@
 -- | `penstock:tenants` | hash | tenant -> its share, and its tokens per second or 0 | workers, by their settings |
 -- | `penstock:bucket:tenant:<tenant>` | string | see `bucket.lua` | `push` |
 -- | `penstock:bucket:retries` | string | see `bucket.lua` | `retry`; clients that try again |
--- | `penstock:load:<queue>` | hash | level (`+`: of tenants), or `held:<level>` -> jobs, tokens and bytes; `age:<level>` -> tokens that went before it in turn; `spilled` -> jobs that came from another pool | these scripts |
+-- | `penstock:load:<queue>` | hash | level (`+`: of tenants), or `held:<level>` -> jobs, tokens and bytes; `age:<level>` -> tokens that went before it in turn; `turn:<level>` -> where the tenant stood that had the last turn; `spilled` -> jobs that came from another pool | these scripts |
 --
 -- A tag is the message's own `delivery_tag`. A token names one pop of one process, so what a process took twice
 -- has two tokens: only the last holder acknowledges, renews or hands back.
@@ -143,13 +143,14 @@ local function settle()
   moved = {}
 end
 
--- Tenants take turns: who has had least goes first, what is taken counts by share. Who comes is put beside the first
--- of those that wait, but not before what he has had already: Start-time Fair Queuing, Goyal et al. 1996, section 3.
+-- Tenants take turns: who has had least goes first, what is taken counts by share. Who comes is put where the message
+-- stood that was taken last, but not before what he has had already: Start-time Fair Queuing, Goyal et al. 1996, section 3.
 local function enter(base, tenant)
   if redis.call('ZSCORE', TURNS .. base, tenant) then return end
   local first = redis.call('ZRANGE', TURNS .. base, 0, 0, 'WITHSCORES')
   local had = redis.call('ZSCORE', PASSED .. base, tenant)
-  redis.call('ZADD', TURNS .. base, math.max(tonumber(first[2]) or 0, tonumber(had) or 0), tenant)
+  local last = first[2] and redis.call('HGET', LOAD .. queue_of(base), 'turn:' .. level_of(base))
+  redis.call('ZADD', TURNS .. base, math.max(tonumber(last or first[2]) or 0, tonumber(had) or 0), tenant)
   if had then redis.call('ZREM', PASSED .. base, tenant) end
 end
 
@@ -158,10 +159,12 @@ local function leave(base, tenant)
   redis.call('ZREM', TURNS .. base, tenant)
   local first = redis.call('ZRANGE', TURNS .. base, 0, 0, 'WITHSCORES')
   if first[2] then
-    redis.call('ZREMRANGEBYSCORE', PASSED .. base, '-inf', first[2])
+    local last = redis.call('HGET', LOAD .. queue_of(base), 'turn:' .. level_of(base))
+    redis.call('ZREMRANGEBYSCORE', PASSED .. base, '-inf', last or first[2])
     if had then redis.call('ZADD', PASSED .. base, had, tenant) end
   else
     redis.call('DEL', PASSED .. base)
+    redis.call('HDEL', LOAD .. queue_of(base), 'turn:' .. level_of(base))
     forget(queue_of(base), level_of(base) .. '+')
   end
 end
@@ -407,7 +410,9 @@ local function take(base)
   local tokens, is_empty = remove(list, message)
   share[base] = share[base] - 1
   if fair[base] then
-    redis.call('ZINCRBY', TURNS .. base, tokens / terms_of(tenant), tenant)
+    local cost = tokens / terms_of(tenant)
+    local after = tonumber(redis.call('ZINCRBY', TURNS .. base, cost, tenant))
+    redis.call('HSET', LOAD .. queue_of(base), 'turn:' .. level_of(base), string.format('%.17g', after - cost))
     if is_empty then leave(base, tenant) end
   end
   local tries = tonumber(redis.call('HGET', TRIES, tag) or 0)
@@ -702,6 +707,6 @@ for _, base in ipairs(KEYS) do
     if list ~= base then redis.call('DEL', LOAD .. list) end
   end
   redis.call('DEL', TURNS .. base, PASSED .. base)
-  redis.call('HDEL', LOAD .. queue_of(base), level_of(base), level_of(base) .. '+', 'age:' .. level_of(base))
+  redis.call('HDEL', LOAD .. queue_of(base), level_of(base), level_of(base) .. '+', 'age:' .. level_of(base), 'turn:' .. level_of(base))
 end
 return n

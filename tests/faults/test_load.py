@@ -82,7 +82,7 @@ def counters(client: redis.Redis, queue: str = QUEUE) -> dict[str, tuple[int, ..
     return {
         name.decode(): tuple(map(int, sums.split()))
         for name, sums in found.items()
-        if not name.startswith(b"age:")
+        if not name.startswith((b"age:", b"turn:"))
     }
 
 
