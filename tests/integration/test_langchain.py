@@ -303,7 +303,8 @@ def test_calls_come_back_and_go_on(server: Server, caller: str) -> None:
     assert streamed.text == answer.text
     told = ToolMessage([{"type": "text", "text": "No trains."}], tool_call_id=called["id"])
     asked, bare = HumanMessage("Go."), AIMessage("", tool_calls=[called])
+    apart = answer.model_copy(update={"content": "Let me see."})  # as a remote model's would be
     n_tokens = [
-        model.invoke([asked, before, told]).usage_metadata["input_tokens"] for before in (answer, bare)
+        model.invoke([asked, before, told]).usage_metadata["input_tokens"] for before in (answer, bare, apart)
     ]
-    assert n_tokens[0] == n_tokens[1]
+    assert n_tokens[0] == n_tokens[1] < n_tokens[2]

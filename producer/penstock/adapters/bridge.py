@@ -4,7 +4,16 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
 from dataclasses import replace
 from functools import cache
@@ -26,7 +35,7 @@ T = TypeVar("T")
 UNTIL_LATE: Final = WaitPolicy(max_wait_s=math.inf, attempts=None)
 """Tries again for as long as the call has time: what the frameworks themselves would try knows no queue."""
 CALLS_IN_TEXT: Final = "calls_in_text"
-"""Marks a message whose text has the calls too, as the model wrote them: to go back, they are enough."""
+"""Marks a message of ours with calls: its text may have them too, as the model wrote them."""
 _LEAST_S: Final = 0.001
 
 
@@ -194,6 +203,15 @@ def conversation(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if history and history[0]["role"] == "system":
         fields["system_prompt"] = history.pop(0)["content"]
     return fields | {"history": history}
+
+
+def beside_calls(text: str, calls: Sequence[dict[str, Any]], told: Mapping[str, Any]) -> str:
+    """Return what goes back into a prompt of a text beside its calls: nothing, where it has them itself.
+
+    Remote models tell their calls apart from the text; those served here write them into it.
+    """
+    has_calls = told.get(CALLS_IN_TEXT) and all(call["function"]["name"] in text for call in calls)
+    return "" if has_calls else text
 
 
 def _choose(asked: dict[str, Any], choice: object) -> tuple[dict[str, Any], bool]:

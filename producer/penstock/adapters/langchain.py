@@ -13,6 +13,7 @@ from penstock.adapters.bridge import (
     CALLS_IN_TEXT,
     UNTIL_LATE,
     Sending,
+    beside_calls,
     conversation,
     generate,
     patiently,
@@ -332,8 +333,7 @@ def _turn(index: int, message: BaseMessage) -> dict[str, Any]:
             | ({"id": call["id"]} if call["id"] else {})
             for call in calls
         ]
-        if message.response_metadata.get(CALLS_IN_TEXT):
-            turn["content"] = ""
+        turn["content"] = beside_calls(turn["content"], turn["tool_calls"], message.response_metadata)
     if isinstance(message, ToolMessage):
         turn |= {"tool_call_id": message.tool_call_id, "name": message.name}
     return turn

@@ -7,7 +7,15 @@ from typing import Any, Final, cast
 
 from pydantic import Field
 
-from penstock.adapters.bridge import CALLS_IN_TEXT, Sending, conversation, generate, patiently, pieces
+from penstock.adapters.bridge import (
+    CALLS_IN_TEXT,
+    Sending,
+    beside_calls,
+    conversation,
+    generate,
+    patiently,
+    pieces,
+)
 from penstock.client import AsyncClient
 from penstock.errors import InvalidTextError
 from penstock.job import RESULT_TIMEOUT_S
@@ -329,7 +337,7 @@ def _turn(index: int, message: ChatMessage) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": role, "content": "".join(texts)}
     if calls:
         turn["tool_calls"] = calls
-        turn["content"] = "" if told.get(CALLS_IN_TEXT) else turn["content"]
+        turn["content"] = beside_calls(turn["content"], calls, told)
     if role == "tool":
         turn |= {name: told[name] for name in ("tool_call_id", "name") if name in told}
     return turn
