@@ -554,3 +554,16 @@ def test_jobs_spill_where_the_wait_is_shorter(own: Server) -> None:
     assert waits[0] - waits[1] == pytest.approx(1.0, abs=1.1)
     assert sum(lengths) == 30
     assert int(spilled or 0) == lengths[1] > 5
+
+
+def test_a_count_that_fails_refuses_nothing(own: Server) -> None:
+    """Jobs that were sent to the second pool are sent, also where they cannot be counted."""
+    with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
+        announce(client, tokens_per_s=1.0, pool="gpu", pools=("gpu", "cpu"))
+        announce(client, tokens_per_s=1.0, pool="cpu", pools=("gpu", "cpu"))
+        client.execute_command("ACL", "SETUSER", "default", "-hincrby")
+        for _ in range(2):
+            sender.submit_embed(["x" * 199], model="minilm")
+        lengths = [client.llen(f"{pool}.minilm\x06\x163") for pool in ("gpu", "cpu")]
+
+    assert lengths == [1, 1]
