@@ -470,7 +470,7 @@ def test_urgent_jobs_go_first() -> None:
 
 
 def test_less_urgent_jobs_have_one_token_of_eight() -> None:
-    """However many urgent jobs pass it, a job has its turn after eight times 1,000 tokens."""
+    """However many urgent jobs pass it, a job has its turn after eight times its own tokens."""
     model = FakeModel()
     batcher, first = start_busy(model, max_items=100)
     works = [
@@ -483,7 +483,7 @@ def test_less_urgent_jobs_have_one_token_of_eight() -> None:
         answers(work)
 
     places = [place for place, batch in enumerate(model.batches) if batch == ["batch"]]
-    assert places == [81, 90, 99]
+    assert places == [9, 18, 27]
 
 
 def test_small_jobs_are_not_stuck_behind_a_bulk_load() -> None:

@@ -37,9 +37,7 @@ WINDOW_ITEMS: Final = 512
 PATIENCE_S: Final = {Priority.INTERACTIVE: 1.0, Priority.DEFAULT: 30.0, Priority.BATCH: 100.0}
 """After how long a job of each priority is due, if its deadline is not before; who waited long goes first."""
 PASSED: Final = 8
-"""Of so many tokens that go before less urgent jobs, one is for these: here as in the queue."""
-AGE_TOKENS: Final = 1000
-"""Once so many are for them, it is their turn. Source of both: `take_one` in `delivery.lua`."""
+"""Of so many tokens that go before less urgent jobs, one is for these: as in the queue."""
 STRETCH: Final = 10
 """How many times its own computing time a job may be made to wait by smaller ones that came later."""
 SHARED_BATCH_S: Final = 0.05
@@ -460,8 +458,14 @@ class Batcher(ModelThread[I, A]):
         return batch
 
     def _find_passed(self) -> Work[I, A] | None:
-        """Return the job whose turn it is, however urgent the others are; None if it is nobody's."""
-        return next((work for work in self._works if self._ages[work.priority] >= AGE_TOKENS), None)
+        """Return a job that others have passed for long enough, however urgent; None if there is none.
+
+        Long enough is for as many tokens as it has, or as are worth a batch.
+        """
+        for work in self._works:
+            if self._ages[work.priority] >= min(MIN_BATCH_TOKENS, max(1, work.tokens.sum())):
+                return work
+        return None
 
     def _age(self, batch: list[Entry[I, A]], passed: Work[I, A] | None) -> None:
         """Count a batch for those that it goes before, and against those that are in it."""
