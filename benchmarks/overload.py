@@ -8,6 +8,8 @@ load       0.5 to 5 x capacity with a deadline of 1 s; beside it without admissi
            and the caller counts which answers are late
 estimate   `client.estimate` just before each job, against the job's real wait
 tenants    one tenant sends 100 x what another does: latency of the small one, over its latency alone
+upstream   eight workers of a hosted model that allows 60 requests a minute: how much of it is used, and what
+           the server refused
 recovery   one of two workers stands still (SIGSTOP) under 0.8 x capacity; callers try again by `WaitPolicy`
 
 Latencies count from when a job was due, so that a client that is late with sending hides nothing. Sections
@@ -33,6 +35,7 @@ import numpy as np
 
 from benchmarks.corpus import Corpus
 from benchmarks.deployment import deployed
+from benchmarks.hosted import DIM, hosting
 from benchmarks.neighbours import TOLERABLE, Neighbours
 from benchmarks.report import Figure, Report, Row, arguments, finish
 from penstock import AsyncClient
@@ -56,6 +59,8 @@ SHORTEST_WAIT_S: Final = 0.02
 """Shorter ones are left out: one batch takes longer, and a relative error says nothing."""
 SMALL_LOAD: Final = 0.05
 TIMES_MORE: Final = 100
+REQUESTS_PER_MINUTE: Final = 60
+HOSTED_PROCESSES: Final = 8
 RECOVERY_DEADLINE_S: Final = 10.0
 
 Found = tuple[list[Row], dict[str, Figure]]
@@ -70,10 +75,11 @@ class Seconds:
     estimate: float
     tenants: float
     stopped: float
+    upstream: float
 
 
-QUICK: Final = Seconds(capacity=4, load=6, estimate=6, tenants=12, stopped=4)
-FULL: Final = Seconds(capacity=20, load=60, estimate=30, tenants=60, stopped=20)
+QUICK: Final = Seconds(capacity=4, load=6, estimate=6, tenants=12, stopped=4, upstream=20)
+FULL: Final = Seconds(capacity=20, load=60, estimate=30, tenants=60, stopped=20, upstream=125)
 
 
 @dataclass(slots=True)
@@ -209,13 +215,14 @@ def main() -> None:
         "tenants": (tenants, PROCESSES),
         "recovery": (recovery, 2),
     }
-    options = arguments(__doc__, list(sections))
+    options = arguments(__doc__, [*sections, "upstream"])
     rows: list[Row] = []
     figures: dict[str, Figure] = {}
     disturbed: list[str] = []
     for name in options.only:
         neighbours = Neighbours()
-        found = run(*sections[name], QUICK if options.quick else FULL)
+        seconds = QUICK if options.quick else FULL
+        found = upstream(seconds) if name == "upstream" else run(*sections[name], seconds)
         if (share := neighbours.share()) > TOLERABLE:
             disturbed.append(f"{name}: other programs took {share:.0%} of the processors, measure again")
         rows += [*found[0], Row(way=f"{name}, share of other programs", unit="", values=[share])]
@@ -253,7 +260,7 @@ async def load(bench: Bench) -> Found:
         for way, jobs in zip(goodput, (sent, blind), strict=True):
             per_second = rates([job.ended for job in jobs if is_in_time(job)], seconds)
             goodput[way].append(float(np.mean(per_second)))
-            rows.append(Row(way=f"{times:g} x{way}, in time", unit="jobs/s", values=per_second))
+            rows.append(over_time(f"{times:g} x{way}, in time", "jobs/s", per_second))
         taken = [job for job in sent if job.refused_s is None]
         refused = [job.refused_s for job in sent if job.refused_s is not None]
         late = [not is_in_time(job) for job in taken]
@@ -319,7 +326,13 @@ async def tenants(bench: Bench) -> Found:
     )
     ways = {"small tenant, alone": alone, f"small tenant, beside {TIMES_MORE} x more": beside}
     rows = [
-        Row(way=way, unit="ms", values=[1e3 * job.latency_s for job in jobs]) for way, jobs in ways.items()
+        Row(
+            way=way,
+            unit="ms",
+            values=[1e3 * job.latency_s for job in jobs],
+            at=[job.due for job in jobs],
+        )
+        for way, jobs in ways.items()
     ]
     p95 = [percentile(row.values, 95) for row in rows]
     return rows, {
@@ -356,6 +369,7 @@ async def recovery(bench: Bench) -> Found:
     rows = [
         Row(way="latency, median of each second", unit="ms", values=[1e3 * m for m in medians.values()]),
         Row(way="latency, p95 before", unit="ms", values=[1e3 * normal_s]),
+        over_time("recovery, median latency", "ms", [1e3 * medians[second] for second in sorted(medians)]),
         Row(way="latency, longest", unit="ms", values=[1e3 * max(job.latency_s for job in sent)]),
         Row(
             way="jobs without an answer",
@@ -370,6 +384,11 @@ async def recovery(bench: Bench) -> Found:
     }
 
 
+def over_time(way: str, unit: str, per_second: Sequence[float]) -> Row:
+    """Return a row of a value for each second."""
+    return Row(way=way, unit=unit, values=per_second, at=[float(second) for second in range(len(per_second))])
+
+
 def is_in_time(job: Sent) -> bool:
     """Whether its caller had an answer before the deadline, or would have had if it had set one."""
     return job.error is None and job.latency_s <= DEADLINE_S
@@ -379,6 +398,33 @@ def rates(moments: Sequence[float], seconds: float) -> list[float]:
     """Count moments, in seconds, by second; what comes after the last whole one is left out."""
     counts, _ = np.histogram(moments, bins=np.arange(int(seconds) + 1))
     return [float(count) for count in counts]
+
+
+def upstream(seconds: Seconds) -> Found:
+    """Send 1,000 texts, or as many as take the time, through workers that share the server's allowance."""
+    with hosting(REQUESTS_PER_MINUTE) as hosted:
+        models = (
+            f'[models.{MODEL}]\ntask = "embed"\nengine = "remote"\nsource = "{hosted.url}"\n'
+            f"rate_limit = {{ requests_per_minute = {REQUESTS_PER_MINUTE} }}\n"
+            f'remote = {{ model = "hosted", dim = {DIM}, max_request_texts = {TEXTS_IN_JOB} }}\n'
+        )
+        with deployed(models, processes=HOSTED_PROCESSES) as client:
+            texts = [f"text {n}" for n in range(round(seconds.upstream * TEXTS_IN_JOB))]
+            jobs = client.submit_many([[text] for text in texts], model=MODEL)
+            for job in jobs:
+                job.result(timeout_s=10 * seconds.upstream)
+    first, last = hosted.accepted[0], hosted.accepted[-1]
+    late = [at for at in hosted.refused if at > first + 1]
+    used = (len(hosted.accepted) - 1) / (last - first) * 60 / REQUESTS_PER_MINUTE
+    rows = [
+        Row(way="upstream, requests", unit="", values=[float(len(hosted.accepted))]),
+        Row(way="upstream, texts in a request", unit="", values=[len(texts) / len(hosted.accepted)]),
+        Row(way="upstream, refused", unit="", values=[float(len(hosted.refused))]),
+    ]
+    return rows, {
+        "upstream_rate_used": Figure(value=used, unit="", goal=0.95),
+        "upstream_refused_after_1s": Figure(value=float(len(late)), unit="", goal=0, at_most=True),
+    }
 
 
 def percentile(values: Sequence[float], q: float) -> float:

@@ -20,11 +20,13 @@ class Row:
         way: what was measured.
         unit: of the values.
         values: one for each repetition.
+        at: when each was, seconds, where that is worth a picture; rows whose ways begin alike share one.
     """
 
     way: str
     unit: str
     values: Sequence[float]
+    at: Sequence[float] = ()
 
     @property
     def median(self) -> float:
@@ -81,9 +83,26 @@ class Report:
         path.write_text(json.dumps(found, indent=2) + "\n")
 
     def plot(self, path: Path) -> None:
-        """Draw the medians of the first row's unit, with their spread."""
+        """Draw what happened over time, or else the medians of the first row's unit, with their spread."""
         import matplotlib.pyplot as plt
 
+        panels: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.at:
+                panels.setdefault(row.way.partition(",")[0], []).append(row)
+        if panels:
+            figure, all_axes = plt.subplots(
+                len(panels), figsize=(8, 2 * len(panels)), layout="constrained", squeeze=False
+            )
+            for axes, (name, rows) in zip(all_axes[:, 0], panels.items(), strict=True):
+                for row in rows:
+                    label = row.way.partition(", ")[2]
+                    axes.plot(row.at, row.values, marker=".", markersize=3, linewidth=0.8, label=label)
+                axes.set(title=name, ylabel=rows[0].unit, ylim=(0, None))
+                axes.legend(fontsize="small")
+            all_axes[-1, 0].set_xlabel("s")
+            figure.savefig(path, dpi=120)
+            return
         rows = [row for row in self.rows if row.unit == self.rows[0].unit]
         spread = [
             [row.median - min(row.values) for row in rows],

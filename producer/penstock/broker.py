@@ -25,7 +25,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.sentinel import Sentinel
 
-from penstock.bucket import take
+from penstock.bucket import RETRIES, take
 from penstock.codec import queue_key
 from penstock.errors import BrokerRefusedError, BrokerUnavailableError, QueueDelayError, RateLimitError
 from penstock.leases import Limits, push_arguments, scripts
@@ -33,7 +33,6 @@ from penstock.registry import MODELS_KEY, RESULTS_KEY, WORKERS_KEY, Registry, ma
 from penstock.request import Lane
 from penstock.sentinel import SentinelUrl, is_sentinel
 from penstock.store import RECORD_TTL_S, SENT, record_key
-from penstock.waiting import RETRIES
 
 CONNECT_TIMEOUT_S: Final = 5.0
 ANSWER_TIMEOUT_S: Final = 10.0

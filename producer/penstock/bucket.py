@@ -38,6 +38,10 @@ class Bucket:
         return Share(self, cost)
 
 
+RETRIES: Final = Bucket(f"{BUCKET_PREFIX}retries", rate=100.0, burst=200.0)
+"""What all clients and workers of a broker together may try again, per second."""
+
+
 class Share(NamedTuple):
     """What is wanted from a bucket."""
 

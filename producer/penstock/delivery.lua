@@ -8,6 +8,7 @@
 -- | `unacked_index` | sorted set | tag -> end of its lease, on this server's clock | these scripts |
 -- | `penstock:leases` | hash | tag -> token of who holds it, the list it came from, its cost in tokens, its bytes; by lines | these scripts |
 -- | `penstock:lost` | hash | tag -> leases that ran out; 0 after a hand-back; gone with the acknowledgement | these scripts |
+-- | `penstock:tries` | hash | tag -> how often its worker put it off; gone with the acknowledgement | these scripts |
 -- | `penstock:due` | sorted set | tag -> when a delayed message is due, Unix seconds | these scripts |
 -- | `penstock:delayed` | hash | tag -> length of the list's name, colon, that name, message | these scripts |
 -- | `penstock:dead` | list | JSON of messages that were given up, oldest first; nothing removes them | `bury`; people |
@@ -19,7 +20,8 @@
 -- | `penstock:passed:<list>` | sorted set | the same of tenants without, while others wait | these scripts |
 -- | `penstock:tenants` | hash | tenant -> its share, and its tokens per second or 0 | workers, by their settings |
 -- | `penstock:bucket:tenant:<tenant>` | string | see `bucket.lua` | `push` |
--- | `penstock:load:<queue>` | hash | level (`+`: of tenants) or `held` -> jobs, tokens and bytes; `age:<level>` -> tokens that went before it in turn; `spilled` -> jobs that came from another pool | these scripts |
+-- | `penstock:bucket:retries` | string | see `bucket.lua` | `retry`; clients that try again |
+-- | `penstock:load:<queue>` | hash | level (`+`: of tenants), or `held:<level>` -> jobs, tokens and bytes; `age:<level>` -> tokens that went before it in turn; `turn:<level>` -> where the tenant stood that had the last turn; `spilled` -> jobs that came from another pool | these scripts |
 --
 -- A tag is the message's own `delivery_tag`. A token names one pop of one process, so what a process took twice
 -- has two tokens: only the last holder acknowledges, renews or hands back.
@@ -32,7 +34,7 @@
 
 -- script: shared
 local UNACKED, INDEX, LEASES = 'unacked', 'unacked_index', 'penstock:leases'
-local LOST, DUE, DELAYED = 'penstock:lost', 'penstock:due', 'penstock:delayed'
+local LOST, TRIES, DUE, DELAYED = 'penstock:lost', 'penstock:tries', 'penstock:due', 'penstock:delayed'
 local DEAD, UNTOLD, SWEEP, SERIAL = 'penstock:dead', 'penstock:untold', 'penstock:sweep', 'penstock:serial'
 local LOAD, TURNS, PASSED, TENANTS = 'penstock:load:', 'penstock:turns:', 'penstock:passed:', 'penstock:tenants'
 local LEVELS = {'0', '3', '6', '9'}
@@ -141,13 +143,14 @@ local function settle()
   moved = {}
 end
 
--- Tenants take turns: who has had least goes first, what is taken counts by share. Who comes is put beside the first
--- of those that wait, but not before what he has had already: Start-time Fair Queuing, Goyal et al. 1996, section 3.
+-- Tenants take turns: who has had least goes first, what is taken counts by share. Who comes is put where the message
+-- stood that was taken last, but not before what he has had already: Start-time Fair Queuing, Goyal et al. 1996, section 3.
 local function enter(base, tenant)
   if redis.call('ZSCORE', TURNS .. base, tenant) then return end
   local first = redis.call('ZRANGE', TURNS .. base, 0, 0, 'WITHSCORES')
   local had = redis.call('ZSCORE', PASSED .. base, tenant)
-  redis.call('ZADD', TURNS .. base, math.max(tonumber(first[2]) or 0, tonumber(had) or 0), tenant)
+  local last = first[2] and redis.call('HGET', LOAD .. queue_of(base), 'turn:' .. level_of(base))
+  redis.call('ZADD', TURNS .. base, math.max(tonumber(last or first[2]) or 0, tonumber(had) or 0), tenant)
   if had then redis.call('ZREM', PASSED .. base, tenant) end
 end
 
@@ -156,10 +159,12 @@ local function leave(base, tenant)
   redis.call('ZREM', TURNS .. base, tenant)
   local first = redis.call('ZRANGE', TURNS .. base, 0, 0, 'WITHSCORES')
   if first[2] then
-    redis.call('ZREMRANGEBYSCORE', PASSED .. base, '-inf', first[2])
+    local last = redis.call('HGET', LOAD .. queue_of(base), 'turn:' .. level_of(base))
+    redis.call('ZREMRANGEBYSCORE', PASSED .. base, '-inf', last or first[2])
     if had then redis.call('ZADD', PASSED .. base, had, tenant) end
   else
     redis.call('DEL', PASSED .. base)
+    redis.call('HDEL', LOAD .. queue_of(base), 'turn:' .. level_of(base))
     forget(queue_of(base), level_of(base) .. '+')
   end
 end
@@ -220,14 +225,20 @@ local function hold(name, message, token, list, lease_end)
   redis.call('HSET', UNACKED, name, message)
   redis.call('ZADD', INDEX, lease_end, name)
   redis.call('HSET', LEASES, name, lease_of(token, list, tokens, bytes))
-  count(queue_of(list), 'held', 1, tokens, bytes)
+  count(queue_of(list), 'held:' .. level_of(list), 1, tokens, bytes)
 end
 
 local function drop(name, list, tokens, bytes)
   redis.call('ZREM', INDEX, name)
   redis.call('HDEL', UNACKED, name)
   redis.call('HDEL', LEASES, name)
-  if list ~= '' then count(queue_of(list), 'held', -1, tokens, bytes) end
+  if list ~= '' then count(queue_of(list), 'held:' .. level_of(list), -1, tokens, bytes) end
+end
+
+-- What is known of a message from earlier deliveries, once there will be no more.
+local function forget_past(name)
+  redis.call('HDEL', LOST, tag_in(name))
+  redis.call('HDEL', TRIES, tag_in(name))
 end
 
 local function delay(list, message, due)
@@ -251,21 +262,26 @@ end
 -- a message that comes into this list now. What is not counted is taken for like what is held.
 local function load_of(list)
   local queue, level, base, tenant = queue_of(list), level_of(list), split(list)
-  local fields = redis.call('HMGET', LOAD .. queue, 'held', '0', '3', '6', '9', '0+', '3+', '6+', '9+')
-  local n, t, b = read_sum(fields[1])
+  local fields = redis.call('HMGET', LOAD .. queue, '0', '3', '6', '9', '0+', '3+', '6+', '9+',
+    'held:0', 'held:3', 'held:6', 'held:9')
+  local n, t, b, ahead = 0, 0, 0, 0
+  for i, each in ipairs(LEVELS) do
+    local held_n, held_t, held_b = read_sum(fields[i + 8])
+    n, t, b = n + held_n, t + held_t, b + held_b
+    if each <= level then ahead = ahead + held_t end
+  end
   local plain_t, plain_b = n > 0 and t / n or 256, n > 0 and b / n or 1024
-  local ahead = t
   for i, each in ipairs(LEVELS) do
     local length = redis.pcall('LLEN', list_of(queue, each))
     if type(length) ~= 'number' then length = 0 end
     local tokens = 0
     if length > 0 then
-      local counted_n, counted_t, counted_b = read_sum(fields[i + 1])
+      local counted_n, counted_t, counted_b = read_sum(fields[i])
       local plain_n = math.max(length - counted_n, 0)
       tokens = plain_n * plain_t + counted_t
       n, t, b = n + length, t + tokens, b + plain_n * plain_b + counted_b
     end
-    local tenants_n, tenants_t, tenants_b = read_sum(fields[i + 5])
+    local tenants_n, tenants_t, tenants_b = read_sum(fields[i + 4])
     n, t, b = n + tenants_n, t + tenants_t, b + tenants_b
     if each < level then ahead = ahead + tokens + tenants_t end
     if each == level then
@@ -347,7 +363,7 @@ return n_waiting
 -- list and leave the rest to others who are idle (else 1), how many jobs the process may hold whatever they cost; then
 -- the credits of each queue; of each the tokens that the process may hold, or ''; of each list the jobs and tokens of it
 -- that the process holds.
--- Returns list, tag, leases that ran out or -1, tokens, message; of each that was taken.
+-- Returns list, tag, leases that ran out or -1, tries, tokens, message; of each that was taken.
 local token, lease_end = ARGV[1], now() + tonumber(ARGV[2])
 local room, suspects, suspect_at = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local credits, n_queues = {}, (#ARGV - 7) / 2 - #KEYS
@@ -394,10 +410,13 @@ local function take(base)
   local tokens, is_empty = remove(list, message)
   share[base] = share[base] - 1
   if fair[base] then
-    redis.call('ZINCRBY', TURNS .. base, tokens / terms_of(tenant), tenant)
+    local cost = tokens / terms_of(tenant)
+    local after = tonumber(redis.call('ZINCRBY', TURNS .. base, cost, tenant))
+    redis.call('HSET', LOAD .. queue_of(base), 'turn:' .. level_of(base), string.format('%.17g', after - cost))
     if is_empty then leave(base, tenant) end
   end
-  for _, field in ipairs({list, name, lost, tokens, message}) do taken[#taken + 1] = field end
+  local tries = tonumber(redis.call('HGET', TRIES, tag) or 0)
+  for _, field in ipairs({list, name, lost, tries, tokens, message}) do taken[#taken + 1] = field end
   return tokens
 end
 
@@ -503,7 +522,7 @@ for i = 1, #ARGV, 2 do
   local list, tokens, bytes = list_held(ARGV[i], ARGV[i + 1])
   if list then
     drop(ARGV[i], list, tokens, bytes)
-    redis.call('HDEL', LOST, tag_in(ARGV[i]))
+    forget_past(ARGV[i])
   else
     theirs[#theirs + 1] = ARGV[i]
   end
@@ -546,6 +565,18 @@ settle()
 local list, tokens, bytes = list_held(ARGV[1], ARGV[2])
 if list then
   delay(list, redis.call('HGET', UNACKED, ARGV[1]), tonumber(ARGV[3]))
+  drop(ARGV[1], list, tokens, bytes)
+  settle()
+end
+
+-- script: retry allow-oom
+-- KEYS: the bucket of what all may try again. ARGV: tag, token, seconds until it is worth another try, then the bucket's
+-- rate and burst. Waits for its share of the bucket too.
+local list, tokens, bytes = list_held(ARGV[1], ARGV[2])
+if list then
+  local taken = take(KEYS, {math.huge, tonumber(ARGV[4]), tonumber(ARGV[5]), 1}, 1)
+  delay(list, redis.call('HGET', UNACKED, ARGV[1]), now() + tonumber(ARGV[3]) + tonumber(taken[2]))
+  redis.call('HINCRBY', TRIES, tag_in(ARGV[1]), 1)
   drop(ARGV[1], list, tokens, bytes)
   settle()
 end
@@ -632,7 +663,7 @@ local entry = string.sub(ARGV[3], 1, -2) .. string.format(',"at":%.6f}', now())
 redis.call('RPUSH', DEAD, entry)
 if ARGV[4] == '1' then redis.call('ZADD', UNTOLD, now() + tonumber(ARGV[5]), entry) end
 drop(ARGV[1], list, tokens, bytes)
-redis.call('HDEL', LOST, tag_in(ARGV[1]))
+forget_past(ARGV[1])
 settle()
 return entry
 
@@ -676,6 +707,6 @@ for _, base in ipairs(KEYS) do
     if list ~= base then redis.call('DEL', LOAD .. list) end
   end
   redis.call('DEL', TURNS .. base, PASSED .. base)
-  redis.call('HDEL', LOAD .. queue_of(base), level_of(base), level_of(base) .. '+', 'age:' .. level_of(base))
+  redis.call('HDEL', LOAD .. queue_of(base), level_of(base), level_of(base) .. '+', 'age:' .. level_of(base), 'turn:' .. level_of(base))
 end
 return n

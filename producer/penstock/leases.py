@@ -25,7 +25,7 @@ from typing import Any, Final
 import redis
 from redis.commands.core import Script
 
-from penstock.bucket import bucket_functions
+from penstock.bucket import RETRIES, bucket_functions
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ FEWEST_JOBS: Final = 2
 SETTLE_S: Final = 5.0
 """How long a process that ends waits for Redis; after that its leases run out."""
 
+_TAKING: Final = ("push", "retry")  # from token buckets
 _BATCH: Final = 200
 _MOVE_S: Final = 0.5  # how late a delayed message is at most, when a sender adds one that is due first
 _BACKOFF_S: Final = (0.05, 1.0)
@@ -61,10 +62,9 @@ def scripts() -> Mapping[str, str]:
     text = files("penstock").joinpath("delivery.lua").read_text(encoding="utf-8")
     _, *sections = re.split(r"^-- script: (\w+)( allow-oom)?$", text, flags=re.MULTILINE)
     names, flags, bodies = sections[::3], sections[1::3], sections[2::3]
-    # `push` takes from buckets of tenants too.
     shared, buckets = bodies[0], bucket_functions()
     return {
-        name: f"#!lua flags={(flag or '').strip()}\n{shared}\n{buckets if name == 'push' else ''}\n{body}"
+        name: f"#!lua flags={(flag or '').strip()}\n{shared}\n{buckets if name in _TAKING else ''}\n{body}"
         for name, flag, body in zip(names[1:], flags[1:], bodies[1:], strict=True)
     }
 
@@ -155,6 +155,7 @@ class Lease:
         level: its priority there, as kombu numbers them; lower goes first.
         tokens: what it costs.
         n_lost: leases on it that ran out before; None on its first delivery.
+        n_tries: how often a worker put it off, to be tried again.
     """
 
     tag: str
@@ -163,6 +164,7 @@ class Lease:
     level: int
     tokens: int
     n_lost: int | None
+    n_tries: int = 0
 
     @property
     def id(self) -> str:
@@ -213,7 +215,7 @@ class Leases:
         self._n_suspects = 0
         self._is_away, self._patience_s = False, SETTLE_S
         self._acks: dict[str, Lease] = {}
-        self._chores: deque[tuple[str, Sequence[Value]]] = deque()
+        self._chores: deque[tuple[str, Sequence[str], Sequence[Value]]] = deque()
         self._to_tell: SimpleQueue[bytes | None] = SimpleQueue()
         self._wake, self._closing = threading.Event(), threading.Event()
         # What is done now and then: when it is due, on this process' monotonic clock.
@@ -318,9 +320,8 @@ class Leases:
         with self._lock:
             lease = self._release(lease_id)
         if lease is not None:
-            entry = dead_letter(
-                message, queue=lease.queue, reason=reason, n_deliveries=(lease.n_lost or 0) + 1
-            )
+            n_deliveries = (lease.n_lost or 0) + lease.n_tries + 1
+            entry = dead_letter(message, queue=lease.queue, reason=reason, n_deliveries=n_deliveries)
             self._do("bury", lease.tag, lease.token, entry, int(must_tell), 2 * self.lease_s)
         return lease
 
@@ -330,6 +331,15 @@ class Leases:
             lease = self._release(lease_id)
         if lease is not None:
             self._do("postpone", lease.tag, lease.token, due_at)
+        return lease
+
+    def retry(self, lease_id: str, pause_s: float) -> Lease | None:
+        """Put a message off until it is worth another try, at the rate that all of a broker share."""
+        with self._lock:
+            lease = self._release(lease_id)
+        if lease is not None:
+            bucket = (RETRIES.rate, RETRIES.burst)
+            self._do("retry", lease.tag, lease.token, pause_s, *bucket, keys=(RETRIES.key,))
         return lease
 
     def reclaim(self, token: str) -> None:
@@ -381,12 +391,12 @@ class Leases:
             if was_ours:
                 logger.warning("lease was taken over by another process", extra={"tag": lease.tag})
 
-    def _do(self, script: str, *arguments: Value) -> None:
-        self._chores.append((script, arguments))
+    def _do(self, script: str, *arguments: Value, keys: Sequence[str] = ()) -> None:
+        self._chores.append((script, keys, arguments))
         self._wake.set()
 
-    def _call(self, script: str, *arguments: Value) -> Any:
-        return self._scripts[script](args=arguments)
+    def _call(self, script: str, *arguments: Value, keys: Sequence[str] = ()) -> Any:
+        return self._scripts[script](keys=keys, args=arguments)
 
     def _run(self) -> None:
         backoff_s = 0.0
@@ -433,9 +443,11 @@ class Leases:
                     self._acks.pop(lease.id, None)
                 self._settled.notify_all()
         for _ in range(len(self._chores)):
-            script, arguments = self._chores[0]
+            script, keys, arguments = self._chores[0]
             try:
-                entry = self._call(script, *arguments)  # the token is checked there: twice does no harm
+                entry = self._call(
+                    script, *arguments, keys=keys
+                )  # the token is checked there: twice does no harm
             except redis.ResponseError:
                 self._chores.rotate(-1)  # refused, perhaps for ever: the others must not wait for it
                 raise

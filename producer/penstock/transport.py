@@ -214,6 +214,20 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu has no types
         if self._delivered.pop(delivery_tag, None) is not None:
             self.channel.freed(self.channel.leases.ack(delivery_tag))
 
+    def retry(self, delivery_tag: str, pause_s: float) -> None:
+        """Put a message off until it is worth another try; from any thread."""
+        if self._delivered.pop(delivery_tag, None) is not None:
+            self.channel.freed(self.channel.leases.retry(delivery_tag, pause_s))
+
+    def bury(self, message: Any, reason: str) -> None:
+        """Move a message, whose sender has been told, to the dead letters; from any thread."""
+        if self._delivered.pop(message.delivery_tag, None) is not None:
+            envelope = message.serializable()
+            envelope["headers"]["retries"] = 0  # whoever puts it back wants all of them
+            envelope["properties"] |= {"delivery_tag": message.delivery_tag.rpartition("@")[0]}
+            raw = dumps(envelope).encode()
+            self.channel.freed(self.channel.leases.bury(message.delivery_tag, raw, reason, must_tell=False))
+
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Drop a message, or put it at the end of its queue; at the front if this process stops."""
         if not requeue:
@@ -520,6 +534,8 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
             properties["delivery_tag"] = lease.id
             if lease.n_lost is not None:
                 properties.setdefault("delivery_info", {})["redelivered"] = True
+            if lease.n_tries:
+                payload["headers"]["retries"] = lease.n_tries  # Celery's own header
             due_at = due_time(payload.get("headers"))
             message = self.Message(payload, channel=self)
         except _MALFORMED:
@@ -557,7 +573,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         )
 
     def _leases_in(self, reply: list[Any], token: str) -> list[tuple[Lease, bytes]]:
-        rows = zip(*[iter(reply)] * 5, strict=True)
+        rows = zip(*[iter(reply)] * 6, strict=True)
         return [
             (
                 Lease(
@@ -567,10 +583,11 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
                     level=self._level_of(bytes_to_str(source)),
                     tokens=n_tokens,
                     n_lost=n_lost if n_lost >= 0 else None,
+                    n_tries=n_tries,
                 ),
                 raw,
             )
-            for source, tag, n_lost, n_tokens, raw in rows
+            for source, tag, n_lost, n_tries, n_tokens, raw in rows
         ]
 
     def _queue_of(self, source: str) -> str:

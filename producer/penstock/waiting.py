@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from tenacity import (
     AsyncRetrying,
@@ -17,11 +17,7 @@ from tenacity import (
     stop_never,
 )
 
-from penstock.bucket import BUCKET_PREFIX, Bucket
 from penstock.errors import PenstockError, ResultTimeoutError
-
-RETRIES: Final = Bucket(f"{BUCKET_PREFIX}retries", rate=100.0, burst=200.0)
-"""What all clients and workers of a broker together may try again, per second."""
 
 T = TypeVar("T")
 Ask = Callable[[float], Awaitable[float | None]]

@@ -18,12 +18,12 @@ from celery import Celery
 from kombu import Connection
 
 from penstock import Client, DeadlineExceededError, QueueDelayError, RateLimitError, WaitPolicy
+from penstock.bucket import RETRIES
 from penstock.delay import BATCH_S
 from penstock.leases import DEAD_KEY, pop_arguments, push_arguments, scripts
 from penstock.registry import MODELS_KEY, WORKERS_KEY, ModelInfo, WorkerInfo
 from penstock.request import PoolName
 from penstock.transport import install
-from penstock.waiting import RETRIES
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import LEASE_S, Fleet, message
@@ -69,8 +69,10 @@ def recount(client: redis.Redis) -> dict[str, tuple[int, ...]]:
             if is_told or name in PARTS:
                 add(level_of(name), n_tokens, raw)
     held: Any = client.hgetall("unacked")
-    for raw in held.values():
-        add("held", cost_of(raw)[0], raw)
+    for tag, raw in held.items():
+        lease: Any = client.hget("penstock:leases", tag)
+        _, source, *_ = lease.decode().split("\n")
+        add(f"held:{level_of(source)[0]}", cost_of(raw)[0], raw)
     return {name: tuple(sums) for name, sums in found.items()}
 
 
@@ -80,7 +82,7 @@ def counters(client: redis.Redis, queue: str = QUEUE) -> dict[str, tuple[int, ..
     return {
         name.decode(): tuple(map(int, sums.split()))
         for name, sums in found.items()
-        if not name.startswith(b"age:")
+        if not name.startswith((b"age:", b"turn:"))
     }
 
 
@@ -139,7 +141,7 @@ class Life:
             share=self.random.choice((1, 2)),
         )
         reply = self.run("pop", *arguments, keys=LISTS)
-        self.held += [(tag, token) for tag in reply[1::5]]
+        self.held += [(tag, token) for tag in reply[1::6]]
 
     def some(self) -> list[Any]:
         """Return tags and tokens of some that are held, or were."""
@@ -165,6 +167,11 @@ class Life:
         for pair in self.some()[:2] and [self.some()[:2]]:
             if pair:
                 self.run("postpone", *pair, self.client.time()[0] + 1)
+
+    def retry(self) -> None:
+        """Put one off."""
+        if pair := self.some()[:2]:
+            self.run("retry", *pair, 1, 100, 200, keys=("penstock:bucket:retries",))
 
     def bury(self) -> None:
         """Give one up."""
@@ -209,6 +216,7 @@ class Life:
         """Do one thing; return what."""
         often = [self.push, self.push, self.pop, self.pop, self.ack]
         seldom = [self.push_late, self.push_foreign, self.hand_back, self.reclaim, self.postpone, self.bury]
+        seldom += [self.retry]
         seldom += [self.revive, self.die, self.move_due, self.purge]
         deed: Callable[[], None] = self.random.choice(often if self.random.random() < 0.6 else seldom)
         deed()
@@ -226,7 +234,7 @@ def test_counters_never_drift(own: Server, seed: int) -> None:
         while life.held or any(client.llen(name) for name in (*LISTS, *PARTS)):
             life.pop()
             life.ack()
-        left: Any = client.keys("penstock:[tp]*")
+        left: Any = client.keys("penstock:[tp][ua]*")
 
     assert left == []  # nobody's turn, when nobody waits
 

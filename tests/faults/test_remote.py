@@ -1,6 +1,7 @@
 """Remote models through real workers, as their callers see them."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import redis
 
 from penstock import Client, UpstreamRefusedError, UpstreamUnavailableError
+from penstock_workers.tasks import MAX_RETRIES
 from tests.deployment import Server, WorkerProcess
 from tests.eventually import eventually
 from tests.upstream import ANSWER, DIM, TOKEN, Upstream, says, vector_of, waits_for
@@ -100,6 +103,55 @@ def test_a_pause_holds_every_worker_and_is_told(own: Server, upstream: Upstream,
     (line,) = (line for line in status["models"] if line["name"] == "hosted")
     assert "on hold: 429" in line["detail"]
     assert not line["is_ready"]
+
+
+def test_a_long_pause_is_waited_for_in_the_queue(own: Server, upstream: Upstream, tmp_path: Path) -> None:
+    """The job takes no place of a worker meanwhile, counts as tried once, and is answered afterwards."""
+    upstream.plan.append(says(503, Retry_After="7"))
+    with (
+        redis.Redis.from_url(own.broker_url) as broker,
+        workers(tmp_path, own, upstream, 1) as (worker,),
+        Client(own.broker_url) as client,
+    ):
+        job = client.submit_embed(["a"], model="hosted")
+        eventually(lambda: broker.zcard("penstock:due"))
+        held, tries, state = broker.hlen("penstock:leases"), broker.hgetall("penstock:tries"), job.state()
+        vectors = job.result(timeout_s=60)
+        eventually(lambda: not broker.exists("penstock:tries", "penstock:lost", "unacked"))
+        log = worker.log
+
+    assert (held, tries, state) == (0, {job.id.encode(): b"1"}, "waiting")
+    assert np.allclose(vectors, [vector_of("a")], atol=1e-6)
+    assert f"[{job.id}] retry:" in log
+    assert broker.llen("penstock:dead") == 0
+
+
+def test_a_job_that_was_tried_too_often_is_a_dead_letter(
+    own: Server, upstream: Upstream, tmp_path: Path
+) -> None:
+    """Its caller is told; put back once the server is well, it has all its tries again and is answered."""
+    upstream.plan.append(says(503, Retry_After="7"))
+    with (
+        redis.Redis.from_url(own.broker_url) as broker,
+        workers(tmp_path, own, upstream, 1) as (worker,),
+        Client(own.broker_url) as client,
+    ):
+        worker.process.send_signal(signal.SIGSTOP)
+        job = client.submit_embed(["a"], model="hosted")
+        broker.hset("penstock:tries", job.id, MAX_RETRIES)
+        worker.process.send_signal(signal.SIGCONT)
+        with pytest.raises(UpstreamUnavailableError, match="on hold: 503"):
+            job.result(timeout_s=60)
+        eventually(lambda: broker.llen("penstock:dead"))
+        (letter,) = map(json.loads, broker.lrange("penstock:dead", 0, -1))
+        traces = broker.exists("penstock:tries", "unacked")
+        environment = worker.environment
+        subprocess.run([PENSTOCK, "dead", "requeue", job.id], env=environment, check=True)
+        vectors = client.job(job.id).result(timeout_s=60)
+
+    assert (letter["id"], letter["n_deliveries"], traces) == (job.id, MAX_RETRIES + 1, 0)
+    assert letter["reason"] == f"tried {MAX_RETRIES + 1} times: UpstreamUnavailableError"
+    assert np.allclose(vectors, [vector_of("a")], atol=1e-6)
 
 
 def test_a_refusal_names_the_variable(own: Server, upstream: Upstream, tmp_path: Path) -> None:

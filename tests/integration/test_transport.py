@@ -139,7 +139,7 @@ def pop(client: redis.Redis, token: str, queue: str = "q", most: int = 10, lease
             tokens=n_tokens,
             n_lost=n_lost if n_lost >= 0 else None,
         )
-        for _, tag, n_lost, n_tokens, _ in zip(*[iter(reply)] * 5, strict=True)
+        for _, tag, n_lost, _, n_tokens, _ in zip(*[iter(reply)] * 6, strict=True)
     ]
 
 
@@ -441,6 +441,18 @@ def test_nothing_is_left_of_an_acknowledged_message(broker: redis.Redis) -> None
     assert broker.keys() == []
 
 
+def test_what_is_put_off_waits_for_its_share_of_all_retries(broker: redis.Redis) -> None:
+    """Each is due after its own pause, and no more of them a second than the budget allows."""
+    put(broker, *"abc")
+    for lease in pop(broker, "one/1"):
+        run(broker, "retry", lease.tag, lease.token, 5, 0.1, 1, keys=("bucket",))
+        run(broker, "retry", lease.tag, "another", 5, 0.1, 1, keys=("bucket",))  # who holds nothing
+
+    dues = [due for _, due in broker.zrange("penstock:due", 0, -1, withscores=True)]
+    assert [round(due - _now(broker)) for due in dues] == [5, 15, 25]
+    assert (broker.hvals("penstock:tries"), broker.hlen("unacked")) == ([b"1"] * 3, 0)
+
+
 def test_no_takeover_right_after_the_server_was_away(broker: redis.Redis) -> None:
     """When nobody looked for long, holders get half a lease to renew before any is taken over."""
     put(broker, "job")
@@ -461,8 +473,8 @@ def test_a_pop_leaves_half_to_others(broker: redis.Redis) -> None:
 
     pops = [run(broker, "pop", *ask(f"one/{n}", n_lists=2), keys=("q", "q\x06\x163")) for n in range(4)]
 
-    assert [len(reply) // 5 for reply in pops] == [3, 1, 2, 0]
-    assert [tag.decode() for reply in pops for tag in reply[1::5]] == ids
+    assert [len(reply) // 6 for reply in pops] == [3, 1, 2, 0]
+    assert [tag.decode() for reply in pops for tag in reply[1::6]] == ids
 
 
 def test_one_suspect_at_a_time(broker: redis.Redis) -> None:
@@ -477,7 +489,7 @@ def test_one_suspect_at_a_time(broker: redis.Redis) -> None:
     reply = run(broker, "pop", *ask("three/1", n_queues=2, share=1), keys=("q", "other"))
     none = run(broker, "pop", *ask("three/2", n_suspects=0, share=1), keys=("q",))
 
-    assert [bytes(source) for source in reply[::5]] == [b"q", b"other"]
+    assert [bytes(source) for source in reply[::6]] == [b"q", b"other"]
     assert none == []
     assert broker.llen("q") == 2
 

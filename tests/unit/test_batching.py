@@ -566,6 +566,19 @@ def test_job_that_cannot_be_in_time_makes_room_for_others() -> None:
     assert ["y"] not in model.batches
 
 
+def test_batches_are_short_after_an_interactive_job() -> None:
+    """The next one may come at any moment, and is not to wait for a full batch of others."""
+    model = FakeModel(lambda items: time.sleep(sum(item.n_tokens for item in items) / 10_000))
+    batcher = start(model, max_items=10_000)
+    answers(batcher.submit("bulk", texts("b " * 20, 100), None))
+    answers(batcher.submit("query", texts("q", 8), None, priority=Priority.INTERACTIVE))
+    n_before = len(model.batches)
+    answers(batcher.submit("bulk", texts("b " * 5, 100), None))
+
+    assert model.batches[0] == ["b"] * 20
+    assert [len(batch) for batch in model.batches[n_before:]] == [2, 2, 1]
+
+
 def test_a_wrong_speed_ends_with_the_next_batch() -> None:
     """Where no job can be in time by the measured speed one is tried, and the speed measured anew."""
     model = FakeModel()

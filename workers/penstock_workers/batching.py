@@ -42,6 +42,9 @@ STRETCH: Final = 10
 """How many times its own computing time a job may be made to wait by smaller ones that came later."""
 SHARED_BATCH_S: Final = 0.05
 """How long a batch may take while other jobs wait, as far as the measured speed can tell."""
+URGENT_BATCH_S: Final = 0.015
+"""The same for so many seconds after an interactive job: the next one is not to wait for a full batch."""
+URGENT_S: Final = 10.0
 MIN_BATCH_TOKENS: Final = 256
 """Batches are not cut smaller for the sake of time: below, a processor's speed falls."""
 ATTENTION_BYTES: Final = 256 << 20
@@ -65,6 +68,18 @@ class HasTokens(Protocol):
 
 class HandBackError(Exception):
     """The model thread ended before it saw the job, which belongs back into its queue."""
+
+
+class TryLaterError(Exception):
+    """The job cannot be answered now, and its place is better used by others until it can.
+
+    Attributes:
+        error: why; what its caller gets if nobody tries again. Says in `retry_after_s` when that is worth it.
+    """
+
+    def __init__(self, error: PenstockError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 I = TypeVar("I", bound=HasTokens)  # noqa: E741  an item, as in typing's own examples
@@ -196,6 +211,7 @@ class Work(Generic[I, A]):
         Raises:
             PenstockError: why one of the items has none.
             HandBackError: they will not come from here.
+            TryLaterError: they will not come soon.
         """
         return self._future.result()
 
@@ -213,6 +229,11 @@ class Work(Generic[I, A]):
     def is_started(self) -> bool:
         """Whether the model has seen any item of it."""
         return self._started is not None
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether any item of it is."""
+        return bool(self._answers)
 
     def start(self) -> None:
         """Note that an item of it goes into a batch."""
@@ -360,6 +381,7 @@ class Batcher(ModelThread[I, A]):
         self._memory_tokens = math.inf  # what a batch may hold, as far as lacks of memory have told
         self._speed = Speed()
         self._ages = dict.fromkeys(Priority, 0.0)  # tokens that are for those who were passed by
+        self._urgent_until = 0.0
         super().__init__(name, turn)
 
     def submit(
@@ -384,6 +406,8 @@ class Batcher(ModelThread[I, A]):
         """
         work: Work[I, A] = Work(job_id, items, deadline, is_unwanted, tenant, priority)
         with self._changed:
+            if priority == Priority.INTERACTIVE:
+                self._urgent_until = time.time() + URGENT_S
             stretch_s = stretch(work, self._works, self.tokens_per_s)
             work.due = min(work.due, time.time() + PATIENCE_S[priority] + stretch_s)
             if items and self._death is None:
@@ -478,10 +502,12 @@ class Batcher(ModelThread[I, A]):
             self._ages[level] = age if passed is not None and level == passed.priority else max(age, 0.0)
 
     def _limit(self, now: float) -> float:
-        """Return how many tokens the next batch may have for the sake of memory, and of who waits."""
-        if len(self._works) < 2 or not self.tokens_per_s:
+        """Return how many tokens the next batch may have, for memory and for those who wait or may come."""
+        is_urgent = now < self._urgent_until
+        if not self.tokens_per_s or (len(self._works) < 2 and not is_urgent):
             return self._memory_tokens
-        seconds = min(SHARED_BATCH_S, (self._works[0].deadline or math.inf) - now)
+        longest_s = URGENT_BATCH_S if is_urgent else SHARED_BATCH_S
+        seconds = min(longest_s, (self._works[0].deadline or math.inf) - now)
         return min(self._memory_tokens, max(MIN_BATCH_TOKENS, seconds * self.tokens_per_s))
 
     def _compute(self, batch: list[Entry[I, A]]) -> None:

@@ -25,7 +25,7 @@ from penstock.errors import (
     UpstreamUnavailableError,
 )
 from penstock.request import Priority
-from penstock_workers.batching import PATIENCE_S, HasTokens, ModelThread, Work, stretch
+from penstock_workers.batching import PATIENCE_S, HasTokens, ModelThread, TryLaterError, Work, stretch
 from penstock_workers.upstream import Fault, Leave, Upstream
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ LOOK_S: Final = 2.0
 BOOK_S: Final = 0.25
 """A place in the server's rate is booked so far ahead; what leaves in it is chosen when its time is there."""
 ASK_AGAIN_S: Final = 1.0
+HOLD_S: Final = 5.0
+"""A longer pause of the server is waited for in the queue: the places of this process are for others."""
 BACKOFF_S: Final = (0.5, 30.0)
 MAX_BAD_ANSWERS: Final = 4
 """What has no usable answer so often is to blame for it."""
@@ -468,8 +470,12 @@ class Caller(ModelThread[I, A]):
         if work.deadline is not None:
             left_s = work.deadline - time.time()
         wait_s = max(0.0, self._leave_until - now)
-        if (trouble := self.trouble) and left_s < wait_s and not self._is_flying(work):
-            work.fail(UpstreamUnavailableError(self.name, self._remote.server, trouble, round(wait_s, 3)))
+        if (trouble := self.trouble) and not self._is_flying(work):
+            error = UpstreamUnavailableError(self.name, self._remote.server, trouble, round(wait_s, 3))
+            if left_s < wait_s:
+                work.fail(error)
+            elif wait_s > HOLD_S and not work.is_answered:
+                work.fail(TryLaterError(error))
         elif left_s < 0 and job.error is not None:
             work.fail(job.error)
         work.is_dropped()

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 from typing import Any, Final
 
+from billiard.einfo import ExceptionWithTraceback
 from celery.app.task import Context
 from celery.exceptions import InvalidTaskError
 from celery.worker import state
@@ -16,7 +17,7 @@ from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.request import Request as CeleryRequest
 from kombu.exceptions import ContentDisallowed
 
-from penstock.errors import InvalidMessageError
+from penstock.errors import InvalidMessageError, UpstreamError
 from penstock.transport import RefusedError
 
 logger = logging.getLogger(__name__)
@@ -121,10 +122,28 @@ class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types
         self._kwargsrepr = summarize(self._kwargs)
         self._request_dict.update(argsrepr=self._argsrepr, kwargsrepr=self._kwargsrepr)
 
+    def on_retry(self, exc_info: Any) -> None:
+        """Put the job off; Celery would send it anew, and acknowledge this one afterwards."""
+        self.message.channel.qos.retry(self.message.delivery_tag, _error_of(exc_info).when)
+        super().on_retry(exc_info)
+
+    def on_failure(self, exc_info: Any, *args: Any, **options: Any) -> Any:
+        """Keep a job that was tried again in vain as a dead letter; after a deadline it is of no use."""
+        error, retries = _error_of(exc_info), self._request_dict.get("retries") or 0
+        is_transient = isinstance(error, UpstreamError) and error.retryable
+        if retries and is_transient and self._kwargs.get("deadline") is None:
+            self.message.channel.qos.bury(self.message, f"tried {retries + 1} times: {type(error).__name__}")
+        return super().on_failure(exc_info, *args, **options)
+
     def info(self, safe: bool = False) -> dict[str, Any]:
         """Describe it for `celery inspect` and Flower, always without its texts."""
         del safe
         return dict(super().info(safe=True))
+
+
+def _error_of(exc_info: Any) -> Any:
+    error = exc_info.exception
+    return error.exc if isinstance(error, ExceptionWithTraceback) else error
 
 
 def summarize(kwargs: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # torch loads with the first model, not with the app
 DEFAULT_SHARES: Final[Mapping[Task, float]] = {"embed": 2.0, "generate": 1.0, "rerank": 2.0}
 """Weights of models that have none: a text takes milliseconds, and its caller waits for the whole of them."""
 
-HELD_S: Final = 0.15
+HELD_S: Final = 0.1
 """Work that a process holds, two jobs apart, seconds: more would wait here while others are free."""
 
 

@@ -7,20 +7,29 @@ from typing import Any, Final
 
 import numpy as np
 from celery import Celery
-from celery.exceptions import Ignore, Reject
+from celery.exceptions import Ignore, Reject, Retry
 
 from penstock.codec import MAX_RESULT_BYTES, TASK_NAMES, decode_request
 from penstock.errors import DeadlineExceededError, JobCancelledError, PenstockError, ResultTooLargeError
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
 from penstock.result import Choice, EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
 from penstock.stream import Part
-from penstock_workers.batching import PATIENCE_S, HandBackError, HasTokens, Work, why_unwanted
+from penstock.waiting import WaitPolicy
+from penstock_workers.batching import (
+    PATIENCE_S,
+    HandBackError,
+    HasTokens,
+    TryLaterError,
+    Work,
+    why_unwanted,
+)
 from penstock_workers.cache import Embedded
 from penstock_workers.engines.formats import row_bytes
 from penstock_workers.engines.thinking import Thought
 from penstock_workers.serving import ServedEmbedder, ServedGenerator, ServedReranker, Serving
 from penstock_workers.streams import Streams
 
+MAX_RETRIES: Final = 10  # of a job that its worker puts off; a deadline may end them before
 HEADER_BYTES: Final = 1 << 16  # room for all of a result that is not its array
 LOGPROB_BYTES: Final = 8  # a token's id and log-probability; what it is called is there once
 
@@ -86,6 +95,11 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], str
                 raise
             except HandBackError as error:
                 raise Reject(str(error), requeue=True) from None
+            except TryLaterError as later:
+                if self.request.retries >= MAX_RETRIES:
+                    raise later.error from None
+                pause_s = WaitPolicy().pause_s(self.request.retries + 1, later.error)
+                raise Retry(exc=later.error, when=pause_s) from None
             serving.count(request, result.usage)
             return result
 
