@@ -10,6 +10,7 @@ import pytest
 from penstock import Client
 from penstock_workers.local_redis import free_port
 from tests.deployment import BUNDLED, Server, WorkerProcess
+from tests.upstream import Upstream
 
 
 def pytest_unconfigure() -> None:
@@ -54,3 +55,10 @@ def client(server: Server, worker: WorkerProcess) -> Iterator[Client]:
     """A client of that worker."""
     with Client(server.broker_url) as connected:
         yield connected
+
+
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    """A server of hosted models."""
+    with Upstream().running() as running:
+        yield running

@@ -13,8 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from penstock.request import Tool, new_job_id
+from penstock.settings import ModelSettings, RateLimit, RemoteSettings
+
 DIM = 8
 TOKEN = "hf_swordfish_0123456789"
+ARGUMENTS = '{"city": "Paris"}'
+TOOLS: list[Tool] = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+    for name in ("weather", "time")
+]
 ANSWER = ["Ada ", "knows ", "the ", "turbine."]
 
 
@@ -158,8 +166,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200, [vector_of(text) for text in body["inputs"]])
         if self.path.endswith("/embeddings"):
             return self.reply(200, embeddings(body["input"]))
-        if self.path.endswith("/chat/completions"):
-            return self.stream(ANSWER, "stop") if body.get("stream") else self.reply(200, chat(ANSWER))
+        if self.path.endswith("/completions"):
+            if not body.get("stream"):
+                return self.reply(200, chat(body=body))
+            return self.stream(ANSWER, "tool_calls" if calls_for(body) else "stop", body)
         return self.reply(404, {"error": "no such path"})
 
     def reply(self, status: int, body: object, headers: Mapping[str, str] | None = None) -> None:
@@ -172,21 +182,42 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def stream(self, pieces: list[str], reason: str | None) -> None:
+    def stream(self, pieces: list[str], reason: str | None, body: Mapping[str, Any] | None = None) -> None:
         """Send an answer piece by piece; without a reason the connection ends in its middle."""
+        body = body or {"messages": []}
+        self.event_stream()
+        for piece in pieces:
+            said = {"delta": {"content": piece}} if "messages" in body else {"text": piece}
+            choice = {"index": 0, "logprobs": likelihoods([piece], body), "finish_reason": None}
+            self.event({"choices": [choice | said]})
+        for index, call in enumerate(calls_for(body)):
+            name, arguments = call["function"].values()
+            self.call_piece({"index": index, "id": call["id"], "function": {"name": name, "arguments": ""}})
+            for start in range(0, len(arguments), 4):
+                self.call_piece({"index": index, "function": {"arguments": arguments[start : start + 4]}})
+        if reason is None:
+            self.close_connection = True
+            return self.connection.close()
+        return self.end(reason, body)
+
+    def event_stream(self) -> None:
+        """Begin an answer that comes in events."""
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for piece in pieces:
-            self.event({"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]})
-        if reason is None:
-            self.close_connection = True
-            return self.connection.close()
-        self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+
+    def end(self, reason: str, body: Mapping[str, Any]) -> None:
+        """Send the last events."""
+        last = {"delta": {}} if "messages" in body else {"text": ""}
+        self.event({"choices": [last | {"index": 0, "finish_reason": reason}]})
         self.event({"choices": [], "usage": USAGE})
         self.chunk(b"data: [DONE]\n\n")
-        return self.chunk(b"")
+        self.chunk(b"")
+
+    def call_piece(self, piece: dict[str, Any]) -> None:
+        """Send a part of a call."""
+        self.event({"choices": [{"index": 0, "delta": {"tool_calls": [piece]}, "finish_reason": None}]})
 
     def event(self, fields: dict[str, Any]) -> None:
         """Send one event of a stream."""
@@ -209,12 +240,67 @@ def embeddings(texts: list[str]) -> dict[str, Any]:
     return {"object": "list", "data": data[::-1], "model": "m", "usage": {"prompt_tokens": n_tokens}}
 
 
-def chat(pieces: list[str], reason: str = "stop") -> dict[str, Any]:
-    """Return OpenAI's answer in one piece."""
-    message = {"role": "assistant", "content": "".join(pieces)}
-    choices = [{"index": 0, "message": message, "finish_reason": reason}]
+def chat(
+    pieces: list[str] = ANSWER, reason: str = "stop", body: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return OpenAI's answer in one piece, with all that the request asks for; the last choice first."""
+    body = body or {"messages": []}
+    choices = []
+    for index in range(body.get("n", 1)):
+        said = [*pieces[:-1], f"{pieces[-1]}{'!' * index}"]
+        choice = {"index": index, "finish_reason": reason, "logprobs": likelihoods(said, body)}
+        if "prompt" in body:
+            choices.append(choice | {"text": "".join(said)})
+        elif calls := calls_for(body):
+            message = {"role": "assistant", "content": None, "tool_calls": calls}
+            choices.append(choice | {"message": message, "finish_reason": "tool_calls"})
+        else:
+            choices.append(choice | {"message": {"role": "assistant", "content": "".join(said)}})
     known = {"id": "x", "object": "chat.completion", "created": 0, "model": "m"}
-    return known | {"choices": choices, "usage": USAGE}
+    return known | {"choices": choices[::-1], "usage": USAGE}
+
+
+def calls_for(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a call of each tool, unless the last turn is a tool's answer."""
+    tools = body.get("tools", ())
+    if tools and body["messages"][-1]["role"] == "tool":
+        return []
+    return [
+        {
+            "id": f"call_{index}",
+            "type": "function",
+            "function": {"name": tool["function"]["name"], "arguments": ARGUMENTS},
+        }
+        for index, tool in enumerate(tools)
+    ]
+
+
+def likelihoods(pieces: list[str], body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return log-probabilities in either shape, unlikely tokens first; a piece is a token."""
+    wanted = body.get("logprobs")
+    if wanted is None:
+        return None
+    n = wanted if "prompt" in body else body.get("top_logprobs", 0)
+    tops = [{piece + "~" * rank: logprob_of(piece) - rank for rank in range(n)[::-1]} for piece in pieces]
+    if "prompt" in body:
+        values = [logprob_of(piece) for piece in pieces]
+        return {"tokens": pieces, "token_logprobs": values, "top_logprobs": tops if n else None}
+    return {
+        "content": [
+            token(piece, logprob_of(piece)) | {"top_logprobs": [token(*pair) for pair in top.items()]}
+            for piece, top in zip(pieces, tops, strict=True)
+        ]
+    }
+
+
+def logprob_of(piece: str) -> float:
+    """Return how likely the server finds a token."""
+    return -len(piece) / 8
+
+
+def token(text: str, logprob: float) -> dict[str, Any]:
+    """Return a token as the newer shape has it."""
+    return {"token": text, "bytes": list(text.encode()), "logprob": logprob}
 
 
 def says(status: int, body: object = "{}", **headers: str) -> Act:
@@ -250,6 +336,17 @@ def with_first_vector(vector: object) -> Act:
     return changed(change)
 
 
+def answers(change: Callable[[dict[str, Any]], object]) -> Act:
+    """Answer a chat or a completion with something that was changed in the right answer."""
+
+    def act(handler: Handler, body: dict[str, Any]) -> None:
+        answer = chat(body=body)
+        change(answer)
+        handler.reply(200, answer)
+
+    return act
+
+
 def dies_after(n_pieces: int) -> Act:
     """Stream so many pieces and close the connection."""
     return lambda handler, _: handler.stream(ANSWER[:n_pieces], None)
@@ -270,3 +367,16 @@ def waits_for(event: threading.Event) -> Act:
         handler.answer(body)
 
     return act
+
+
+def remote_settings(source: str, task: str = "embed", **remote: object) -> ModelSettings:
+    """Return a remote model's settings; each test's limits are its own, since its model's id is."""
+    limit = RateLimit.model_validate(remote.pop("rate_limit", {}))
+    fields = {"model": new_job_id(), "dim": DIM if task == "embed" else None, "protocol": "openai"} | remote
+    return ModelSettings(
+        task=task,  # type: ignore[arg-type]  # a Literal
+        engine="remote",
+        source=source,
+        remote=RemoteSettings.model_validate(fields),
+        rate_limit=limit,
+    )

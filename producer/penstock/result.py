@@ -98,8 +98,9 @@ class Logprobs(Sequence[TokenLogprob]):
 
     Attributes:
         ids: at each place the token that was chosen, then the likeliest ones; int32, shape
-            (n_tokens, 1 + top_logprobs).
-        values: their log-probabilities, float32, of the same shape.
+            (n_tokens, 1 + top_logprobs). Of a remote model, numbers in the order of their first places; -1
+            where its server told fewer.
+        values: their log-probabilities, float32, of the same shape; -inf where there is none.
         tokens: token id, in digits -> its bytes, as characters of the same numbers (Latin-1).
     """
 
@@ -122,6 +123,7 @@ class Logprobs(Sequence[TokenLogprob]):
         chosen, *top = (
             self._token(*pair)
             for pair in zip(self.ids[place].tolist(), self.values[place].tolist(), strict=True)
+            if pair[0] >= 0
         )
         return replace(chosen, top=tuple(top))
 
@@ -161,7 +163,7 @@ class GenerateResult:
         reasoning: what the model thought before the text, where its chat template marks that; else None.
         tool_calls: those in the text, in OpenAI's form, ready for `history`; only where `tools` were given
             and the model's tokenizer says how to read its calls (`response_template`), else None. The text
-            has them too, as the model wrote them.
+            has them too, as the model wrote them; not that of a remote model, whose server reads them.
         logprobs: of its tokens, those of its reasoning among them, if the request asked for them.
         others: the answers after the first; `choices` has all.
     """

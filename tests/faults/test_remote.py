@@ -13,11 +13,17 @@ import numpy as np
 import pytest
 import redis
 
-from penstock import Client, UpstreamRefusedError, UpstreamUnavailableError
+from penstock import (
+    Client,
+    InvalidOptionError,
+    ResultTooLargeError,
+    UpstreamRefusedError,
+    UpstreamUnavailableError,
+)
 from penstock_workers.tasks import MAX_RETRIES
 from tests.deployment import Server, WorkerProcess
 from tests.eventually import eventually
-from tests.upstream import ANSWER, DIM, TOKEN, Upstream, says, vector_of, waits_for
+from tests.upstream import ANSWER, ARGUMENTS, DIM, TOKEN, TOOLS, Upstream, says, vector_of, waits_for
 
 TOML = """
 [models.hosted]
@@ -34,13 +40,6 @@ source = "{url}/v1"
 remote = {{ token_env = "UPSTREAM_KEY" }}
 """
 PENSTOCK = str(Path(sys.executable).with_name("penstock"))
-
-
-@pytest.fixture
-def upstream() -> Iterator[Upstream]:
-    """A server of hosted models."""
-    with Upstream().running() as running:
-        yield running
 
 
 @contextmanager
@@ -83,6 +82,37 @@ def test_remote_models_are_served_like_others(own: Server, upstream: Upstream, t
     assert {seen.headers["authorization"] for seen in upstream.seen} == {f"Bearer {TOKEN}"}
     assert TOKEN not in f"{registry} {status} {log}"
     assert "somebody" not in json.dumps([dict(seen.headers) for seen in upstream.seen])
+
+
+def test_all_of_a_request_reaches_the_server(own: Server, upstream: Upstream, tmp_path: Path) -> None:
+    """Tools, several answers, log-probabilities and texts to complete, as callers have them of any model."""
+    with workers(tmp_path, own, upstream, 1), Client(own.broker_url) as client:
+        asked = client.generate("Rain?", model="chat", tools=TOOLS)
+        calls = asked.tool_calls or ()
+        history: list = [
+            {"role": "user", "content": "Rain?"},
+            {"role": "assistant", "tool_calls": calls},
+            *({"role": "tool", "content": "Rain.", "tool_call_id": call["id"]} for call in calls),
+        ]
+        answered = client.generate(None, model="chat", history=history, tools=TOOLS)
+        several = client.generate("Who?", model="chat", n=2, logprobs=True, top_logprobs=2)
+        *_, last = client.stream("Ada", model="chat", mode="complete", logprobs=True)
+        with pytest.raises(InvalidOptionError, match="response_format"):
+            client.generate("a", model="chat", mode="complete", response_format={"type": "json_object"})
+        with pytest.raises(ResultTooLargeError):
+            client.generate("a", model="chat", n=16, logprobs=True, top_logprobs=20, max_new_tokens=1 << 20)
+
+    assert [call["function"] for call in calls] == [
+        {"name": name, "arguments": ARGUMENTS} for name in ("weather", "time")
+    ]
+    assert answered.text == "".join(ANSWER)
+    assert [choice.text for choice in several.choices] == ["".join(ANSWER), "".join(ANSWER) + "!"]
+    assert several.usage.completion_tokens == 4
+    assert several.logprobs is not None
+    assert [token.top[0].token for token in several.logprobs] == ANSWER
+    assert last.logprobs is not None
+    assert [token.token for token in last.logprobs] == ANSWER
+    assert [seen.path for seen in upstream.seen] == ["/v1/chat/completions"] * 3 + ["/v1/completions"]
 
 
 def test_a_pause_holds_every_worker_and_is_told(own: Server, upstream: Upstream, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,6 @@ from huggingface_hub import constants
 
 from penstock.errors import (
     DeadlineExceededError,
-    IncompleteOutputError,
-    InvalidFormatError,
     InvalidOptionError,
     JobCancelledError,
     ModelLoadError,
@@ -22,23 +20,21 @@ from penstock.errors import (
     UpstreamRefusedError,
     UpstreamUnavailableError,
 )
-from penstock.request import EmbedRequest, GenerateRequest, new_job_id
-from penstock.settings import ModelSettings, RateLimit, RemoteSettings
+from penstock.request import EmbedRequest, new_job_id
+from penstock.settings import ModelSettings
 from penstock_workers.batching import Work
 from penstock_workers.calling import Caller
-from penstock_workers.engines.remote import Answer, RemoteEmbedder, RemoteGenerator
+from penstock_workers.engines.remote_embedding import RemoteEmbedder
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.upstream import (
-    ANSWER,
     DIM,
     TOKEN,
     Act,
     Upstream,
     changed,
-    chat,
     cut_off,
-    dies_after,
+    remote_settings,
     says,
     vector_of,
     waits_for,
@@ -49,13 +45,6 @@ TEXTS = [f"text number {i}" for i in range(10)]
 
 
 @pytest.fixture
-def upstream() -> Iterator[Upstream]:
-    """A server of hosted models."""
-    with Upstream().running() as running:
-        yield running
-
-
-@pytest.fixture
 def secret(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a variable that holds a token; another token is where libraries look for one."""
     monkeypatch.setenv("UPSTREAM_KEY", TOKEN)
@@ -63,19 +52,6 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-somebody-elses")
     monkeypatch.setenv("OPENAI_ORG_ID", "org-somebody-elses")
     return "UPSTREAM_KEY"
-
-
-def settings(source: str, task: str = "embed", **remote: object) -> ModelSettings:
-    """Return a remote model's settings; each test's limits are its own, since its model's id is."""
-    limit = RateLimit.model_validate(remote.pop("rate_limit", {}))
-    fields = {"model": new_job_id(), "dim": DIM if task == "embed" else None, "protocol": "openai"} | remote
-    return ModelSettings(
-        task=task,  # type: ignore[arg-type]  # a Literal
-        engine="remote",
-        source=source,
-        remote=RemoteSettings.model_validate(fields),
-        rate_limit=limit,
-    )
 
 
 class Embedding:
@@ -115,7 +91,7 @@ Make = Callable[..., Embedding]
 @pytest.fixture
 def embedding(server: Server, upstream: Upstream) -> Make:
     """Connect to the server."""
-    return lambda **remote: Embedding(server, settings(f"{upstream.url}/v1", **remote))
+    return lambda **remote: Embedding(server, remote_settings(f"{upstream.url}/v1", **remote))
 
 
 def expected(texts: list[str]) -> np.ndarray:
@@ -250,7 +226,7 @@ def test_what_is_too_large_is_split_and_learned(embedding: Make, upstream: Upstr
 def test_tei_s_own_limits_are_kept(server: Server, upstream: Upstream, secret: str) -> None:
     """`/info` says what TEI takes; it is asked in its own protocol, and told to cut what is too long."""
     upstream.info = {"max_client_batch_size": 4, "max_batch_tokens": 4096, "max_input_length": 512}
-    hosted = Embedding(server, settings(upstream.url, protocol="auto", dim=None, token_env=secret))
+    hosted = Embedding(server, remote_settings(upstream.url, protocol="auto", dim=None, token_env=secret))
 
     assert np.allclose(hosted.embed(TEXTS), expected(TEXTS), atol=1e-6)
 
@@ -282,7 +258,7 @@ def test_a_token_goes_to_its_server_alone(
 def test_redirects_are_not_followed(server: Server, upstream: Upstream, secret: str, protocol: str) -> None:
     """Neither texts nor tokens go where a server points to."""
     with Upstream().running() as elsewhere:
-        hosted = Embedding(server, settings(f"{upstream.url}/v1", protocol=protocol, token_env=secret))
+        hosted = Embedding(server, remote_settings(f"{upstream.url}/v1", protocol=protocol, token_env=secret))
         for status in (301, 302, 307, 308):
             upstream.always = lambda _, status=status: says(status, Location=f"{elsewhere.url}/v1/embeddings")
             with pytest.raises(UpstreamRefusedError, match="redirects"):
@@ -299,7 +275,7 @@ def test_a_provider_is_asked_through_the_router(
     monkeypatch.setattr(constants, "ENDPOINT", upstream.url)
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", upstream.url)
     monkeypatch.setattr(constants, "INFERENCE_PROXY_TEMPLATE", upstream.url + "/{provider}")
-    model = settings("provider:together", model="org/name", token_env=secret)
+    model = remote_settings("provider:together", model="org/name", token_env=secret)
     hosted = Embedding(server, model)
     upstream.always = lambda _: None
 
@@ -312,7 +288,7 @@ def test_a_provider_is_asked_through_the_router(
 
 def test_a_pause_holds_all_workers(server: Server, upstream: Upstream) -> None:
     """A 429 to one worker keeps the others from asking, until its time is over."""
-    model = settings(f"{upstream.url}/v1")
+    model = remote_settings(f"{upstream.url}/v1")
     one, other = Embedding(server, model), Embedding(server, model)
     upstream.plan.append(says(429, Retry_After="2"))
 
@@ -365,7 +341,7 @@ def test_a_job_that_cannot_wait_hears_it_at_once(embedding: Make, upstream: Upst
 
 def test_the_circuit_opens_and_one_probe_closes_it(server: Server, upstream: Upstream) -> None:
     """Failures in a row stop all workers; then one request goes, and if it is answered, all do."""
-    model = settings(f"{upstream.url}/v1")
+    model = remote_settings(f"{upstream.url}/v1")
     workers = [Embedding(server, model) for _ in range(2)]
     upstream.always = lambda _: says(500)
     jobs = [worker.submit([f"{i}"]) for i, worker in enumerate(workers) for _ in range(4)]
@@ -424,7 +400,9 @@ def test_nobody_waits_and_the_request_is_given_up(embedding: Make, upstream: Ups
 
 def test_a_rate_is_kept_by_all_workers_together(server: Server, upstream: Upstream) -> None:
     """Eight workers at a server that counts refuse nothing and use the rate; nothing is asked twice."""
-    model = settings(f"{upstream.url}/v1", rate_limit={"requests_per_minute": 600}, max_request_texts=1)
+    model = remote_settings(
+        f"{upstream.url}/v1", rate_limit={"requests_per_minute": 600}, max_request_texts=1
+    )
     workers = [Embedding(server, model) for _ in range(8)]
     upstream.per_minute = 600
     began = time.monotonic()
@@ -470,10 +448,10 @@ def test_a_server_that_is_away_at_the_start(server: Server, upstream: Upstream, 
     upstream.always = lambda _: says(401)
 
     with pytest.raises(ModelLoadError, match=r"401 Unauthorized.*UPSTREAM_KEY"):
-        Embedding(server, settings(f"{upstream.url}/v1", dim=None, token_env=secret))
+        Embedding(server, remote_settings(f"{upstream.url}/v1", dim=None, token_env=secret))
     with pytest.raises(ModelLoadError, match=r"remote\.token_env: MISSING is not set"):
-        Embedding(server, settings(f"{upstream.url}/v1", token_env="MISSING"))
-    assert Embedding(server, settings("http://127.0.0.1:9/v1")).engine.dim == DIM
+        Embedding(server, remote_settings(f"{upstream.url}/v1", token_env="MISSING"))
+    assert Embedding(server, remote_settings("http://127.0.0.1:9/v1")).engine.dim == DIM
 
 
 def test_what_a_remote_model_cannot_do_is_said(embedding: Make) -> None:
@@ -486,108 +464,10 @@ def test_what_a_remote_model_cannot_do_is_said(embedding: Make) -> None:
     assert text.text == "query: a"
 
 
-class Generation:
-    """A remote chat model as a worker has it."""
-
-    def __init__(self, server: Server, model: ModelSettings) -> None:
-        self.engine = RemoteGenerator.load("hosted", model, server.broker_url)
-        self.caller: Caller = Caller(self.engine)
-
-    def ask(self, listen: Callable[[str], None] | None = None, **options: object) -> Answer:
-        """Return the answer to a request."""
-        request = GenerateRequest.parse({"model": "hosted", "prompt": "Who?", **options})
-        work = self.caller.submit(
-            new_job_id(),
-            [self.engine.prepare(request)],
-            time.time() + 20,
-            listen=None if listen is None else lambda _, piece: listen(piece),
-        )
-        self.items = work.items
-        (answer,) = work.wait()
-        return answer
-
-
-@pytest.fixture
-def generation(server: Server, upstream: Upstream) -> Callable[..., Generation]:
-    """Connect to the server."""
-    return lambda **remote: Generation(server, settings(f"{upstream.url}/v1", "generate", **remote))
-
-
-def test_an_answer_comes_whole_or_in_pieces(
-    generation: Callable[..., Generation], upstream: Upstream
-) -> None:
-    """Options arrive under OpenAI's names; tokens are those that the server counted."""
-    hosted = generation()
-    pieces: list[str] = []
-
-    whole = hosted.ask(max_new_tokens=7, stop=["!"], top_k=5, system_prompt="Be brief.", seed=3)
-    streamed = hosted.ask(pieces.append)
-
-    assert whole == streamed == Answer(text="".join(ANSWER), finish_reason="stop", n_tokens=4)
-    assert pieces == ANSWER
-    assert hosted.items[0].n_tokens == 11
-    sent = upstream.seen[0].body
-    assert {name: sent[name] for name in ("max_tokens", "stop", "top_k", "seed")} == {
-        "max_tokens": 7,
-        "stop": ["!"],
-        "top_k": 5,
-        "seed": 3,
-    }
-    assert [turn["role"] for turn in sent["messages"]] == ["system", "user"]
-
-
-def test_a_stream_that_dies_is_not_begun_again(
-    generation: Callable[..., Generation], upstream: Upstream
-) -> None:
-    """Before its first piece it is asked again; after it, the reader hears that it is broken."""
-    hosted = generation()
-    upstream.plan.append(dies_after(0))
-    pieces: list[str] = []
-    assert hosted.ask(pieces.append).text == "".join(ANSWER)
-
-    upstream.plan.append(dies_after(2))
-    with pytest.raises(UpstreamAnswerError, match="ended after 10 characters"):
-        hosted.ask(pieces.append)
-    assert pieces == [*ANSWER, *ANSWER[:2]]
-    assert len(upstream.seen) == 3
-
-
-def test_formats_are_openai_s(generation: Callable[..., Generation], upstream: Upstream) -> None:
-    """A schema is passed on; what does not follow it, or is cut, is no answer."""
-    hosted = generation()
-    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
-    upstream.plan.append(lambda handler, _: handler.reply(200, chat(['{"a": ', "1}"])))
-    assert hosted.ask(response_format=schema).text == '{"a": 1}'
-    assert upstream.seen[0].body["response_format"]["json_schema"]["schema"] == {"type": "object"}
-
-    with pytest.raises(UpstreamAnswerError, match="does not follow"):
-        hosted.ask(response_format={"type": "json_object"})
-    upstream.plan.append(lambda handler, _: handler.reply(200, chat(['{"a'], "length")))
-    with pytest.raises(IncompleteOutputError):
-        hosted.ask(response_format=schema)
-    with pytest.raises(InvalidFormatError, match="regex"):
-        hosted.ask(response_format={"type": "regex", "pattern": "a"})
-    with pytest.raises(InvalidOptionError, match="mode"):
-        hosted.ask(mode="complete")
-
-
-def test_the_only_model_need_not_be_named(server: Server, upstream: Upstream) -> None:
-    """What the server lists is asked for; of several, one has to be named."""
-    upstream.models = [{"id": "only", "max_model_len": 4096}]
-    hosted = Generation(server, settings(f"{upstream.url}/v1", "generate", model=None))
-    hosted.ask()
-
-    assert upstream.seen[0].body["model"] == "only"
-    assert hosted.engine.context_window == 4096
-    upstream.models.append({"id": "other"})
-    with pytest.raises(ModelLoadError, match="only, other"):
-        Generation(server, settings(f"{upstream.url}/v1", "generate", model=None))
-
-
 def test_a_token_file_is_read(server: Server, upstream: Upstream, tmp_path: Path) -> None:
     """Secrets may be mounted; their last line break is none of them."""
     secret = tmp_path / "token"
     secret.write_text(f"{TOKEN}\n")
-    Embedding(server, settings(f"{upstream.url}/v1", token_file=secret)).embed(["a"])
+    Embedding(server, remote_settings(f"{upstream.url}/v1", token_file=secret)).embed(["a"])
 
     assert upstream.seen[0].headers["authorization"] == f"Bearer {TOKEN}"

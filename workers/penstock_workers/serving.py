@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # torch loads with the first model, not with the app
     from penstock_workers.engines.decoding import Row
     from penstock_workers.engines.embedding import Embedder, Encoded
     from penstock_workers.engines.generation import Answer, Generator
-    from penstock_workers.engines.remote import RemoteEmbedder, RemoteGenerator
+    from penstock_workers.engines.remote_chat import RemoteGenerator
+    from penstock_workers.engines.remote_embedding import RemoteEmbedder
     from penstock_workers.engines.reranking import Reranker
 
 
@@ -225,7 +226,8 @@ def load_model(
 
 def _load_remote(name: str, model: ModelSettings, settings: Settings) -> Served:
     try:
-        from penstock_workers.engines.remote import RemoteEmbedder, RemoteGenerator
+        from penstock_workers.engines.remote_chat import RemoteGenerator
+        from penstock_workers.engines.remote_embedding import RemoteEmbedder
     except ModuleNotFoundError as error:
         raise ModelLoadError(name, f"{error.name} is missing: pip install 'penstock[remote]'") from error
     if model.task == "embed":

@@ -182,8 +182,7 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
             listen=(lambda _, piece: stream.write(piece, _part(piece))) if request.stream else None,
         )
         delivery.works.append(work)
-        answers = work.wait()
-    answers *= prompt.n_choices // len(answers)  # one for all, where all are equal
+        answers = prompt.answers(work.wait())
     first, *others = (
         Choice(
             index=index,

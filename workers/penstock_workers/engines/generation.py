@@ -86,6 +86,10 @@ class Prompt:
         n = 1 if self.sampling.temperature == 0 else self.n_choices
         return [replace(self, sampling=self.sampling.choice(index)) for index in range(n)]
 
+    def answers(self, found: Sequence["Answer"]) -> list["Answer"]:
+        """Return as many answers as are wanted of those to `choices`."""
+        return [*found] * (self.n_choices // len(found))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
