@@ -533,7 +533,8 @@ class AsyncClient:
             raise
         self._router.sent(model, registry, lane, pool, sum(n_tokens))
         if pool != registry.choose_pool(model):
-            await self._broker.count_spilled(queue, len(jobs))
+            with contextlib.suppress(TransportError):  # they are sent, and must not look as if they were not
+                await self._broker.count_spilled(queue, len(jobs))
         return jobs
 
     async def _send_unrecorded(self, request: EmbedRequest, lane: Lane) -> AsyncJob[Vectors]:

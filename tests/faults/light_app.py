@@ -1,8 +1,11 @@
 """Penstock's own worker with an engine that needs no torch: `nap 0.5` takes half a second.
 
+`gate inf` takes until the book has a key `gate`.
+
 Everything around the engine is the real one: app, transport, pool, tasks, batcher, results, registry.
 """
 
+import math
 import os
 import time
 import uuid
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
+from penstock.delay import TOKENS_PER_CHARACTER
 from penstock.registry import ModelInfo
 from penstock.request import EmbedRequest
 from penstock.settings import load_settings
@@ -26,12 +30,14 @@ from penstock_workers.lifecycle import Heartbeat, Lifecycle
 from penstock_workers.serving import ServedEmbedder
 
 MODEL = "light"
-QUEUE = f"cpu.{MODEL}"
 DIM = 3
 
 settings = load_settings().settings
 # Reached without the proxies that a test may put in between.
 BOOK = redis.Redis.from_url(os.environ["LIGHT_BOOK"], retry=Retry(ConstantBackoff(0.1), 600))
+POOL, POOLS = os.environ["LIGHT_POOL"], tuple(os.environ["LIGHT_POOLS"].split(","))
+# The runs in their order; what is written twice, because the connection was cut, is one.
+WRITE_DOWN = BOOK.register_script("redis.call('ZADD', 'runs', 'NX', redis.call('ZCARD', 'runs'), ARGV[1])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,11 @@ class Text:
     """A text as the engine takes it."""
 
     text: str
-    n_tokens: int = 1
+
+    @property
+    def n_tokens(self) -> int:
+        """As many as senders guess."""
+        return math.ceil(len(self.text) * TOKENS_PER_CHARACTER)
 
 
 class Engine:
@@ -55,9 +65,9 @@ class Engine:
         """See `Embedder.run`; shape (DIM,) each."""
         for index, item in enumerate(batch):
             name, seconds = item.text.split()
-            BOOK.sadd("runs", f"{name} {uuid.uuid4()}")  # twice is once, if the connection was cut
+            WRITE_DOWN(args=[f"{name} {os.getpid()} {uuid.uuid4()}"])
             end = time.monotonic() + float(seconds)
-            while (rest_s := end - time.monotonic()) > 0:
+            while (rest_s := end - time.monotonic()) > 0 and not (rest_s == math.inf and BOOK.exists(name)):
                 time.sleep(min(rest_s, 0.1))
                 yield None  # a sign of life
             yield index, np.full(DIM, float(seconds), np.float32)
@@ -71,7 +81,7 @@ class Engine:
 INFO = ModelInfo(
     name=MODEL,
     task="embed",
-    pools=("cpu",),
+    pools=cast("Any", POOLS),
     dim=DIM,
     max_tokens=None,
     max_texts=16,
@@ -95,4 +105,4 @@ def serve(**_: object) -> None:
     serving = app.penstock_serving
     batcher: Batcher[Any, Any] = Batcher(MODEL, engine.run, cut_by_tokens(1, is_padded=False))
     serving.models[MODEL] = ServedEmbedder(info=INFO, engine=engine, batcher=batcher)
-    Heartbeat(settings, serving, "cpu", "cpu", [MODEL]).start()
+    Heartbeat(settings, serving, cast("Any", POOL), "cpu", [MODEL]).start()

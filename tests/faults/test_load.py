@@ -348,16 +348,16 @@ def test_a_wait_past_the_deadline_is_refused(own: Server) -> None:
     with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
         announce(client, tokens_per_s=None)
         sender.submit_many([["x" * 399]] * 3, model="minilm", deadline_s=1)
-        announce(client, tokens_per_s=100.0)
+        announce(client, tokens_per_s=10.0)
     with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
-        sender.submit_embed(["x"], model="minilm", deadline_s=5)
-        sender.submit_embed(["x"], model="minilm", deadline_s=1, priority="interactive")
+        sender.submit_embed(["x"], model="minilm", deadline_s=50)
+        sender.submit_embed(["x"], model="minilm", deadline_s=10, priority="interactive")
         with pytest.raises(QueueDelayError) as caught:
-            sender.embed(["x"], model="minilm", deadline_s=3.5)  # predicted to be just in time
+            sender.embed(["x"], model="minilm", deadline_s=35)  # predicted to be just in time
 
     assert caught.value.exceeded == "deadline"
-    assert caught.value.predicted_wait_s == pytest.approx(3.02)
-    assert caught.value.retry_after_s == pytest.approx(0.23, abs=0.1)
+    assert caught.value.predicted_wait_s == pytest.approx(30.2)
+    assert 2.29 < caught.value.retry_after_s < 5  # more by what passed since the call
 
 
 def test_callers_can_wait_for_room(own: Server) -> None:
@@ -368,14 +368,14 @@ def test_callers_can_wait_for_room(own: Server) -> None:
         began = time.monotonic()
         with pytest.raises(QueueDelayError):
             sender.submit_embed(["x"], model="minilm", deadline_s=1, wait=WaitPolicy(attempts=None))
-        gave_up_s = time.monotonic() - began
+        gave_up_s = time.monotonic() - began  # without the deadline, 600
         waiting = threading.Timer(0.5, lambda: client.delete(*LISTS))
         waiting.start()
         job = sender.submit_embed(["x"], model="minilm", wait=WaitPolicy(attempts=None, base_s=0.2))
         waiting.join()
 
     assert job.id
-    assert gave_up_s <= 1.1
+    assert gave_up_s < 60
 
 
 def test_retries_of_all_share_a_budget(own: Server) -> None:
@@ -383,13 +383,13 @@ def test_retries_of_all_share_a_budget(own: Server) -> None:
     with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
         announce(client, tokens_per_s=1000.0, max_waiting_jobs=1)
         sender.submit_embed(["x"], model="minilm")
-        client.set(RETRIES.key, client.time()[0] + 60)
+        client.set(RETRIES.key, client.time()[0] + 3600)
         began = time.monotonic()
 
         with pytest.raises(QueueDelayError):
-            sender.submit_embed(["x"], model="minilm", wait=WaitPolicy(max_wait_s=5, base_s=0.1))
+            sender.submit_embed(["x"], model="minilm", wait=WaitPolicy(attempts=None, base_s=0.1))
 
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 60  # with retries, 600
 
 
 def test_many_texts_wait_for_room(light: LightWorker, own: Server) -> None:
@@ -495,7 +495,7 @@ def test_a_tenant_may_send_so_much(own: Server) -> None:
         lengths = [client.llen(f"{QUEUE}\x06\x163\x06\x17{name}") for name in ("noisy", "other")]
 
     assert (caught.value.tenant, left, lengths) == ("noisy", 0, [1, 1])
-    assert caught.value.retry_after_s == pytest.approx(10, abs=1)
+    assert 5 < caught.value.retry_after_s <= 10  # less by what passed since the first job
 
 
 def test_a_tenant_waits_for_its_own_jobs(own: Server) -> None:
@@ -529,15 +529,19 @@ def test_celery_sends_and_counts_for_tenants(own: Server, monkeypatch: pytest.Mo
 def test_a_late_job_tells_where_its_time_went(light: LightWorker, own: Server) -> None:
     """A job that waited behind others until its deadline says so, and is not computed."""
     with light.running(), Client(own.broker_url) as sender:
-        slow = sender.submit_embed(["slow 1.5"], model=MODEL)
+        slow = sender.submit_embed(["slow inf"], model=MODEL)
         eventually(lambda: light.runs()["slow"])
-        late = sender.submit_embed(["late 0"], model=MODEL, deadline_s=0.5)
+        late = sender.submit_embed(["late 0"], model=MODEL, deadline_s=1)
+        deadline = time.time() + 1
+        eventually(lambda: light.n_held() == 2 and time.time() > deadline)
+        light.book.set("slow", "over")
         with pytest.raises(DeadlineExceededError, match=r"late for its deadline by .* \(queued") as caught:
             late.result(timeout_s=10)
         slow.result(timeout_s=10)
 
     assert set(caught.value.timings) == {"queued_s", "prepared_s", "batched_s", "computed_s"}
-    assert 0.4 < caught.value.timings["batched_s"] < 3
+    assert sum(caught.value.timings.values()) > 1
+    assert caught.value.timings["batched_s"] > 0
     assert caught.value.timings["computed_s"] == 0
     assert not light.runs()["late"]
 
@@ -558,3 +562,16 @@ def test_jobs_spill_where_the_wait_is_shorter(own: Server) -> None:
     assert waits[0] - waits[1] == pytest.approx(1.0, abs=1.1)
     assert sum(lengths) == 30
     assert int(spilled or 0) == lengths[1] > 5
+
+
+def test_a_count_that_fails_refuses_nothing(own: Server) -> None:
+    """Jobs that were sent to the second pool are sent, also where they cannot be counted."""
+    with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
+        announce(client, tokens_per_s=1.0, pool="gpu", pools=("gpu", "cpu"))
+        announce(client, tokens_per_s=1.0, pool="cpu", pools=("gpu", "cpu"))
+        client.execute_command("ACL", "SETUSER", "default", "-hincrby")
+        for _ in range(2):
+            sender.submit_embed(["x" * 199], model="minilm")
+        lengths = [client.llen(f"{pool}.minilm\x06\x163") for pool in ("gpu", "cpu")]
+
+    assert lengths == [1, 1]

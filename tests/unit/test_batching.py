@@ -469,6 +469,23 @@ def test_urgent_jobs_go_first() -> None:
     ]
 
 
+def test_less_urgent_jobs_have_one_token_of_eight() -> None:
+    """However many urgent jobs pass it, a job has its turn after eight times its own tokens."""
+    model = FakeModel()
+    batcher, first = start_busy(model, max_items=100)
+    works = [
+        first,
+        *(batcher.submit("batch", texts("batch", 100), None, priority=Priority.BATCH) for _ in range(3)),
+        *(batcher.submit("i", texts("urgent", 100), None, priority=Priority.INTERACTIVE) for _ in range(120)),
+    ]
+    model.go_on.set()
+    for work in works:
+        answers(work)
+
+    places = [place for place, batch in enumerate(model.batches) if batch == ["batch"]]
+    assert places == [9, 18, 27]
+
+
 def test_small_jobs_are_not_stuck_behind_a_bulk_load() -> None:
     """Once the speed is known, a job that computes for long lets later small ones pass."""
     model = FakeModel()

@@ -36,6 +36,8 @@ WINDOW_ITEMS: Final = 512
 """How many of the most urgent items a batch is cut from: by length inside it, by urgency between windows."""
 PATIENCE_S: Final = {Priority.INTERACTIVE: 1.0, Priority.DEFAULT: 30.0, Priority.BATCH: 100.0}
 """After how long a job of each priority is due, if its deadline is not before; who waited long goes first."""
+PASSED: Final = 8
+"""Of so many tokens that go before less urgent jobs, one is for these: as in the queue."""
 STRETCH: Final = 10
 """How many times its own computing time a job may be made to wait by smaller ones that came later."""
 SHARED_BATCH_S: Final = 0.05
@@ -172,6 +174,7 @@ class Work(Generic[I, A]):
         is_unwanted: says whether the job was cancelled.
         due: Unix seconds; the job with the smallest goes first.
         tenant: who sent it; empty for nobody who is named.
+        priority: of the job.
         tokens: of the items that are in no batch yet, int64, shape (n_waiting,), longest first.
         is_over: whether it was answered, or failed.
         batched_s: seconds that its first item waited for a batch; set when the answer is there, or the error.
@@ -185,10 +188,12 @@ class Work(Generic[I, A]):
         deadline: float | None,
         is_unwanted: Callable[[], bool] = lambda: False,
         tenant: str = "",
+        priority: Priority = Priority.DEFAULT,
     ) -> None:
         self.job_id, self.items, self.deadline, self.is_unwanted = job_id, items, deadline, is_unwanted
         self.batched_s = self.computed_s = 0.0
-        self.due, self.tenant = math.inf if deadline is None else deadline, tenant
+        self.due = math.inf if deadline is None else deadline
+        self.tenant, self.priority = tenant, priority
         tokens: Lengths = np.array([item.n_tokens for item in items], dtype=np.int64)
         self._waiting = np.argsort(-tokens, kind="stable")
         self.tokens = tokens[self._waiting]
@@ -375,6 +380,7 @@ class Batcher(ModelThread[I, A]):
         self._works: list[Work[I, A]] = []  # with waiting items, most urgent first
         self._memory_tokens = math.inf  # what a batch may hold, as far as lacks of memory have told
         self._speed = Speed()
+        self._ages = dict.fromkeys(Priority, 0.0)  # tokens that are for those who were passed by
         self._urgent_until = 0.0
         super().__init__(name, turn)
 
@@ -398,7 +404,7 @@ class Batcher(ModelThread[I, A]):
             is_unwanted: the job was cancelled; asked in the model thread before each batch.
             tenant: who sent it: what waits of his counts for its size, so that others go between.
         """
-        work: Work[I, A] = Work(job_id, items, deadline, is_unwanted, tenant)
+        work: Work[I, A] = Work(job_id, items, deadline, is_unwanted, tenant, priority)
         with self._changed:
             if priority == Priority.INTERACTIVE:
                 self._urgent_until = time.time() + URGENT_S
@@ -452,9 +458,11 @@ class Batcher(ModelThread[I, A]):
         self._works = [work for work in self._works if not work.is_over]
 
     def _next_batch(self, now: float) -> list[Entry[I, A]]:
+        passed = self._find_passed()
+        works = self._works if passed is None else sorted(self._works, key=lambda work: work is not passed)
         parts: list[Lengths] = []
         room = WINDOW_ITEMS
-        for work in self._works:
+        for work in works:
             parts.append(work.tokens[:room])
             room -= len(parts[-1])
             if not room:
@@ -464,13 +472,34 @@ class Batcher(ModelThread[I, A]):
         batch: list[Entry[I, A]] = []
         start = low = 0
         for work, end, high in zip(
-            self._works, ends.tolist(), np.searchsorted(chosen, ends).tolist(), strict=False
+            works, ends.tolist(), np.searchsorted(chosen, ends).tolist(), strict=False
         ):
             if low < high:
                 batch += work.take(chosen[low:high] - start)
             start, low = end, high
         self._works = [work for work in self._works if len(work.tokens)]
+        self._age(batch, passed)
         return batch
+
+    def _find_passed(self) -> Work[I, A] | None:
+        """Return a job that others have passed for long enough, however urgent; None if there is none.
+
+        Long enough is for as many tokens as it has, or as are worth a batch.
+        """
+        for work in self._works:
+            if self._ages[work.priority] >= min(MIN_BATCH_TOKENS, max(1, work.tokens.sum())):
+                return work
+        return None
+
+    def _age(self, batch: list[Entry[I, A]], passed: Work[I, A] | None) -> None:
+        """Count a batch for those that it goes before, and against those that are in it."""
+        levels = {work.priority for work, _ in batch}
+        for level in {work.priority for work in self._works if work.priority > min(levels)}:
+            self._ages[level] += _count(batch) / PASSED
+        for level in levels:
+            age = self._ages[level] - _count([entry for entry in batch if entry[0].priority == level])
+            # Whose turn it was may owe what was too much; others had it without.
+            self._ages[level] = age if passed is not None and level == passed.priority else max(age, 0.0)
 
     def _limit(self, now: float) -> float:
         """Return how many tokens the next batch may have, for memory and for those who wait or may come."""
