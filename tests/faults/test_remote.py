@@ -137,7 +137,7 @@ def test_a_pause_holds_every_worker_and_is_told(own: Server, upstream: Upstream,
 
 def test_a_long_pause_is_waited_for_in_the_queue(own: Server, upstream: Upstream, tmp_path: Path) -> None:
     """The job takes no place of a worker meanwhile, counts as tried once, and is answered afterwards."""
-    upstream.plan.append(says(503, Retry_After="7"))
+    upstream.plan.append(says(503, Retry_After="6"))
     with (
         redis.Redis.from_url(own.broker_url) as broker,
         workers(tmp_path, own, upstream, 1) as (worker,),
@@ -160,7 +160,7 @@ def test_a_job_that_was_tried_too_often_is_a_dead_letter(
     own: Server, upstream: Upstream, tmp_path: Path
 ) -> None:
     """Its caller is told; put back once the server is well, it has all its tries again and is answered."""
-    upstream.plan.append(says(503, Retry_After="7"))
+    upstream.plan.append(says(503, Retry_After="6"))
     with (
         redis.Redis.from_url(own.broker_url) as broker,
         workers(tmp_path, own, upstream, 1) as (worker,),
