@@ -367,7 +367,6 @@ async def recovery(bench: Bench) -> Found:
     back_at = (second for second, median in medians.items() if second >= go_on_at and median <= normal_s)
     n_retries = len(policy.failures) - sum(isinstance(job.error, QueueDelayError) for job in sent)
     rows = [
-        Row(way="latency, median of each second", unit="ms", values=[1e3 * m for m in medians.values()]),
         Row(way="latency, p95 before", unit="ms", values=[1e3 * normal_s]),
         over_time("recovery, median latency", "ms", [1e3 * medians[second] for second in sorted(medians)]),
         Row(way="latency, longest", unit="ms", values=[1e3 * max(job.latency_s for job in sent)]),

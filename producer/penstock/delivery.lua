@@ -247,6 +247,13 @@ local function delay(list, message, due)
   redis.call('ZADD', DUE, due, name)
 end
 
+-- Among the delayed ones, by whoever holds it.
+local function put_off(name, token, due)
+  local list, tokens, bytes = list_held(name, token)
+  delay(list, redis.call('HGET', UNACKED, name), due)
+  drop(name, list, tokens, bytes)
+end
+
 -- Back to where it came from, as the next one or as the last.
 local function put_back(name, list, tokens, bytes, as_next)
   local message = redis.call('HGET', UNACKED, name)
@@ -562,24 +569,18 @@ settle()
 
 -- script: postpone allow-oom
 -- ARGV: tag, token, when it is due. For a message that a foreign sender put in its list before it was due.
-local list, tokens, bytes = list_held(ARGV[1], ARGV[2])
-if list then
-  delay(list, redis.call('HGET', UNACKED, ARGV[1]), tonumber(ARGV[3]))
-  drop(ARGV[1], list, tokens, bytes)
-  settle()
-end
+if list_held(ARGV[1], ARGV[2]) then put_off(ARGV[1], ARGV[2], tonumber(ARGV[3])) end
+settle()
 
 -- script: retry allow-oom
 -- KEYS: the bucket of what all may try again. ARGV: tag, token, seconds until it is worth another try, then the bucket's
 -- rate and burst. Waits for its share of the bucket too.
-local list, tokens, bytes = list_held(ARGV[1], ARGV[2])
-if list then
+if list_held(ARGV[1], ARGV[2]) then
   local taken = take(KEYS, {math.huge, tonumber(ARGV[4]), tonumber(ARGV[5]), 1}, 1)
-  delay(list, redis.call('HGET', UNACKED, ARGV[1]), now() + tonumber(ARGV[3]) + tonumber(taken[2]))
+  put_off(ARGV[1], ARGV[2], now() + tonumber(ARGV[3]) + tonumber(taken[2]))
   redis.call('HINCRBY', TRIES, tag_in(ARGV[1]), 1)
-  drop(ARGV[1], list, tokens, bytes)
-  settle()
 end
+settle()
 
 -- script: move_due allow-oom
 -- ARGV: most messages. The earliest becomes the next one in its list.

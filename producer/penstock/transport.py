@@ -369,17 +369,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         token = self.leases.new_token()
         with self.conn_or_acquire() as client:
             pop = client.register_script(scripts()["pop"])
-            arguments = pop_arguments(
-                token,
-                lease_s=self.leases.lease_s,
-                most=1,
-                credits_=[1],
-                rooms=[None],
-                held=[(0, 0) for _ in self.priority_steps],
-                n_suspects=max(0, 1 - self.leases.n_suspects()),
-                suspect_at=self.leases.suspect_at,
-            )
-            while found := pop(keys=self._lists([queue]), args=arguments):
+            while found := pop(*self._pop_arguments(token, [queue], is_asked_for_one=True)):
                 ((lease, raw),) = self._leases_in(found, token)
                 self.leases.hold(lease)
                 if (message := self._open(lease, raw)) is not None:
@@ -559,14 +549,17 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
     def _lists(self, queues: list[str]) -> list[str]:
         return [self._q_for_pri(queue, level) for level in self.priority_steps for queue in queues]
 
-    def _pop_arguments(self, token: str, queues: list[str]) -> tuple[list[str], list[Any]]:
+    def _pop_arguments(
+        self, token: str, queues: list[str], *, is_asked_for_one: bool = False
+    ) -> tuple[list[str], list[Any]]:
+        """Return what `pop` is given; who asks for one message by name gets it, whatever is held."""
         leases = self.leases
         return self._lists(queues), pop_arguments(
             token,
             lease_s=leases.lease_s,
-            most=POP_MOST,
-            credits_=[self.qos.credit(queue) for queue in queues],
-            rooms=[self.qos.most_tokens(queue) for queue in queues],
+            most=1 if is_asked_for_one else POP_MOST,
+            credits_=[1 if is_asked_for_one else self.qos.credit(queue) for queue in queues],
+            rooms=[None if is_asked_for_one else self.qos.most_tokens(queue) for queue in queues],
             held=[leases.held(queue, level) for level in self.priority_steps for queue in queues],
             n_suspects=max(0, 1 - leases.n_suspects()),
             suspect_at=leases.suspect_at,

@@ -189,7 +189,7 @@ class Caller(ModelThread[I, A]):
             listen: takes the index of an item and the next piece of its text.
             tenant: who sent it; what waits of his puts it off.
         """
-        work: Work[I, A] = Work(job_id, items, deadline, is_unwanted, tenant)
+        work: Work[I, A] = Work(job_id, items, deadline, is_unwanted, tenant, priority)
         stretch_s = stretch(work, (job.work for job in list(self._jobs)), self.tokens_per_s)
         work.due = min(work.due, time.time() + PATIENCE_S[priority] + stretch_s)
         job = _Job(work)

@@ -17,6 +17,7 @@ from penstock.stream import Part
 from penstock.waiting import WaitPolicy
 from penstock_workers.batching import (
     PATIENCE_S,
+    Batcher,
     HandBackError,
     HasTokens,
     TryLaterError,
@@ -24,6 +25,7 @@ from penstock_workers.batching import (
     why_unwanted,
 )
 from penstock_workers.cache import Embedded
+from penstock_workers.calling import Caller
 from penstock_workers.engines.formats import row_bytes
 from penstock_workers.engines.thinking import Thought
 from penstock_workers.serving import ServedEmbedder, ServedGenerator, ServedReranker, Serving
@@ -130,18 +132,10 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
 
     def compute(texts: list[str]) -> list[Embedded]:
         items: Sequence[HasTokens] = served.engine.prepare(request.model_copy(update={"texts": texts}))
-        work = served.batcher.submit(
-            delivery.job_id,
-            items,
-            request.deadline,
-            priority=delivery.priority,
-            is_unwanted=delivery.is_unwanted,
-            tenant=delivery.tenant,
-        )
-        delivery.works.append(work)
+        vectors = _wait_for(delivery, request, served.batcher, items)
         return [
             Embedded(vector=vector, n_tokens=item.n_tokens)
-            for vector, item in zip(work.wait(), items, strict=True)
+            for vector, item in zip(vectors, items, strict=True)
         ]
 
     if served.cache is None:
@@ -219,16 +213,7 @@ def rerank(delivery: Delivery, request: RerankRequest, serving: Serving) -> Rera
     """
     served = serving.find(request.model, ServedReranker)
     pairs = served.engine.prepare(request)
-    work = served.batcher.submit(
-        delivery.job_id,
-        pairs,
-        request.deadline,
-        priority=delivery.priority,
-        is_unwanted=delivery.is_unwanted,
-        tenant=delivery.tenant,
-    )
-    delivery.works.append(work)
-    scores = np.array(work.wait(), dtype=np.float32)
+    scores = np.array(_wait_for(delivery, request, served.batcher, pairs), dtype=np.float32)
     best = np.argsort(-scores, kind="stable")[: request.top_n]  # equal ones in the order of the request
     return RerankResult(
         model=request.model,
@@ -237,6 +222,22 @@ def rerank(delivery: Delivery, request: RerankRequest, serving: Serving) -> Rera
         usage=Usage(prompt_tokens=sum(pair.n_tokens for pair in pairs)),
         timings=_timings(delivery, request),
     )
+
+
+def _wait_for(
+    delivery: Delivery, request: Request, batcher: Batcher[Any, Any] | Caller[Any, Any], items: Sequence[Any]
+) -> list[Any]:
+    """Return the model's answers to the items of a job that is answered as a whole."""
+    work = batcher.submit(
+        delivery.job_id,
+        items,
+        request.deadline,
+        priority=delivery.priority,
+        is_unwanted=delivery.is_unwanted,
+        tenant=delivery.tenant,
+    )
+    delivery.works.append(work)
+    return work.wait()
 
 
 def _part(piece: str) -> Part:
