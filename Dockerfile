@@ -6,8 +6,10 @@
 # Any index of https://pytorch.org/get-started/locally/ will do, such as .../whl/cu130 for one CUDA version.
 
 FROM python:3.11-slim-trixie AS build
+# What the embedding engine has in C is compiled here, and goes into the wheel.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY producer producer
 COPY workers workers
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .

@@ -61,7 +61,7 @@ def test_other_weights_are_measured_anew(tmp_path: Path, cache: Path) -> None:
 )
 def test_what_cannot_be_believed_is_left(cache: Path, content: bytes) -> None:
     """A file that is broken, or old, is as good as none, and is replaced."""
-    key = machine_key("f", "cpu", 1)
+    key = machine_key("f", "cpu", 1, "")
     remember(key, {"engine": "torch"})
     (file,) = cache.iterdir()
     assert recall(key) == {"engine": "torch"}
@@ -73,7 +73,7 @@ def test_what_cannot_be_believed_is_left(cache: Path, content: bytes) -> None:
 
 def test_choices_grow_old(cache: Path) -> None:
     """After a week a machine that was busy when it was measured has another chance."""
-    key = machine_key("f", "cpu", 1)
+    key = machine_key("f", "cpu", 1, "")
     remember(key, {"engine": "torch"})
     (file,) = cache.iterdir()
     kept = json.loads(file.read_text())
@@ -85,12 +85,12 @@ def test_without_a_place_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     """A folder that cannot be made costs a measurement at each start, and nothing else."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    remember(machine_key("f", "cpu", 1), {"engine": "torch"})
-    assert recall(machine_key("f", "cpu", 1)) == {}
+    remember(machine_key("f", "cpu", 1, ""), {"engine": "torch"})
+    assert recall(machine_key("f", "cpu", 1, "")) == {}
 
 
 def test_processes_share_what_they_found(cache: Path) -> None:
     """A file is there whole or not at all, and nobody's draft stays."""
-    remember(machine_key("f", "cpu", 1), {"engine": "torch"})
+    remember(machine_key("f", "cpu", 1, ""), {"engine": "torch"})
     assert [file.suffix for file in cache.iterdir()] == [".json"]
     assert not list(cache.glob(f"*.{os.getpid()}"))

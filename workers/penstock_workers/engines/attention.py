@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from penstock_workers.engines.kernels import find_kernels
+
 PACKED: Final = "penstock_packed"
 WASTE_SCORES: Final = 6144
 """Scores per head that padding may add to a rectangle: about what one more rectangle costs on a processor."""
@@ -203,6 +205,20 @@ def _attend(
     )  # (n_tokens, n_heads, dim)
     if value.is_cuda and value.dtype != torch.float32:
         return _flash(query, key, value, layout, window, is_causal, scale)[None], None
+    kernels = find_kernels(value.device) if value.dtype == torch.bfloat16 else None
+    if kernels is not None:
+        computed = kernels.attend(
+            query,
+            key,
+            value,
+            layout.ends,
+            longest=max(layout.lengths),
+            scale=scale,
+            window=window,
+            is_causal=is_causal,
+        )
+        if computed is not None:
+            return computed[None], None
     is_quick = value.dtype == torch.bfloat16 and value.device.type == "cpu" and not layout.is_exact
     parts = []
     for part in layout.rectangles:

@@ -42,11 +42,15 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Say whether matrix products in bfloat16 are computed by the hardware itself."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
-        # AVX-512 BF16 or AMX; without either, oneDNN computes in float32 after conversions.
-        flags = Path("/proc/cpuinfo")
-        return flags.exists() and bool({"avx512_bf16", "amx_bf16"} & set(flags.read_text().split()))
-    return False
+    # AVX-512 BF16 or AMX; without either, oneDNN computes in float32 after conversions.
+    return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16"} & processor_flags())
+
+
+def processor_flags() -> set[str]:
+    """Return what an x86-64 processor says that it has, in Linux's words; empty where that is not known."""
+    flags = Path("/proc/cpuinfo")
+    is_known = platform.machine() in ("x86_64", "AMD64") and flags.exists()
+    return set(flags.read_text().split()) if is_known else set()
 
 
 def torch_dtype(name: Dtype) -> torch.dtype:

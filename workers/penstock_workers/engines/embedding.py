@@ -23,6 +23,7 @@ from penstock.settings import ModelSettings
 from penstock_workers.engines.attention import upload
 from penstock_workers.engines.device import has_fast_bfloat16, name_device
 from penstock_workers.engines.formats import are_unit, choose_ranges, form, read_ranges
+from penstock_workers.engines.kernels import find_kernels
 from penstock_workers.engines.measured import machine_key, recall, remember
 from penstock_workers.engines.memory import check_memory, weights_bytes
 from penstock_workers.engines.openvino import Compiled, is_installed
@@ -307,8 +308,12 @@ class Embedder:
         Raises:
             ModelLoadError: what the settings name does not give them.
         """
+        kernels = find_kernels(device)
         key = machine_key(
-            self.fingerprint or _fingerprint(self._model, model), name_device(device), torch.get_num_threads()
+            self.fingerprint or _fingerprint(self._model, model),
+            name_device(device),
+            torch.get_num_threads(),
+            "" if kernels is None else kernels.version,
         )
         known = recall(key) if "auto" in (model.engine, model.dtype) else {}
         is_bfloat16 = model.dtype == "bfloat16" or (

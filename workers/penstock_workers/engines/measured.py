@@ -21,15 +21,24 @@ KEPT_S: Final = 7 * 86_400
 _PACKAGES: Final = ("penstock", "torch", "transformers", "openvino")
 
 
-def machine_key(fingerprint: str, device: str, n_threads: int) -> str:
+def machine_key(fingerprint: str, device: str, n_threads: int, code: str) -> str:
     """Return what a choice is kept under: another model, processor, number of threads or version is another.
 
     Args:
         fingerprint: of the model's weights and settings.
         device: in torch's words, with the card's name.
         n_threads: of torch.
+        code: what of ours computes, if it may be missing.
     """
-    parts = (fingerprint, device, n_threads, platform.machine(), _processor(), *map(_version, _PACKAGES))
+    parts = (
+        fingerprint,
+        device,
+        n_threads,
+        code,
+        platform.machine(),
+        _processor(),
+        *map(_version, _PACKAGES),
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -1,0 +1,198 @@
+"""What is computed in C between matrix products: what torch computes, without its copies."""
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812  its usual name
+
+from penstock.request import EmbedRequest
+from penstock.settings import ModelSettings
+from penstock_workers.engines.attention import Layout, _attend, packed
+from penstock_workers.engines.device import processor_flags
+from penstock_workers.engines.embedding import MIN_COSINE, Embedder
+from penstock_workers.engines.kernels import Kernels, compiled_path, find_kernels
+from penstock_workers.engines.products import SumNorm, use_bfloat16
+from tests.models.test_embedding import cosines
+from tests.models.test_packed import CPU, LENGTHS, PACKED, build, embed, load, texts_of
+
+needs_processor = pytest.mark.skipif(
+    "avx512_bf16" not in processor_flags(), reason="the processor has no AVX-512 BF16"
+)
+
+
+@pytest.fixture
+def kernels() -> Iterator[Kernels]:
+    """The compiled functions, in a process of one thread as workers have it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = find_kernels(CPU)
+        if found is None:
+            pytest.skip("the processor has no AVX-512 BF16, or there was no C compiler")
+        yield found
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_processor
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_an_install_compiles_them() -> None:
+    """Where there are a C compiler and the processor, the package has them, from the source as it is now."""
+    assert compiled_path().exists()
+
+
+def test_a_library_that_is_missing_is_told(tmp_path: Path) -> None:
+    """What was not compiled is an error of the system, which makes torch compute."""
+    with pytest.raises(OSError, match="missing"):
+        Kernels(tmp_path / "missing.so")
+
+
+def test_several_threads_are_left_to_torch(kernels: Kernels) -> None:
+    """A process whose products have two threads shares attention out too."""
+    torch.set_num_threads(2)
+    assert find_kernels(CPU) is None
+    torch.set_num_threads(1)
+    assert find_kernels(CPU) is kernels
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 9, 40])
+@pytest.mark.parametrize("dim", [16, 32, 48, 64, 80, 96, 128])
+def test_attention_is_softmax_of_each_text(
+    kernels: Kernels, dim: int, n_kv_heads: int, is_causal: bool, window: int | None
+) -> None:
+    """Texts of any length, one by one in float32, give the same to the 8 bits of bfloat16."""
+    torch.manual_seed(0)
+    lengths = [1, 2, 3, 15, 16, 17, 33, 100, 7]
+    heads = [torch.randn(1, n, sum(lengths), dim).bfloat16() for n in (4, n_kv_heads, n_kv_heads)]
+    scale = 2.0 * dim**-0.5
+
+    with torch.inference_mode(), packed(Layout(lengths, CPU)) as layout:
+        found, _ = _attend(
+            nn.Module(), *heads, None, scaling=scale, is_causal=is_causal, sliding_window=window
+        )
+
+    assert "rectangles" not in layout.__dict__  # torch would have cut some
+    start = 0
+    for length in lengths:
+        q, k, v = (states[0, :, start : start + length].float() for states in heads)
+        apart = torch.arange(length)[:, None] - torch.arange(length)
+        seen = (apart.abs() < (window or length)) & ((apart >= 0) | (not is_causal))
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+        assert torch.allclose(
+            found[0, start : start + length].transpose(0, 1).float(), expected, atol=0.02, rtol=0.01
+        )
+        start += length
+
+
+def test_heads_of_other_sizes_are_left_to_torch(kernels: Kernels) -> None:
+    """There is code for the usual sizes."""
+    heads = [torch.randn(5, 2, 24).bfloat16() for _ in range(3)]
+    ends = torch.tensor([0, 5], dtype=torch.int32)
+
+    assert kernels.attend(*heads, ends, longest=5, scale=1.0, window=None, is_causal=False) is None
+
+
+def test_no_score_is_too_large(kernels: Kernels) -> None:
+    """The largest score of a query is taken away first, so that nothing overflows."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(40, 2, 32).bfloat16() for _ in range(3))
+    ends = torch.tensor([0, 40], dtype=torch.int32)
+
+    found = kernels.attend(query, key, value, ends, longest=40, scale=1000.0, window=None, is_causal=False)
+
+    assert found is not None
+    scores = torch.einsum("qhd,khd->hqk", query.double(), key.double())
+    best = scores.argmax(-1)  # (n_heads, n_tokens)
+    expected = torch.stack([value[best[head], head] for head in range(2)], dim=1)
+    clear = (scores.topk(2).values.diff().abs().squeeze(-1) > 0.05).T  # no other comes near
+    assert torch.equal(found[clear], expected[clear])
+
+
+def test_what_is_not_finite_stays_so(kernels: Kernels) -> None:
+    """A text that the model cannot compute is not made up; its neighbour is not touched."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(20, 2, 32).bfloat16() for _ in range(3))
+    query[3] = key[3] = value[3] = torch.nan
+    ends = torch.tensor([0, 10, 20], dtype=torch.int32)
+
+    found = kernels.attend(query, key, value, ends, longest=10, scale=1.0, window=None, is_causal=False)
+
+    assert found is not None
+    assert found[:10].isnan().all()
+    assert found[10:].isfinite().all()
+
+
+@pytest.mark.parametrize("dim", [16, 384, 1024])
+def test_norm_of_a_sum_is_torchs(kernels: Kernels, dim: int) -> None:
+    """As LayerNorm of the sum in float32, and the same rounded."""
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(dim, eps=1e-12)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    states, residual = torch.randn(2, 7, dim).bfloat16(), torch.randn(2, 7, dim) + 3
+
+    with torch.inference_mode():
+        found, rounded = kernels.add_norm(states, residual, norm)
+        expected = norm(states + residual)
+
+    assert torch.allclose(found, expected, atol=2e-5)
+    assert torch.equal(rounded, found.bfloat16())
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_bundled_model_keeps_its_directions() -> None:
+    """With all of it in use, vectors are those of the model in float32."""
+    settings = ModelSettings(task="embed", source="bundled:minilm", engine="torch", dtype="bfloat16")
+    quick = Embedder.load("minilm", settings, CPU)
+    plain = Embedder.load("minilm", settings.model_copy(update={"dtype": "float32"}), CPU)
+    request = EmbedRequest(model="minilm", texts=[*texts_of(LENGTHS), "a", "1 2 3", "naïve café " * 90])
+
+    vectors = [np.stack([v for _, v in sorted(e.run(e.prepare(request)))]) for e in (quick, plain)]
+
+    assert sum(isinstance(module, SumNorm) for module in quick._model.modules()) == 2 * 6
+    assert cosines(*vectors).min() >= MIN_COSINE
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_text_never_sees_its_neighbours(tmp_path: Path, kind: str) -> None:
+    """Other words around a text change no bit of its vector."""
+    build(tmp_path, kind)
+    engine = load(tmp_path)
+    use_bfloat16(engine._model)
+    texts, others = texts_of(LENGTHS), texts_of(LENGTHS, seed=1)
+    mixed = [text if i % 2 else other for i, (text, other) in enumerate(zip(texts, others, strict=True))]
+
+    assert np.array_equal(embed(engine, texts)[1::2], embed(engine, mixed)[1::2])
+
+
+def test_threads_may_call_at_once(kernels: Kernels) -> None:
+    """Engines of one process compute beside each other: nothing is shared between two calls."""
+    torch.manual_seed(0)
+    heads = [torch.randn(600, 4, 32).bfloat16() for _ in range(3)]
+    ends = torch.tensor([0, 90, 600], dtype=torch.int32)
+    expected = kernels.attend(*heads, ends, longest=510, scale=1.0, window=None, is_causal=False)
+    assert expected is not None
+    differ: list[int] = []
+
+    def call(number: int) -> None:
+        for _ in range(20):
+            found = kernels.attend(*heads, ends, longest=510, scale=1.0, window=None, is_causal=False)
+            if found is None or not torch.equal(found, expected):
+                differ.append(number)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert not differ
