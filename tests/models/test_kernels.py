@@ -15,9 +15,9 @@ from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
 from penstock_workers.engines.attention import Layout, _attend, packed
 from penstock_workers.engines.device import processor_flags
-from penstock_workers.engines.embedding import MIN_COSINE, Embedder
+from penstock_workers.engines.embedding import MIN_COSINE, PROBE, Embedder
 from penstock_workers.engines.kernels import Kernels, compiled_path, find_kernels
-from penstock_workers.engines.products import SumNorm, use_bfloat16
+from penstock_workers.engines.products import use_bfloat16
 from tests.models.test_embedding import cosines
 from tests.models.test_packed import CPU, LENGTHS, PACKED, build, embed, load, texts_of
 
@@ -130,14 +130,20 @@ def test_what_is_not_finite_stays_so(kernels: Kernels) -> None:
     assert found[10:].isfinite().all()
 
 
+def random_norm(dim: int) -> nn.LayerNorm:
+    """A norm that changes what it sees."""
+    norm = nn.LayerNorm(dim, eps=1e-12)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
 @pytest.mark.parametrize("dim", [16, 384, 1024])
 def test_norm_of_a_sum_is_torchs(kernels: Kernels, dim: int) -> None:
     """As LayerNorm of the sum in float32, and the same rounded."""
     torch.manual_seed(0)
-    norm = nn.LayerNorm(dim, eps=1e-12)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
-    states, residual = torch.randn(2, 7, dim).bfloat16(), torch.randn(2, 7, dim) + 3
+    norm = random_norm(dim)
+    states, residual = torch.randn(7, dim).bfloat16(), torch.randn(7, dim) + 3
 
     with torch.inference_mode():
         found, rounded = kernels.add_norm(states, residual, norm)
@@ -145,6 +151,27 @@ def test_norm_of_a_sum_is_torchs(kernels: Kernels, dim: int) -> None:
 
     assert torch.allclose(found, expected, atol=2e-5)
     assert torch.equal(rounded, found.bfloat16())
+
+
+def test_norm_of_embeddings_is_torchs(kernels: Kernels) -> None:
+    """As LayerNorm of the three embeddings' sum; what is in no table is an error, not somebody's memory."""
+    torch.manual_seed(0)
+    norm, sizes = random_norm(48), (100, 20, 2)
+    tables = [torch.randn(size, 48) for size in sizes]
+    indices = [torch.randint(size, (30,)) for size in sizes]
+
+    with torch.inference_mode():
+        found, rounded = kernels.embed_norm(indices, tables, norm)
+        expected = norm(sum(table[index] for table, index in zip(tables, indices, strict=True)))
+
+    assert torch.allclose(found, expected, atol=2e-5)
+    assert torch.equal(rounded, found.bfloat16())
+    for which, size in enumerate(sizes):
+        for outside in (-1, size):
+            wrong = [index.clone() for index in indices]
+            wrong[which][7] = outside
+            with pytest.raises(IndexError, match="not in its table"):
+                kernels.embed_norm(wrong, tables, norm)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -157,8 +184,38 @@ def test_the_bundled_model_keeps_its_directions() -> None:
 
     vectors = [np.stack([v for _, v in sorted(e.run(e.prepare(request)))]) for e in (quick, plain)]
 
-    assert sum(isinstance(module, SumNorm) for module in quick._model.modules()) == 2 * 6
+    assert quick._packed is not None
+    assert quick._packed._fused is not None
     assert cosines(*vectors).min() >= MIN_COSINE
+
+
+@pytest.mark.parametrize("kind", ["bert", "bert-cls", "roberta", "xlm-roberta"])
+def test_a_fused_encoder_gives_what_its_modules_give(tmp_path: Path, kernels: Kernels, kind: str) -> None:
+    """The BERT family without its modules: the same vectors, positions and types included."""
+    build(tmp_path, kind)
+    engine, texts = load(tmp_path), texts_of(LENGTHS)
+    assert engine._packed is not None
+    use_bfloat16(engine._model)
+    expected = embed(engine, texts)
+
+    engine._packed.fuse(kernels)
+
+    assert cosines(embed(engine, texts), expected).min() >= MIN_COSINE
+    assert np.array_equal(embed(engine, texts[3:4])[0], embed(engine, texts)[3])
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "qwen3", "bert"])
+def test_other_encoders_keep_their_modules(tmp_path: Path, kernels: Kernels, kind: str) -> None:
+    """What is built differently, or is not in bfloat16, is refused and works as before."""
+    build(tmp_path, kind)
+    engine, texts = load(tmp_path), texts_of(LENGTHS)
+    assert engine._packed is not None
+    before = embed(engine, texts)
+
+    with pytest.raises(NotImplementedError):
+        engine._packed.fuse(kernels)
+
+    assert np.array_equal(embed(engine, texts), before)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -168,6 +225,7 @@ def test_a_text_never_sees_its_neighbours(tmp_path: Path, kind: str) -> None:
     build(tmp_path, kind)
     engine = load(tmp_path)
     use_bfloat16(engine._model)
+    engine._fuse(embed(engine, list(PROBE)))
     texts, others = texts_of(LENGTHS), texts_of(LENGTHS, seed=1)
     mixed = [text if i % 2 else other for i, (text, other) in enumerate(zip(texts, others, strict=True))]
 

@@ -91,13 +91,15 @@ class Layout:
 
     Attributes:
         lengths: of the texts in their order, tokens.
+        n_tokens: their sum.
+        longest: the most of them.
         is_exact: softmax in float32 throughout, where the quick way may over- or underflow.
         n_calls: how often attention has asked for it.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device, *, is_exact: bool = False) -> None:
         self.lengths, self.device, self.is_exact = list(lengths), device, is_exact
-        self.n_tokens, self.n_calls = sum(lengths), 0
+        self.n_tokens, self.longest, self.n_calls = sum(lengths), max(lengths), 0
         self._sums: list[Tensor] = []
         self._masks: dict[tuple[int, int | None, bool], Tensor] = {}
 
@@ -212,7 +214,7 @@ def _attend(
             key,
             value,
             layout.ends,
-            longest=max(layout.lengths),
+            longest=layout.longest,
             scale=scale,
             window=window,
             is_causal=is_causal,
@@ -251,8 +253,8 @@ def _flash(
         value.contiguous(),
         layout.ends,
         layout.ends,
-        max(layout.lengths),
-        max(layout.lengths),
+        layout.longest,
+        layout.longest,
         scale=scale,
         window_size=(reach, 0 if is_causal else reach),
         enable_gqa=query.shape[1] != key.shape[1],

@@ -450,12 +450,30 @@ class Embedder:
             reason = f"bfloat16 fails: {type(error).__name__}: {error}"
         if reason is None:
             self._undo_bfloat16 = undo
+            self._fuse(plain)
             return
         if is_forced:
             raise ModelLoadError(self.name, reason)
         undo()
         self.dtype = "float32"
         logger.warning("%s; float32 is used", reason, extra={"model": self.name})
+
+    def _fuse(self, plain: NDArray[np.float32]) -> None:
+        """Do without the model's own modules between its products, if that changes no vector of the probe."""
+        kernels = find_kernels(self._model.device)
+        if self._packed is None or kernels is None:
+            return
+        try:
+            self._packed.fuse(kernels)
+            reason = self._compare(plain)
+        except NotImplementedError:  # of another kind: its own modules use what there is of attention
+            self._packed.unfuse()
+            return
+        except FOREIGN as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            self._packed.unfuse()
+            logger.warning("the model's own modules compute: %s", reason, extra={"model": self.name})
 
     def _timed_probe(self) -> tuple[NDArray[np.float32], float]:
         self._probe()  # the first has more to do

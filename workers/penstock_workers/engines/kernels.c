@@ -192,31 +192,71 @@ int attend(
     return 0;
 }
 
+/* LayerNorm of one row, in place, and rounded; `sum` has the row's numbers in 16 parts. */
+static inline void norm_row(
+    float *row, bf16 *rounded, __m512 sum, const float *weight, const float *bias, float eps, int64_t dim
+) {
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)dim);
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t d = 0; d < dim; d += LANES) {
+        __m512 off = _mm512_sub_ps(_mm512_loadu_ps(row + d), mean);
+        squares = _mm512_fmadd_ps(off, off, squares);
+    }
+    const __m512 variance = _mm512_set1_ps(_mm512_reduce_add_ps(squares) / (float)dim + eps);
+    const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(variance));
+    for (int64_t d = 0; d < dim; d += LANES) {
+        __m512 unit = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(row + d), mean), factor);
+        __m512 found = _mm512_fmadd_ps(unit, _mm512_loadu_ps(weight + d), _mm512_loadu_ps(bias + d));
+        _mm512_storeu_ps(row + d, found);
+        store_rounded(rounded + d, found);
+    }
+}
+
 /* LayerNorm of states + residual, each (n_rows, dim), dim a multiple of 16; as float32, and rounded. */
 void add_norm(
     const bf16 *states, const float *residual, const float *weight, const float *bias, float eps, int64_t n_rows,
     int64_t dim, float *out, bf16 *rounded
 ) {
     for (int64_t row = 0; row < n_rows; row++, states += dim, residual += dim, out += dim, rounded += dim) {
-        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+        __m512 sum = _mm512_setzero_ps();
         for (int64_t d = 0; d < dim; d += LANES) {
             __m512 state = (__m512)_mm512_slli_epi32(widen(states + d), 16);
             __m512 both = _mm512_add_ps(state, _mm512_loadu_ps(residual + d));
             _mm512_storeu_ps(out + d, both);
             sum = _mm512_add_ps(sum, both);
         }
-        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)dim);
-        for (int64_t d = 0; d < dim; d += LANES) {
-            __m512 off = _mm512_sub_ps(_mm512_loadu_ps(out + d), mean);
-            squares = _mm512_fmadd_ps(off, off, squares);
-        }
-        const __m512 variance = _mm512_set1_ps(_mm512_reduce_add_ps(squares) / (float)dim + eps);
-        const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(variance));
-        for (int64_t d = 0; d < dim; d += LANES) {
-            __m512 unit = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(out + d), mean), factor);
-            __m512 found = _mm512_fmadd_ps(unit, _mm512_loadu_ps(weight + d), _mm512_loadu_ps(bias + d));
-            _mm512_storeu_ps(out + d, found);
-            store_rounded(rounded + d, found);
-        }
+        norm_row(out, rounded, sum, weight, bias, eps, dim);
     }
+}
+
+static int is_within(const int64_t *indices, int64_t n, int64_t n_entries) {
+    for (int64_t i = 0; i < n; i++)
+        if (indices[i] < 0 || indices[i] >= n_entries) return 0;
+    return 1;
+}
+
+/* LayerNorm of the sum of each row's entries in three tables, as float32, and rounded.
+
+   Returns whether all indices are within their tables; nothing is written else. */
+int embed_norm(
+    const int64_t *words, const int64_t *positions, const int64_t *types, const float *word_table,
+    const float *position_table, const float *type_table, int64_t n_words, int64_t n_positions, int64_t n_types,
+    const float *weight, const float *bias, float eps,
+    int64_t n_rows, int64_t dim, float *out, bf16 *rounded
+) {
+    if (!is_within(words, n_rows, n_words) || !is_within(positions, n_rows, n_positions)) return 0;
+    if (!is_within(types, n_rows, n_types)) return 0;
+    for (int64_t row = 0; row < n_rows; row++, out += dim, rounded += dim) {
+        const float *word = word_table + words[row] * dim, *type = type_table + types[row] * dim;
+        const float *position = position_table + positions[row] * dim;
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t d = 0; d < dim; d += LANES) {
+            __m512 both = _mm512_add_ps(_mm512_loadu_ps(word + d), _mm512_loadu_ps(type + d));
+            both = _mm512_add_ps(both, _mm512_loadu_ps(position + d));
+            _mm512_storeu_ps(out + d, both);
+            sum = _mm512_add_ps(sum, both);
+        }
+        norm_row(out, rounded, sum, weight, bias, eps, dim);
+    }
+    return 1;
 }

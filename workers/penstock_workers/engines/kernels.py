@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import logging
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -41,18 +42,13 @@ class Kernels:
     def __init__(self, path: Path) -> None:
         library, self.version = ctypes.CDLL(str(path)), path.stem
         self._attend, self._add_norm = library.attend, library.add_norm
-        heads = (_POINTER, _INT64, _INT64)
-        self._attend.argtypes = (
-            _INT64,
-            *3 * heads,
-            _POINTER,
-            *3 * (_INT64,),
-            _FLOAT,
-            _INT64,
-            _INT,
-            *2 * (_POINTER,),
-        )
-        self._add_norm.argtypes = (*4 * (_POINTER,), _FLOAT, *2 * (_INT64,), *2 * (_POINTER,))
+        self._embed_norm = library.embed_norm
+        heads = 3 * (_POINTER, _INT64, _INT64)
+        sizes = (_FLOAT, _INT64, _INT64, _POINTER, _POINTER)
+        masks = (_FLOAT, _INT64, _INT, _POINTER, _POINTER)
+        self._attend.argtypes = (_INT64, *heads, _POINTER, *3 * (_INT64,), *masks)
+        self._add_norm.argtypes = (*4 * (_POINTER,), *sizes)
+        self._embed_norm.argtypes = (*6 * (_POINTER,), *3 * (_INT64,), *2 * (_POINTER,), *sizes)
 
     def attend(
         self,
@@ -63,8 +59,8 @@ class Kernels:
         *,
         longest: int,
         scale: float,
-        window: int | None,
-        is_causal: bool,
+        window: int | None = None,
+        is_causal: bool = False,
     ) -> Tensor | None:
         """Attention in which each text of a row sees itself alone.
 
@@ -105,24 +101,52 @@ class Kernels:
         """Return a LayerNorm of a sum, in float32 and rounded to bfloat16.
 
         Args:
-            states: bfloat16, shape (..., dim), `dim` a multiple of 16.
-            residual: float32, same shape.
+            states: bfloat16, contiguous, shape (n_tokens, dim), `dim` a multiple of 16.
+            residual: float32, contiguous, same shape.
             norm: float32, with weight and bias.
         """
-        states, residual = states.contiguous(), residual.contiguous()
         out, rounded = torch.empty_like(residual), torch.empty_like(states)
-        dim = states.shape[-1]
         self._add_norm(
             states.data_ptr(),
             residual.data_ptr(),
             norm.weight.data_ptr(),
             norm.bias.data_ptr(),
             norm.eps,
-            states.numel() // dim,
+            *states.shape,
+            out.data_ptr(),
+            rounded.data_ptr(),
+        )
+        return out, rounded
+
+    def embed_norm(
+        self, indices: Sequence[Tensor], tables: Sequence[Tensor], norm: nn.LayerNorm
+    ) -> tuple[Tensor, Tensor]:
+        """Return a LayerNorm of the sum of three embeddings, in float32 and rounded to bfloat16.
+
+        Args:
+            indices: into each table, int64, contiguous, shape (n_tokens,).
+            tables: float32, contiguous, each of shape (n_entries, dim), `dim` a multiple of 16.
+            norm: float32, with weight and bias.
+
+        Raises:
+            IndexError: an index is not within its table.
+        """
+        n_tokens, dim = len(indices[0]), tables[0].shape[1]
+        out, rounded = torch.empty(n_tokens, dim), torch.empty(n_tokens, dim, dtype=torch.bfloat16)
+        is_within = self._embed_norm(
+            *(index.data_ptr() for index in indices),
+            *(table.data_ptr() for table in tables),
+            *map(len, tables),
+            norm.weight.data_ptr(),
+            norm.bias.data_ptr(),
+            norm.eps,
+            n_tokens,
             dim,
             out.data_ptr(),
             rounded.data_ptr(),
         )
+        if not is_within:
+            raise IndexError("a token, position or type is not in its table")
         return out, rounded
 
 

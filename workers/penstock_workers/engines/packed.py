@@ -9,6 +9,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from penstock_workers.engines.attention import PACKED, Layout, packed, upload
+from penstock_workers.engines.fused import Fused
+from penstock_workers.engines.kernels import Kernels
 
 
 class Packed:
@@ -35,11 +37,24 @@ class Packed:
             raise NotImplementedError("it takes no positions")
         self._first = _first_position(self._transformer)
         self._n_batches = self._n_unsafe = 0
+        self._fused: Fused | None = None
         self._transformer.set_attn_implementation(PACKED)
 
     def undo(self) -> None:
         """Give the model its own attention back."""
         self._transformer.set_attn_implementation(self._before)
+
+    def fuse(self, kernels: Kernels) -> None:
+        """Compute without the transformer's own modules from now on; its products are in bfloat16.
+
+        Raises:
+            NotImplementedError: it is of a kind that is not known.
+        """
+        self._fused = Fused(self._transformer, kernels)
+
+    def unfuse(self) -> None:
+        """Compute by the transformer's own modules."""
+        self._fused = None
 
     def embed(self, texts: Sequence[Mapping[str, Tensor]], extra: Mapping[str, Any]) -> Tensor:
         """Embed a batch.
@@ -77,18 +92,14 @@ class Packed:
 
     def _embed(self, row: Mapping[str, Tensor], layout: Layout, extra: Mapping[str, Any]) -> Tensor:
         positions = torch.cat([torch.arange(n) for n in layout.lengths]) + self._first
-        features: dict[str, Any] = {key: value[None] for key, value in row.items() if key in self._accepts}
-        features["position_ids"] = upload(positions, layout.device)[None]
-        if "use_cache" in self._accepts:
-            features["use_cache"] = False
-        with packed(layout):
-            hidden = self._modules[0](features)["token_embeddings"][0]  # (n_tokens, dim)
-        if not layout.n_calls:
-            raise NotImplementedError("its attention does not come by the registry")
-        found = []
+        if self._fused is not None:
+            hidden = self._fused.hidden(row, positions, layout)
+        else:
+            hidden = self._hidden(row, upload(positions, layout.device), layout)
+        found: list[Tensor] = []
         for part in layout.rectangles:
             real = torch.ones(1, 1, dtype=torch.int64, device=layout.device).expand(part.n_texts, part.length)
-            features = {
+            features: dict[str, Any] = {
                 **extra,
                 **{key: part.pad(value) for key, value in row.items()},
                 "token_embeddings": part.pad(hidden),
@@ -98,6 +109,18 @@ class Packed:
                 features = module(features)
             found.append(features["sentence_embedding"])
         return torch.cat(found)
+
+    def _hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: Layout) -> Tensor:
+        """Return the transformer's hidden states, shape (n_tokens, dim)."""
+        features: dict[str, Any] = {key: value[None] for key, value in row.items() if key in self._accepts}
+        features["position_ids"] = positions[None]
+        if "use_cache" in self._accepts:
+            features["use_cache"] = False
+        with packed(layout):
+            hidden: Tensor = self._modules[0](features)["token_embeddings"][0]
+        if not layout.n_calls:
+            raise NotImplementedError("its attention does not come by the registry")
+        return hidden
 
 
 def _first_position(transformer: nn.Module) -> int:

@@ -4,7 +4,6 @@ Sums, norms and the residual stream stay in float32: cosines to a float32 model 
 a model that is bfloat16 throughout falls below. Torch's autocast does the same at several times the cost.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  its usual name
 from transformers.activations import GELUActivation
-
-from penstock_workers.engines.kernels import LANES, Kernels, find_kernels
 
 TYPICAL_ROWS = 1024
 """How many tokens oneDNN lays weights out for; other numbers work too."""
@@ -43,7 +40,7 @@ class Product(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Return bfloat16, shape (..., n_out); torch makes float32 of its sum with float32."""
-        states = _rounded(states)
+        states = states.bfloat16()
         if self._is_laid_out:
             found: Tensor = torch.ops.mkldnn._linear_pointwise(
                 states, self.weight, self.bias, self._activation, [], "none"
@@ -51,51 +48,6 @@ class Product(nn.Module):
             return found
         found = F.linear(states, self.weight, self.bias)
         return F.gelu(found) if self._activation == "gelu" else found
-
-
-class SumNorm(nn.Module):
-    """The BERT family's way from a layer's states to the next one's: a product, the residual, a LayerNorm.
-
-    Args:
-        layer: has `dense`, a `Product`, and `LayerNorm`.
-        kernels: what computes it.
-    """
-
-    def __init__(self, layer: Any, kernels: Kernels) -> None:
-        super().__init__()
-        self.dense, self.LayerNorm, self._kernels = layer.dense, layer.LayerNorm, kernels
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        """Return float32, shape (..., dim), as large as `input_tensor`."""
-        found, rounded = self._kernels.add_norm(self.dense(hidden_states), input_tensor, self.LayerNorm)
-        _remember_rounded(found, rounded)
-        return found
-
-
-def _is_sum_norm(module: nn.Module) -> bool:
-    norm = getattr(module, "LayerNorm", None)
-    return (
-        isinstance(getattr(module, "dense", None), nn.Linear)
-        and type(norm) is nn.LayerNorm
-        and norm.bias is not None
-        and norm.normalized_shape[0] % LANES == 0
-        and list(inspect.signature(module.forward).parameters) == ["hidden_states", "input_tensor"]
-    )
-
-
-def _rounded(states: Tensor) -> Tensor:
-    """Return states in bfloat16; those that several products read are rounded once."""
-    if states.dtype == torch.bfloat16:
-        return states
-    found: Tensor | None = getattr(states, "penstock_rounded", None)
-    if found is None:
-        found = _remember_rounded(states, states.bfloat16())
-    return found
-
-
-def _remember_rounded(states: Tensor, rounded: Tensor) -> Tensor:
-    states.penstock_rounded = rounded  # type: ignore[attr-defined]  # lives as long as the tensor does
-    return rounded
 
 
 def use_bfloat16(model: nn.Module) -> Callable[[], None]:
@@ -106,11 +58,6 @@ def use_bfloat16(model: nn.Module) -> Callable[[], None]:
         replaced.append((parent, name, getattr(parent, name)))
         setattr(parent, name, new)
 
-    kernels = find_kernels(next(model.parameters()).device)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if kernels is not None and _is_sum_norm(child):
-                replace(parent, name, SumNorm(child, kernels))
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
