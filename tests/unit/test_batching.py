@@ -150,7 +150,7 @@ def test_attention_that_would_not_fit_makes_padded_batches_smaller() -> None:
         ([500, 1, 1], 100, [0]),
         ([60, 50, 40, 1], 100, [0, 2]),
         ([512, 8, 8], 1024, [0, 1, 2]),
-        ([8, 8, 512, 8, 100], 1024, [0, 1, 3, 4]),
+        ([8, 8, 512, 8, 60], 1024, [0, 1, 3, 4]),
         ([200, 8, 200], 1024, [0, 1, 2]),
     ],
 )
@@ -570,10 +570,10 @@ def test_batches_are_short_after_an_interactive_job() -> None:
     """The next one may come at any moment, and is not to wait for a full batch of others."""
     model = FakeModel(lambda items: time.sleep(sum(item.n_tokens for item in items) / 10_000))
     batcher = start(model, max_items=10_000)
-    answers(batcher.submit("bulk", texts("b " * 20, 100), None))
+    answers(batcher.submit("bulk", texts("b " * 20, 60), None))
     answers(batcher.submit("query", texts("q", 8), None, priority=Priority.INTERACTIVE))
     n_before = len(model.batches)
-    answers(batcher.submit("bulk", texts("b " * 5, 100), None))
+    answers(batcher.submit("bulk", texts("b " * 5, 60), None))
 
     assert model.batches[0] == ["b"] * 20
     assert [len(batch) for batch in model.batches[n_before:]] == [2, 2, 1]
