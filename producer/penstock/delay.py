@@ -22,7 +22,7 @@ SPILL_S: Final = 1.0
 """By how much the wait in the preferred pool has to be longer for jobs to go to the next one, seconds."""
 LOOK_S: Final = 0.5
 """How often a client looks at the queues of a model in two pools, seconds."""
-PART_TO_WAIT: Final = 0.8
+PART_TO_WAIT: Final = 0.75
 """Of the time until a deadline, what a job may take by prediction: those err, and who misses his deadline has
 cost another his place."""
 BATCH_S: Final = 0.1
