@@ -8,8 +8,9 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/penstock demo --config configs/demo.toml
 
+# Two at once, a file in one process: many tests wait for what they have started.
 test: lint
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile
 
 up: .venv/ready
 	$(BIN)/penstock up --config configs/demo.toml

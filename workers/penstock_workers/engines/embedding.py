@@ -334,6 +334,7 @@ class Embedder:
             self._reduce(plain, is_forced=model.dtype == "bfloat16", is_settled=is_settled)
         if compiled is not None:
             self._race(compiled, is_bfloat16=is_bfloat16)
+        self._undo_bfloat16 = lambda: None  # settled: the weights in float32 that it kept are free
         if "auto" in (model.engine, model.dtype):
             remember(key, {"engine": "torch" if self._compiled is None else "openvino", "dtype": self.dtype})
 
