@@ -42,14 +42,15 @@ class Fused:
         except AttributeError as error:
             raise NotImplementedError(f"it is built differently: {error}") from error
         parts = [part for layer in self._layers for part in vars(layer).values()]
-        if not all(_is_known(part) for part in (self._norm, *parts)):
+        is_plain = all(table.dtype == torch.float32 and table.is_contiguous() for table in self._tables)
+        if not (is_plain and all(_is_known(part) for part in (self._norm, *parts))):
             raise NotImplementedError("its layers are of another kind")
 
     def hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: Layout) -> Tensor:
         """Return the last hidden states.
 
         Args:
-            row: features of the texts, int64, each of shape (n_tokens,).
+            row: features of the texts, integers, each of shape (n_tokens,).
             positions: of each token in its text, int64, shape (n_tokens,).
             layout: where texts lie in the row.
 
@@ -62,7 +63,8 @@ class Fused:
         """
         kernels, words = self._kernels, row["input_ids"]
         types = row.get("token_type_ids", torch.zeros_like(words))
-        hidden, rounded = kernels.embed_norm((words, positions, types), self._tables, self._norm)
+        indices = [index.long() for index in (words, positions, types)]
+        hidden, rounded = kernels.embed_norm(indices, self._tables, self._norm)
         for layer in self._layers:
             query, key, value = (
                 product(rounded).view(len(words), self._n_heads, -1)
