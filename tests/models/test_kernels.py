@@ -1,4 +1,4 @@
-"""What is computed in C between matrix products: what torch computes, without its copies."""
+"""What is computed in C: what torch computes, sooner."""
 
 import shutil
 import threading
@@ -16,6 +16,7 @@ from penstock.settings import ModelSettings
 from penstock_workers.engines.attention import Layout, _attend, packed
 from penstock_workers.engines.device import processor_flags
 from penstock_workers.engines.embedding import MIN_COSINE, PROBE, Embedder
+from penstock_workers.engines.fused import Fused
 from penstock_workers.engines.kernels import Kernels, compiled_path, find_kernels
 from penstock_workers.engines.products import use_bfloat16
 from tests.models.test_embedding import cosines
@@ -130,50 +131,6 @@ def test_what_is_not_finite_stays_so(kernels: Kernels) -> None:
     assert found[10:].isfinite().all()
 
 
-def random_norm(dim: int) -> nn.LayerNorm:
-    """A norm that changes what it sees."""
-    norm = nn.LayerNorm(dim, eps=1e-12)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
-    return norm
-
-
-@pytest.mark.parametrize("dim", [16, 384, 1024])
-def test_norm_of_a_sum_is_torchs(kernels: Kernels, dim: int) -> None:
-    """As LayerNorm of the sum in float32, and the same rounded."""
-    torch.manual_seed(0)
-    norm = random_norm(dim)
-    states, residual = torch.randn(7, dim).bfloat16(), torch.randn(7, dim) + 3
-
-    with torch.inference_mode():
-        found, rounded = kernels.add_norm(states, residual, norm)
-        expected = norm(states + residual)
-
-    assert torch.allclose(found, expected, atol=2e-5)
-    assert torch.equal(rounded, found.bfloat16())
-
-
-def test_norm_of_embeddings_is_torchs(kernels: Kernels) -> None:
-    """As LayerNorm of the three embeddings' sum; what is in no table is an error, not somebody's memory."""
-    torch.manual_seed(0)
-    norm, sizes = random_norm(48), (100, 20, 2)
-    tables = [torch.randn(size, 48) for size in sizes]
-    indices = [torch.randint(size, (30,)) for size in sizes]
-
-    with torch.inference_mode():
-        found, rounded = kernels.embed_norm(indices, tables, norm)
-        expected = norm(sum(table[index] for table, index in zip(tables, indices, strict=True)))
-
-    assert torch.allclose(found, expected, atol=2e-5)
-    assert torch.equal(rounded, found.bfloat16())
-    for which, size in enumerate(sizes):
-        for outside in (-1, size):
-            wrong = [index.clone() for index in indices]
-            wrong[which][7] = outside
-            with pytest.raises(IndexError, match="not in its table"):
-                kernels.embed_norm(wrong, tables, norm)
-
-
 @pytest.mark.usefixtures("kernels")
 def test_the_bundled_model_keeps_its_directions() -> None:
     """With all of it in use, vectors are those of the model in float32."""
@@ -195,18 +152,69 @@ def test_a_fused_encoder_gives_what_its_modules_give(tmp_path: Path, kernels: Ke
     build(tmp_path, kind)
     engine, texts = load(tmp_path), texts_of(LENGTHS)
     assert engine._packed is not None
-    use_bfloat16(engine._model)
+    expected = embed(engine, texts)
+
+    undo = engine._packed.fuse(kernels)
+
+    found = embed(engine, texts)
+    assert cosines(found, expected).min() >= MIN_COSINE
+    assert not np.array_equal(found, expected)  # bfloat16
+    for i, text in enumerate(texts):
+        assert np.array_equal(embed(engine, [text])[0], found[i])
+    undo()
+    assert np.array_equal(embed(engine, texts), expected)
+
+
+@pytest.mark.parametrize("n_texts", [1, 2, 3, 4, 5, 6, 7, 40])
+def test_every_number_of_tokens_has_its_vectors(tmp_path: Path, kernels: Kernels, n_texts: int) -> None:
+    """Products are computed for some tokens at once; what is left over is computed too."""
+    build(tmp_path, "bert")
+    engine = load(tmp_path)
+    assert engine._packed is not None
+    texts = texts_of([1 + i % 17 for i in range(n_texts)])
     expected = embed(engine, texts)
 
     engine._packed.fuse(kernels)
 
     assert cosines(embed(engine, texts), expected).min() >= MIN_COSINE
-    assert np.array_equal(embed(engine, texts[3:4])[0], embed(engine, texts)[3])
 
 
-@pytest.mark.parametrize("kind", ["modernbert", "qwen3", "bert"])
+def test_activations_of_any_size_are_gelu(tmp_path: Path, kernels: Kernels) -> None:
+    """Far from zero, where the polynomial ends, GELU is 0 or the number itself."""
+    build(tmp_path, "bert")
+    engine, texts = load(tmp_path), texts_of(LENGTHS)
+    assert engine._packed is not None
+    for layer in engine._packed._transformer.encoder.layer:
+        layer.intermediate.dense.weight.data.mul_(100)
+    expected = embed(engine, texts)
+
+    engine._packed.fuse(kernels)
+
+    assert cosines(embed(engine, texts), expected).min() >= MIN_COSINE
+
+
+@pytest.mark.parametrize("which", ["words", "positions", "types"])
+@pytest.mark.parametrize("is_below", [False, True])
+def test_what_is_in_no_table_is_an_error(
+    tmp_path: Path, kernels: Kernels, which: str, is_below: bool
+) -> None:
+    """It is not looked up in somebody's memory."""
+    build(tmp_path, "bert")
+    engine = load(tmp_path)
+    assert engine._packed is not None
+    fused, layout = Fused(engine._packed._transformer, kernels), Layout([3], CPU)
+    indices = {name: torch.zeros(3, dtype=torch.int64) for name in ("words", "positions", "types")}
+    table = ("words", "positions", "types").index(which)
+    indices[which][1] = -1 if is_below else fused._encoder.n_entries[table]
+    row = {"input_ids": indices["words"], "token_type_ids": indices["types"]}
+
+    with pytest.raises(IndexError, match="not in its table"):
+        fused.hidden(row, indices["positions"], layout)
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "qwen3"])
 def test_other_encoders_keep_their_modules(tmp_path: Path, kernels: Kernels, kind: str) -> None:
-    """What is built differently, or is not in bfloat16, is refused and works as before."""
+    """What is built differently is refused and works as before."""
     build(tmp_path, kind)
     engine, texts = load(tmp_path), texts_of(LENGTHS)
     assert engine._packed is not None
@@ -218,14 +226,31 @@ def test_other_encoders_keep_their_modules(tmp_path: Path, kernels: Kernels, kin
     assert np.array_equal(embed(engine, texts), before)
 
 
+@pytest.mark.parametrize("change", ["relu", "bfloat16", "heads"])
+def test_a_bert_of_another_kind_keeps_its_modules(tmp_path: Path, kernels: Kernels, change: str) -> None:
+    """There is C for GELU, for float32 to begin with, and for usual heads."""
+    build(tmp_path, "bert")
+    engine = load(tmp_path)
+    assert engine._packed is not None
+    transformer = engine._packed._transformer
+    if change == "relu":
+        transformer.encoder.layer[1].intermediate.intermediate_act_fn = nn.ReLU()
+    elif change == "bfloat16":
+        use_bfloat16(engine._model)
+    else:
+        transformer.config.num_attention_heads = 8
+
+    with pytest.raises(NotImplementedError):
+        engine._packed.fuse(kernels)
+
+
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kind", PACKED)
 def test_a_text_never_sees_its_neighbours(tmp_path: Path, kind: str) -> None:
     """Other words around a text change no bit of its vector."""
     build(tmp_path, kind)
     engine = load(tmp_path)
-    use_bfloat16(engine._model)
-    engine._fuse(embed(engine, list(PROBE)))
+    engine._reduce(embed(engine, list(PROBE)), is_forced=True, is_settled=True)
     texts, others = texts_of(LENGTHS), texts_of(LENGTHS, seed=1)
     mixed = [text if i % 2 else other for i, (text, other) in enumerate(zip(texts, others, strict=True))]
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, Final, Literal, Self
 
@@ -437,44 +438,38 @@ class Embedder:
     def _reduce(self, plain: NDArray[np.float32], *, is_forced: bool, is_settled: bool) -> None:
         """Compute products in bfloat16, if vectors keep their directions and, unless settled, come sooner."""
         float32_s = math.inf if is_settled else self._timed_probe()[1]
-        undo = use_bfloat16(self._model)
-        self.dtype = "bfloat16"
-        try:
-            found, bfloat16_s = self._timed_probe()
-            worst = _worst_cosine(plain, found)
-            reason = None
-            if worst < MIN_COSINE:
-                reason = f"bfloat16 turns vectors: cosine {worst:.5f} to float32"
-            elif bfloat16_s > float32_s:
-                reason = "bfloat16 is slower here"
-        except FOREIGN as error:
-            reason = f"bfloat16 fails: {type(error).__name__}: {error}"
-        if reason is None:
-            self._undo_bfloat16 = undo
-            self._fuse(plain)
-            return
+        self.dtype, reason = "bfloat16", ""
+        for reduce in (self._fuse, partial(use_bfloat16, self._model)):
+            try:
+                undo = reduce()
+            except NotImplementedError:
+                continue  # nothing in C for such a model, or on such a machine
+            try:
+                reason = self._compare(plain) or ""
+                if not reason and self._timed_probe()[1] > float32_s:
+                    reason = "slower here"
+            except FOREIGN as error:
+                reason = f"{type(error).__name__}: {error}"
+            if not reason:
+                self._undo_bfloat16 = undo
+                return
+            undo()
+            logger.warning("bfloat16 is not computed this way: %s", reason, extra={"model": self.name})
         if is_forced:
-            raise ModelLoadError(self.name, reason)
-        undo()
+            raise ModelLoadError(self.name, f"bfloat16: {reason}")
         self.dtype = "float32"
-        logger.warning("%s; float32 is used", reason, extra={"model": self.name})
+        logger.warning("float32 is used", extra={"model": self.name})
 
-    def _fuse(self, plain: NDArray[np.float32]) -> None:
-        """Do without the model's own modules between its products, if that changes no vector of the probe."""
+    def _fuse(self) -> Callable[[], None]:
+        """Compute the encoder in C; returns what undoes it.
+
+        Raises:
+            NotImplementedError: there is none for such a model or machine.
+        """
         kernels = find_kernels(self._model.device)
         if self._packed is None or kernels is None:
-            return
-        try:
-            self._packed.fuse(kernels)
-            reason = self._compare(plain)
-        except NotImplementedError:  # of another kind: its own modules use what there is of attention
-            self._packed.unfuse()
-            return
-        except FOREIGN as error:
-            reason = f"{type(error).__name__}: {error}"
-        if reason is not None:
-            self._packed.unfuse()
-            logger.warning("the model's own modules compute: %s", reason, extra={"model": self.name})
+            raise NotImplementedError("its own modules compute")
+        return self._packed.fuse(kernels)
 
     def _timed_probe(self) -> tuple[NDArray[np.float32], float]:
         self._probe()  # the first has more to do

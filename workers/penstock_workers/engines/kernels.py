@@ -1,21 +1,20 @@
-"""What lies between an encoder's matrix products, in C: attention of texts end to end, sums and norms.
+"""An encoder in bfloat16 in C: attention of texts end to end for every model, all of the BERT family's.
 
-Torch does the same in many small steps, which copy, pad and round between each two: a third of the time of a
-batch, a tenth this way. The source is compiled where the package is built or installed (`hatch_build.py`).
-Where there was no C compiler, without AVX-512 BF16, or with several threads, torch computes.
+Torch does what lies between products in many small steps, which copy, pad and round between each two. The
+source is compiled where the package is built or installed (`hatch_build.py`). Where there was no C compiler,
+without AVX-512 BF16, or with several threads, torch computes.
 """
 
 import ctypes
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from penstock_workers.engines.device import processor_flags
 
@@ -23,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE: Final = Path(__file__).with_suffix(".c")
 LANES: Final = 16
+HEAD_SIZES: Final = (16, 32, 48, 64, 80, 96, 128)
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
@@ -41,14 +41,12 @@ class Kernels:
 
     def __init__(self, path: Path) -> None:
         library, self.version = ctypes.CDLL(str(path)), path.stem
-        self._attend, self._add_norm = library.attend, library.add_norm
-        self._embed_norm = library.embed_norm
+        self._attend, self._encode = library.attend, library.encode
         heads = 3 * (_POINTER, _INT64, _INT64)
-        sizes = (_FLOAT, _INT64, _INT64, _POINTER, _POINTER)
         masks = (_FLOAT, _INT64, _INT, _POINTER, _POINTER)
         self._attend.argtypes = (_INT64, *heads, _POINTER, *3 * (_INT64,), *masks)
-        self._add_norm.argtypes = (*4 * (_POINTER,), *sizes)
-        self._embed_norm.argtypes = (*6 * (_POINTER,), *3 * (_INT64,), *2 * (_POINTER,), *sizes)
+        self._attend.restype = None
+        self._encode.argtypes = (*5 * (_POINTER,), _INT64, _FLOAT, *2 * (_POINTER,))
 
     def attend(
         self,
@@ -70,7 +68,7 @@ class Kernels:
             value: as `key`.
             ends: where texts begin and end; int32, shape (n_texts + 1,).
             longest: tokens of the longest text.
-            scale: of the scores.
+            scale: of the scores, positive.
             window: tokens from a query to the nearest one that it does not see; None for all.
             is_causal: nothing sees what comes after it.
 
@@ -78,11 +76,13 @@ class Kernels:
             bfloat16, shape (n_tokens, n_heads, dim); None where there is no code for heads of this size.
         """
         n_tokens, n_heads, dim = query.shape
+        if dim not in HEAD_SIZES:
+            return None
         parts = [part if part.stride(2) == 1 else part.contiguous() for part in (query, key, value)]
         out = torch.empty(n_tokens, n_heads, dim, dtype=torch.bfloat16)
-        space = torch.empty((4 * dim + 32) * (longest + LANES), dtype=torch.uint8)
+        space = torch.empty(_attention_bytes(dim, longest), dtype=torch.uint8)
         heads = (number for part in parts for number in (part.data_ptr(), part.stride(0), part.stride(1)))
-        is_computed = self._attend(
+        self._attend(
             dim,
             *heads,
             ends.data_ptr(),
@@ -95,59 +95,59 @@ class Kernels:
             out.data_ptr(),
             space.data_ptr(),
         )
-        return out if is_computed else None
+        return out
 
-    def add_norm(self, states: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """Return a LayerNorm of a sum, in float32 and rounded to bfloat16.
-
-        Args:
-            states: bfloat16, contiguous, shape (n_tokens, dim), `dim` a multiple of 16.
-            residual: float32, contiguous, same shape.
-            norm: float32, with weight and bias.
-        """
-        out, rounded = torch.empty_like(residual), torch.empty_like(states)
-        self._add_norm(
-            states.data_ptr(),
-            residual.data_ptr(),
-            norm.weight.data_ptr(),
-            norm.bias.data_ptr(),
-            norm.eps,
-            *states.shape,
-            out.data_ptr(),
-            rounded.data_ptr(),
-        )
-        return out, rounded
-
-    def embed_norm(
-        self, indices: Sequence[Tensor], tables: Sequence[Tensor], norm: nn.LayerNorm
-    ) -> tuple[Tensor, Tensor]:
-        """Return a LayerNorm of the sum of three embeddings, in float32 and rounded to bfloat16.
+    def encode(
+        self,
+        encoder: ctypes.Structure,
+        words: Tensor,
+        positions: Tensor,
+        types: Tensor,
+        ends: Tensor,
+        *,
+        longest: int,
+        dim: int,
+        n_heads: int,
+        n_inner: int,
+    ) -> Tensor:
+        """Return a BERT's last hidden states.
 
         Args:
-            indices: into each table, int64, contiguous, shape (n_tokens,).
-            tables: float32, contiguous, each of shape (n_entries, dim), `dim` a multiple of 16.
-            norm: float32, with weight and bias.
+            encoder: the model; see `fused.py`.
+            words: of each token, int64, contiguous, shape (n_tokens,).
+            positions: as `words`.
+            types: as `words`.
+            ends: where texts begin and end; int32, shape (n_texts + 1,).
+            longest: tokens of the longest text.
+            dim: of the model, as the three that follow.
+            n_heads: of one of HEAD_SIZES each.
+            n_inner: width of what lies between up and down.
+
+        Returns:
+            float32, shape (n_tokens, dim).
 
         Raises:
-            IndexError: an index is not within its table.
+            IndexError: a word, position or type is not in its table.
         """
-        n_tokens, dim = len(indices[0]), tables[0].shape[1]
-        out, rounded = torch.empty(n_tokens, dim), torch.empty(n_tokens, dim, dtype=torch.bfloat16)
-        is_within = self._embed_norm(
-            *(index.data_ptr() for index in indices),
-            *(table.data_ptr() for table in tables),
-            *map(len, tables),
-            norm.weight.data_ptr(),
-            norm.bias.data_ptr(),
-            norm.eps,
-            n_tokens,
-            dim,
-            out.data_ptr(),
-            rounded.data_ptr(),
+        n_tokens, size = len(words), dim // n_heads
+        hidden = torch.empty(n_tokens, dim)
+        n_bytes = 8 * n_tokens * dim + 384 * n_inner + 64 + _attention_bytes(size, longest)
+        space = torch.empty(n_bytes, dtype=torch.uint8)
+        is_within = self._encode(
+            ctypes.byref(encoder),
+            *(indices.data_ptr() for indices in (words, positions, types, ends)),
+            len(ends) - 1,
+            size**-0.5 * math.log2(math.e),
+            hidden.data_ptr(),
+            space.data_ptr(),
         )
         if not is_within:
             raise IndexError("a token, position or type is not in its table")
-        return out, rounded
+        return hidden
+
+
+def _attention_bytes(dim: int, longest: int) -> int:
+    return (2 * dim + 64) * (longest + 1)
 
 
 def find_kernels(device: torch.device) -> Kernels | None:

@@ -1,7 +1,7 @@
 """A sentence-transformers model on texts laid end to end: no padding in its products."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,17 +44,21 @@ class Packed:
         """Give the model its own attention back."""
         self._transformer.set_attn_implementation(self._before)
 
-    def fuse(self, kernels: Kernels) -> None:
-        """Compute without the transformer's own modules from now on; its products are in bfloat16.
+    def fuse(self, kernels: Kernels) -> Callable[[], None]:
+        """Compute the transformer's encoder in C and in bfloat16 from now on; returns what undoes it.
 
         Raises:
             NotImplementedError: it is of a kind that is not known.
         """
-        self._fused = Fused(self._transformer, kernels)
+        fused, transformer = Fused(self._transformer, kernels), self._transformer
+        # its weights in float32 are in the way of nobody, and go with what undoes this
+        encoder, transformer.encoder = transformer.encoder, nn.Identity()
+        self._fused = fused
 
-    def unfuse(self) -> None:
-        """Compute by the transformer's own modules."""
-        self._fused = None
+        def undo() -> None:
+            transformer.encoder, self._fused = encoder, None
+
+        return undo
 
     def embed(self, texts: Sequence[Mapping[str, Tensor]], extra: Mapping[str, Any]) -> Tensor:
         """Embed a batch.
