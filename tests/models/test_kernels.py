@@ -2,7 +2,6 @@
 
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +24,6 @@ from tests.models.test_packed import CPU, LENGTHS, PACKED, build, embed, load, t
 needs_processor = pytest.mark.skipif(
     "avx512_bf16" not in processor_flags(), reason="the processor has no AVX-512 BF16"
 )
-
-
-@pytest.fixture
-def kernels() -> Iterator[Kernels]:
-    """The compiled functions, in a process of one thread as workers have it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        found = find_kernels(CPU)
-        if found is None:
-            pytest.skip("the processor has no AVX-512 BF16, or there was no C compiler")
-        yield found
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_processor
@@ -250,7 +235,7 @@ def test_a_text_never_sees_its_neighbours(tmp_path: Path, kind: str) -> None:
     """Other words around a text change no bit of its vector."""
     build(tmp_path, kind)
     engine = load(tmp_path)
-    engine._reduce(embed(engine, list(PROBE)), is_forced=True, is_settled=True)
+    engine._reduce(embed(engine, list(PROBE)), is_forced=True, known={})
     texts, others = texts_of(LENGTHS), texts_of(LENGTHS, seed=1)
     mixed = [text if i % 2 else other for i, (text, other) in enumerate(zip(texts, others, strict=True))]
 

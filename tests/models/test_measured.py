@@ -10,6 +10,7 @@ import torch
 
 from penstock.settings import ModelSettings
 from penstock_workers.engines.embedding import Embedder
+from penstock_workers.engines.kernels import Kernels
 from penstock_workers.engines.measured import KEPT_S, machine_key, recall, remember
 from tests.models.test_packed import CPU, build
 
@@ -41,6 +42,28 @@ def test_the_next_start_measures_nothing(
     engine = Embedder.load("small", settings, CPU)
     assert "OpenVINO took" not in caplog.text
     assert (engine.batching == "padded, OpenVINO") == (winner == "openvino")
+
+
+@pytest.mark.parametrize("winner", ["C", "torch"])
+def test_the_faster_products_are_taken_again(
+    tmp_path: Path, cache: Path, kernels: Kernels, winner: str
+) -> None:
+    """Ours or oneDNN's, whichever it was: processors with tiles are good at the latter."""
+    assert kernels.version
+    build(tmp_path, "bert-cls")
+    settings = ModelSettings(task="embed", source=str(tmp_path / "model"), engine="torch", dtype="bfloat16")
+    Embedder.load("small", settings, CPU)
+    (file,) = cache.iterdir()
+    kept = json.loads(file.read_text())
+    assert kept["choices"]["products"] in ("C", "torch")
+    kept["choices"]["products"] = winner
+    file.write_text(json.dumps(kept))
+
+    engine = Embedder.load("small", settings, CPU)
+
+    assert engine._packed is not None
+    assert (engine._packed._fused is not None) == (winner == "C")
+    assert json.loads(file.read_text())["choices"]["products"] == winner
 
 
 def test_other_weights_are_measured_anew(tmp_path: Path, cache: Path) -> None:

@@ -314,9 +314,9 @@ class Embedder:
             self.fingerprint or _fingerprint(self._model, model),
             name_device(device),
             torch.get_num_threads(),
-            "" if kernels is None else kernels.version,
+            f"{model.engine} {'' if kernels is None else kernels.version}",
         )
-        known = recall(key) if "auto" in (model.engine, model.dtype) else {}
+        known = recall(key)
         is_bfloat16 = model.dtype == "bfloat16" or (
             model.dtype == "auto" and has_fast_bfloat16(device) and known.get("dtype") != "float32"
         )
@@ -330,14 +330,14 @@ class Embedder:
             self._compiled, self.dtype = compiled, "bfloat16" if is_bfloat16 else "float32"
             return
         self._pack(plain)
+        products = "torch"
         if is_bfloat16:
-            is_settled = model.dtype == "bfloat16" or known.get("dtype") == "bfloat16"
-            self._reduce(plain, is_forced=model.dtype == "bfloat16", is_settled=is_settled)
+            products = self._reduce(plain, is_forced=model.dtype == "bfloat16", known=known)
         if compiled is not None:
             self._race(compiled, is_bfloat16=is_bfloat16)
         self._undo_bfloat16 = lambda: None  # settled: the weights in float32 that it kept are free
-        if "auto" in (model.engine, model.dtype):
-            remember(key, {"engine": "torch" if self._compiled is None else "openvino", "dtype": self.dtype})
+        winner = "torch" if self._compiled is None else "openvino"
+        remember(key, {"engine": winner, "dtype": self.dtype, "products": products})
 
     def _pack(self, plain: NDArray[np.float32]) -> None:
         """Leave padding out, if that changes no vector of the probe, and no text sees its neighbours."""
@@ -435,30 +435,54 @@ class Embedder:
             found.append(time.perf_counter() - start)
         return min(found[1:])
 
-    def _reduce(self, plain: NDArray[np.float32], *, is_forced: bool, is_settled: bool) -> None:
-        """Compute products in bfloat16, if vectors keep their directions and, unless settled, come sooner."""
-        float32_s = math.inf if is_settled else self._timed_probe()[1]
-        self.dtype, reason = "bfloat16", ""
-        for reduce in (self._fuse, partial(use_bfloat16, self._model)):
-            try:
-                undo = reduce()
-            except NotImplementedError:
-                continue  # nothing in C for such a model, or on such a machine
-            try:
-                reason = self._compare(plain) or ""
-                if not reason and self._timed_probe()[1] > float32_s:
-                    reason = "slower here"
-            except FOREIGN as error:
-                reason = f"{type(error).__name__}: {error}"
-            if not reason:
-                self._undo_bfloat16 = undo
-                return
-            undo()
-            logger.warning("bfloat16 is not computed this way: %s", reason, extra={"model": self.name})
+    def _reduce(self, plain: NDArray[np.float32], *, is_forced: bool, known: Mapping[str, str]) -> str:
+        """Compute products in bfloat16, if vectors keep their directions and, unless settled, come sooner.
+
+        Args:
+            plain: vectors of the probe in float32.
+            is_forced: float32 will not do.
+            known: what was chosen before.
+
+        Returns:
+            Whose products are in use.
+
+        Raises:
+            ModelLoadError: bfloat16 is asked for, and turns vectors.
+        """
+        is_settled = is_forced or known.get("dtype") == "bfloat16"
+        float32_s = math.inf if is_settled else self._timed_probe()
+        self.dtype = "bfloat16"
+        # oneDNN's are the faster ones where a processor has tiles for them (AMX)
+        ways: dict[str, Callable[[], Callable[[], None]]] = {
+            "C": self._fuse,
+            "torch": partial(use_bfloat16, self._model),
+        }
+        choice = known.get("products")
+        tried = {way: self._try_way(begin, plain) for way, begin in ways.items() if choice in (None, way)}
+        times = {way: seconds for way, seconds in tried.items() if isinstance(seconds, float)}
+        best = min(times, key=times.__getitem__, default=None)
+        if best is not None and times[best] <= float32_s:
+            self._undo_bfloat16 = ways[best]()
+            return best
+        reason = "it is slower here" if times else "; ".join(map(str, filter(None, tried.values())))
         if is_forced:
             raise ModelLoadError(self.name, f"bfloat16: {reason}")
         self.dtype = "float32"
-        logger.warning("float32 is used", extra={"model": self.name})
+        logger.warning("float32 is used, not bfloat16: %s", reason, extra={"model": self.name})
+        return "torch"
+
+    def _try_way(self, begin: Callable[[], Callable[[], None]], plain: NDArray[np.float32]) -> float | str:
+        """Return seconds for the probe, or why it must not be used; leaves the model as it was."""
+        try:
+            undo = begin()
+        except NotImplementedError:
+            return ""  # there is none for such a model, or on such a machine
+        try:
+            return self._compare(plain) or min(self._timed_probe() for _ in range(3))
+        except FOREIGN as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            undo()
 
     def _fuse(self) -> Callable[[], None]:
         """Compute the encoder in C; returns what undoes it.
@@ -471,10 +495,11 @@ class Embedder:
             raise NotImplementedError("its own modules compute")
         return self._packed.fuse(kernels)
 
-    def _timed_probe(self) -> tuple[NDArray[np.float32], float]:
+    def _timed_probe(self) -> float:
         self._probe()  # the first has more to do
         start = time.perf_counter()
-        return self._probe(), time.perf_counter() - start
+        self._probe()
+        return time.perf_counter() - start
 
     def _probe(self, *, is_odd_reversed: bool = False, is_alone: bool = False) -> NDArray[np.float32]:
         """Embed the probe, as one batch if texts may see neighbours they should not; shape (n_texts, dim)."""

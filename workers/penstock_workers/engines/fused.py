@@ -5,7 +5,7 @@ long as all products of a short text, and each step may wait for the interpreter
 """
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -14,6 +14,7 @@ from transformers.activations import GELUActivation
 
 from penstock_workers.engines.attention import Layout
 from penstock_workers.engines.kernels import HEAD_SIZES, LANES, Kernels
+from penstock_workers.engines.weights import share
 
 PANEL: Final = 64
 """Outputs of a Linear layer that are computed at once, and so lie together."""
@@ -56,7 +57,7 @@ class _Encoder(ctypes.Structure):
 
 
 class Fused:
-    """An encoder with weights of its own for products, in bfloat16; the rest are the model's.
+    """An encoder with weights of its own for products, in bfloat16 and shared; the rest are the model's.
 
     Whoever makes one compares its vectors with the model's own before trusting it.
 
@@ -70,29 +71,42 @@ class Fused:
 
     def __init__(self, transformer: Any, kernels: Kernels) -> None:
         self._kernels = kernels
-        self._kept: list[Tensor] = []
         try:
-            embeddings = transformer.embeddings
+            embeddings, layers = transformer.embeddings, list(transformer.encoder.layer)
             tables = [
                 getattr(embeddings, name).weight.detach()
                 for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")
             ]
             self._dim, self._n_heads = tables[0].shape[1], int(transformer.config.num_attention_heads)
-            norm = self._norm(embeddings.LayerNorm)
-            layers = [self._layer(layer) for layer in transformer.encoder.layer]
+            self._n_inner = layers[0].intermediate.dense.out_features if layers else 0
+            norms = [embeddings.LayerNorm]
+            for layer in layers:
+                norms += [layer.attention.output.LayerNorm, layer.output.LayerNorm]
+            # weights and biases of the four products of each layer
+            laid = [tensor for layer in layers for tensor in self._lay_out_layer(layer)]
         except AttributeError as error:
             raise NotImplementedError(f"it is built differently: {error}") from error
         if self._dim // self._n_heads not in HEAD_SIZES or not layers:
             raise NotImplementedError("its heads have an unusual size, or it has no layers")
         if not all(table.is_contiguous() and table.dtype == torch.float32 for table in tables):
             raise NotImplementedError("its tables are not plain float32")
-        self._kept += tables
-        self._n_inner = layers[0].up.n_out
+        if not all(_is_plain(norm, self._dim) for norm in norms):
+            raise NotImplementedError("its norms are of another kind")
+        laid = share(laid)
+        self._kept = [*tables, *norms, *laid]
+        sizes = self._sizes * len(layers)
+        linears = [
+            _Linear(weight.data_ptr(), bias.data_ptr(), n_in, n_out)
+            for weight, bias, (n_in, n_out) in zip(laid[::2], laid[1::2], sizes, strict=True)
+        ]
+        first, *others = (_Norm(norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps) for norm in norms)
         self._encoder = _Encoder(
             (3 * ctypes.c_void_p)(*(table.data_ptr() for table in tables)),
             (3 * ctypes.c_int64)(*map(len, tables)),
-            norm,
-            (_Layer * len(layers))(*layers),
+            first,
+            (_Layer * len(layers))(
+                *(_Layer(*linears[4 * i : 4 * i + 4], *others[2 * i : 2 * i + 2]) for i in range(len(layers)))
+            ),
             len(layers),
             self._n_heads,
             self._dim,
@@ -126,46 +140,48 @@ class Fused:
             n_inner=self._n_inner,
         )
 
-    def _layer(self, layer: Any) -> _Layer:
-        attention, up, dim = layer.attention, layer.intermediate, self._dim
+    @property
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Inputs and outputs of a layer's products in the order in which they are computed."""
+        dim, n_inner = self._dim, self._n_inner
+        return [(dim, 3 * dim), (dim, dim), (dim, n_inner), (n_inner, dim)]
+
+    def _lay_out_layer(self, layer: Any) -> list[Tensor]:
+        attention, up = layer.attention, layer.intermediate
         if not isinstance(up.intermediate_act_fn, GELUActivation):
             raise NotImplementedError("its activation is not GELU")
-        n_inner = up.dense.weight.shape[0]
-        return _Layer(
-            self._linear(dim, dim, attention.self.query, attention.self.key, attention.self.value),
-            self._linear(dim, dim, attention.output.dense),
-            self._linear(dim, n_inner, up.dense),
-            self._linear(n_inner, dim, layer.output.dense),
-            self._norm(attention.output.LayerNorm),
-            self._norm(layer.output.LayerNorm),
-        )
+        products = [
+            [attention.self.query, attention.self.key, attention.self.value],
+            [attention.output.dense],
+            [up.dense],
+            [layer.output.dense],
+        ]
+        return [
+            tensor
+            for linears, size in zip(products, self._sizes, strict=True)
+            for tensor in _lay_out(linears, *size)
+        ]
 
-    def _linear(self, n_in: int, n_out: int, *layers: nn.Linear) -> _Linear:
-        """Lay weights out, those of several layers as of one with all their outputs."""
-        if (
-            not all(
-                type(layer) is nn.Linear
-                and layer.weight.shape == (n_out, n_in)
-                and layer.weight.dtype == torch.float32
-                and layer.bias is not None
-                for layer in layers
-            )
-            or n_in % LANES
-            or n_out % LANES
-        ):
-            raise NotImplementedError("its products are of another kind")
-        weight = torch.cat([layer.weight.detach() for layer in layers]).bfloat16()
-        bias = torch.cat([layer.bias.detach() for layer in layers])
-        n_more = -len(weight) % PANEL
-        weight = nn.functional.pad(weight, (0, 0, 0, n_more))
-        weight = weight.view(-1, PANEL, n_in // 2, 2).transpose(1, 2).contiguous()
-        bias = nn.functional.pad(bias, (0, n_more))
-        self._kept += weight, bias
-        return _Linear(weight.data_ptr(), bias.data_ptr(), n_in, len(layers) * n_out)
 
-    def _norm(self, norm: nn.LayerNorm) -> _Norm:
-        is_plain = type(norm) is nn.LayerNorm and norm.weight.shape == (self._dim,) and norm.bias is not None
-        if not is_plain or norm.weight.dtype != torch.float32 or self._dim % LANES:
-            raise NotImplementedError("its norms are of another kind")
-        self._kept += norm.weight, norm.bias
-        return _Norm(norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps)
+def _lay_out(linears: Sequence[nn.Linear], n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
+    """Return weights and biases as `kernels.c` reads them, those of several layers as of one."""
+    shape = n_out // len(linears), n_in
+    if n_in % LANES or n_out % LANES or not all(_is_linear(linear, shape) for linear in linears):
+        raise NotImplementedError("its products are of another kind")
+    weight = torch.cat([linear.weight.detach() for linear in linears]).bfloat16()
+    weight = nn.functional.pad(weight, (0, 0, 0, -n_out % PANEL))
+    weight = weight.view(-1, PANEL, n_in // 2, 2).transpose(1, 2).contiguous()
+    bias = torch.cat([linear.bias.detach() for linear in linears])
+    return weight, nn.functional.pad(bias, (0, -n_out % PANEL))
+
+
+def _is_linear(layer: nn.Module, shape: tuple[int, int]) -> bool:
+    if type(layer) is not nn.Linear or layer.bias is None:
+        return False
+    return layer.weight.shape == shape and layer.weight.dtype == torch.float32
+
+
+def _is_plain(norm: nn.Module, dim: int) -> bool:
+    if type(norm) is not nn.LayerNorm or norm.bias is None or dim % LANES:
+        return False
+    return norm.weight.shape == (dim,) and norm.weight.dtype == torch.float32

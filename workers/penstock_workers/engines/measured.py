@@ -65,10 +65,14 @@ def remember(key: str, choices: dict[str, str]) -> None:
         logger.info("what was measured is not kept: %s", error)
 
 
-def _file(key: str) -> Path:
+def cache_folder() -> Path:
+    """Return where what can be made again is kept; it may not exist."""
     # Source: XDG Base Directory Specification 0.8, user-specific non-essential data.
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "penstock" / "measured" / f"{key}.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock"
+
+
+def _file(key: str) -> Path:
+    return cache_folder() / "measured" / f"{key}.json"
 
 
 def _processor() -> str:

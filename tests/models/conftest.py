@@ -1,0 +1,22 @@
+"""What tests of models have in common."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from penstock_workers.engines.kernels import Kernels, find_kernels
+
+
+@pytest.fixture
+def kernels() -> Iterator[Kernels]:
+    """The compiled functions, in a process of one thread as workers have it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = find_kernels(torch.device("cpu"))
+        if found is None:
+            pytest.skip("the processor has no AVX-512 BF16, or there was no C compiler")
+        yield found
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,82 @@
+"""Weights in an order of our own, in memory that all processes of a machine share.
+
+Each maps the same file in the user's cache, whose pages are there once, as those of a model's own files are.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from penstock_workers.engines.measured import cache_folder
+
+logger = logging.getLogger(__name__)
+
+ALIGNED: Final = 64
+"""Bytes, a multiple of which each tensor begins at, as in memory that torch takes."""
+UNUSED_S: Final = 7 * 86_400
+"""A file that nobody has loaded for so long is removed."""
+
+
+def share(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors of the same contents that are in memory once for all processes.
+
+    Args:
+        tensors: contiguous, on the processor.
+
+    Returns:
+        Not to be written to; `tensors` themselves where there is no place for a file.
+    """
+    rows = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    rooms = [-(-len(row) // ALIGNED) * ALIGNED for row in rows]
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.numpy().data)
+    file = cache_folder() / "weights" / f"{digest.hexdigest()}.bin"
+    try:
+        parts = _map(file, rows, rooms)
+        if parts is None:
+            _write(file, rows, rooms)
+            parts = _map(file, rows, rooms)
+        else:
+            os.utime(file)
+    except OSError as error:
+        logger.info("weights are not shared between processes: %s", error)
+        parts = None
+    if parts is None:
+        return list(tensors)
+    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _map(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> list[Tensor] | None:
+    """Return the rows as they are in a file, or None if it is not there or damaged."""
+    size = sum(rooms)
+    if not file.exists() or file.stat().st_size != size:
+        return None
+    mapped = torch.split(torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8), rooms)
+    found = [part[: len(row)] for row, part in zip(rows, mapped, strict=True)]
+    return found if all(map(torch.equal, found, rows)) else None
+
+
+def _write(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for old in file.parent.iterdir():
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > UNUSED_S:
+                old.unlink()  # whoever has it mapped keeps it
+    draft = file.with_suffix(f".{os.getpid()}")
+    try:
+        with draft.open("wb") as to:
+            for row, room in zip(rows, rooms, strict=True):
+                to.write(row.numpy().data)
+                to.write(bytes(room - len(row)))
+        draft.replace(file)  # whole or not at all: the processes of a machine start together
+    finally:
+        draft.unlink(missing_ok=True)
