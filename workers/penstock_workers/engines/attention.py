@@ -106,12 +106,13 @@ class Layout:
     @cached_property
     def rectangles(self) -> list[Rectangle]:
         """The texts in groups of little padding; fewest where neighbours are of similar length."""
-        found, start, group = [], 0, self.lengths[:1]
+        found: list[Rectangle] = []
+        start, group, longest, n_scores = 0, self.lengths[:1], self.lengths[0], self.lengths[0] ** 2
         for length in self.lengths[1:]:
-            longest = max(*group, length)
-            if sum(longest**2 - each**2 for each in (*group, length)) > WASTE_SCORES:
+            longest, n_scores = max(longest, length), n_scores + length**2
+            if longest**2 * (len(group) + 1) - n_scores > WASTE_SCORES:
                 found.append(Rectangle.around(group, start, self.device))
-                start, group = found[-1].stop, []
+                start, group, longest, n_scores = found[-1].stop, [], length, length**2
             group.append(length)
         return [*found, Rectangle.around(group, start, self.device)]
 
