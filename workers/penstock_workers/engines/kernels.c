@@ -81,12 +81,13 @@ INLINE void transpose(__m512i rows[LANES]) {
         four[i + 2 * j + 1] = _mm512_unpackhi_epi64(two[i + j], two[i + j + 2]);
     }
     UNROLL for (int j = 0; j < 4; j++) {
-        __m512i a = _mm512_shuffle_i32x4(four[j], four[4 + j], 0x88), b = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0x88);
-        __m512i c = _mm512_shuffle_i32x4(four[j], four[4 + j], 0xdd), d = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0xdd);
-        rows[j] = _mm512_shuffle_i32x4(a, b, 0x88);
-        rows[8 + j] = _mm512_shuffle_i32x4(a, b, 0xdd);
-        rows[4 + j] = _mm512_shuffle_i32x4(c, d, 0x88);
-        rows[12 + j] = _mm512_shuffle_i32x4(c, d, 0xdd);
+        const __m512i a = four[j], b = four[4 + j], c = four[8 + j], d = four[12 + j];
+        const __m512i even = _mm512_shuffle_i32x4(a, b, 0x88), odd = _mm512_shuffle_i32x4(a, b, 0xdd);
+        const __m512i even_too = _mm512_shuffle_i32x4(c, d, 0x88), odd_too = _mm512_shuffle_i32x4(c, d, 0xdd);
+        rows[j] = _mm512_shuffle_i32x4(even, even_too, 0x88);
+        rows[4 + j] = _mm512_shuffle_i32x4(odd, odd_too, 0x88);
+        rows[8 + j] = _mm512_shuffle_i32x4(even, even_too, 0xdd);
+        rows[12 + j] = _mm512_shuffle_i32x4(odd, odd_too, 0xdd);
     }
 }
 
@@ -338,7 +339,8 @@ static void normalize(float *rows, const Norm *norm, int64_t n_rows, int64_t dim
         const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(variance));
         for (int64_t d = 0; d < dim; d += LANES) {
             __m512 unit = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(row + d), mean), factor);
-            __m512 found = _mm512_fmadd_ps(unit, _mm512_loadu_ps(norm->weight + d), _mm512_loadu_ps(norm->bias + d));
+            const __m512 weight = _mm512_loadu_ps(norm->weight + d), bias = _mm512_loadu_ps(norm->bias + d);
+            __m512 found = _mm512_fmadd_ps(unit, weight, bias);
             _mm512_storeu_ps(row + d, found);
             store_rounded(rounded + d, found);
         }
