@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -102,6 +103,24 @@ def test_without_a_place_each_has_its_own(
     assert share(tensors)[0] is tensors[0]
 
     assert "not shared between processes" in caplog.text
+
+
+def test_a_disk_is_not_filled(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What would take half of a small disk stays in memory of its own; what is small lies there."""
+    caplog.set_level(logging.INFO)
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        large, small = [torch.ones(200_000)], [torch.ones(10)]
+
+        assert share(large)[0] is large[0]
+        assert "half of what is free" in caplog.text
+        assert not list(folder.iterdir())
+        assert share(small)[0] is not small[0]
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_what_nobody_uses_is_removed(folder: Path, tensors: list[Tensor]) -> None:

@@ -4,9 +4,11 @@ Each maps the same file in the user's cache, whose pages are there once, as thos
 """
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +73,8 @@ def _write(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> None:
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > UNUSED_S:
                 old.unlink()  # whoever has it mapped keeps it
+    if 2 * sum(rooms) > shutil.disk_usage(file.parent).free:
+        raise OSError(errno.ENOSPC, "they would take half of what is free", str(file.parent))
     draft = file.with_suffix(f".{os.getpid()}")
     try:
         with draft.open("wb") as to:
