@@ -86,9 +86,9 @@ class Fused:
             laid = [tensor for layer in layers for tensor in self._lay_out_layer(layer)]
         except AttributeError as error:
             raise NotImplementedError(f"it is built differently: {error}") from error
-        if self._dim // self._n_heads not in HEAD_SIZES or not layers:
+        if self._dim not in [size * self._n_heads for size in HEAD_SIZES] or not layers:
             raise NotImplementedError("its heads have an unusual size, or it has no layers")
-        if not all(table.is_contiguous() and table.dtype == torch.float32 for table in tables):
+        if not all(_is_table(table, self._dim) for table in tables):
             raise NotImplementedError("its tables are not plain float32")
         if not all(_is_plain(norm, self._dim) for norm in norms):
             raise NotImplementedError("its norms are of another kind")
@@ -173,6 +173,10 @@ def _lay_out(linears: Sequence[nn.Linear], n_in: int, n_out: int) -> tuple[Tenso
     weight = weight.view(-1, PANEL, n_in // 2, 2).transpose(1, 2).contiguous()
     bias = torch.cat([linear.bias.detach() for linear in linears])
     return weight, nn.functional.pad(bias, (0, -n_out % PANEL))
+
+
+def _is_table(table: Tensor, dim: int) -> bool:
+    return table.shape[1] == dim and table.is_contiguous() and table.dtype == torch.float32
 
 
 def _is_linear(layer: nn.Module, shape: tuple[int, int]) -> bool:
