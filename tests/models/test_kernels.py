@@ -21,6 +21,8 @@ from penstock_workers.engines.products import use_bfloat16
 from tests.models.test_embedding import cosines
 from tests.models.test_packed import CPU, LENGTHS, PACKED, build, embed, load, texts_of
 
+FUSED = ("bert", "bert-cls", "roberta", "xlm-roberta")
+
 needs_processor = pytest.mark.skipif(
     "avx512_bf16" not in processor_flags(), reason="the processor has no AVX-512 BF16"
 )
@@ -116,12 +118,12 @@ def test_what_is_not_finite_stays_so(kernels: Kernels) -> None:
     assert found[10:].isfinite().all()
 
 
-@pytest.mark.usefixtures("kernels")
-def test_the_bundled_model_keeps_its_directions() -> None:
+def test_the_bundled_model_keeps_its_directions(kernels: Kernels) -> None:
     """With all of it in use, vectors are those of the model in float32."""
-    settings = ModelSettings(task="embed", source="bundled:minilm", engine="torch", dtype="bfloat16")
-    quick = Embedder.load("minilm", settings, CPU)
-    plain = Embedder.load("minilm", settings.model_copy(update={"dtype": "float32"}), CPU)
+    settings = ModelSettings(task="embed", source="bundled:minilm", engine="torch", dtype="float32")
+    quick, plain = (Embedder.load("minilm", settings, CPU) for _ in range(2))
+    assert quick._packed is not None
+    quick._packed.fuse(kernels)
     request = EmbedRequest(model="minilm", texts=[*texts_of(LENGTHS), "a", "1 2 3", "naïve café " * 90])
 
     vectors = [np.stack([v for _, v in sorted(e.run(e.prepare(request)))]) for e in (quick, plain)]
@@ -131,7 +133,7 @@ def test_the_bundled_model_keeps_its_directions() -> None:
     assert cosines(*vectors).min() >= MIN_COSINE
 
 
-@pytest.mark.parametrize("kind", ["bert", "bert-cls", "roberta", "xlm-roberta"])
+@pytest.mark.parametrize("kind", FUSED)
 def test_a_fused_encoder_gives_what_its_modules_give(tmp_path: Path, kernels: Kernels, kind: str) -> None:
     """The BERT family without its modules: the same vectors, positions and types included."""
     build(tmp_path, kind)
@@ -230,12 +232,31 @@ def test_a_bert_of_another_kind_keeps_its_modules(tmp_path: Path, kernels: Kerne
 
 
 @pytest.mark.usefixtures("kernels")
+def test_an_encoder_that_only_seems_plain_is_found_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Code that somebody hung on a layer is not in C: the probe tells, the log says so, modules compute."""
+    build(tmp_path, "bert")
+    engine = load(tmp_path)
+    assert engine._packed is not None
+    layer = engine._packed._transformer.encoder.layer[0]
+    layer.output.register_forward_hook(lambda _module, _states, found: found.flip(-1))
+
+    products = engine._reduce(embed(engine, list(PROBE)), is_forced=True, known={})
+
+    assert products == "torch"
+    assert engine._packed._fused is None
+    assert "a way to bfloat16 is not used: packed vectors differ" in caplog.text
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kind", PACKED)
 def test_a_text_never_sees_its_neighbours(tmp_path: Path, kind: str) -> None:
     """Other words around a text change no bit of its vector."""
     build(tmp_path, kind)
     engine = load(tmp_path)
-    engine._reduce(embed(engine, list(PROBE)), is_forced=True, known={})
+    known = {"products": "C" if kind in FUSED else "torch"}
+    assert engine._reduce(embed(engine, list(PROBE)), is_forced=True, known=known) == known["products"]
     texts, others = texts_of(LENGTHS), texts_of(LENGTHS, seed=1)
     mixed = [text if i % 2 else other for i, (text, other) in enumerate(zip(texts, others, strict=True))]
 

@@ -457,32 +457,48 @@ class Embedder:
             "C": self._fuse,
             "torch": partial(use_bfloat16, self._model),
         }
-        choice = known.get("products")
-        tried = {way: self._try_way(begin, plain) for way, begin in ways.items() if choice in (None, way)}
-        times = {way: seconds for way, seconds in tried.items() if isinstance(seconds, float)}
+        candidates = [known["products"]] if known.get("products") in ways else list(ways)
+        times: dict[str, float] = {}
+        reasons: list[str] = []
+        for way in candidates:
+            undo = self._try_way(ways[way], plain)
+            if isinstance(undo, str):
+                reasons += [undo] if undo else []
+                continue
+            if is_settled and len(candidates) == 1:
+                self._undo_bfloat16 = undo
+                return way
+            times[way] = min(self._timed_probe() for _ in range(3))
+            undo()
+        for reason in reasons:
+            logger.warning("a way to bfloat16 is not used: %s", reason, extra={"model": self.name})
         best = min(times, key=times.__getitem__, default=None)
         if best is not None and times[best] <= float32_s:
             self._undo_bfloat16 = ways[best]()
             return best
-        reason = "it is slower here" if times else "; ".join(map(str, filter(None, tried.values())))
+        reason = "it is slower here" if times else "; ".join(reasons)
         if is_forced:
             raise ModelLoadError(self.name, f"bfloat16: {reason}")
         self.dtype = "float32"
         logger.warning("float32 is used, not bfloat16: %s", reason, extra={"model": self.name})
         return "torch"
 
-    def _try_way(self, begin: Callable[[], Callable[[], None]], plain: NDArray[np.float32]) -> float | str:
-        """Return seconds for the probe, or why it must not be used; leaves the model as it was."""
+    def _try_way(
+        self, begin: Callable[[], Callable[[], None]], plain: NDArray[np.float32]
+    ) -> Callable[[], None] | str:
+        """Use a way if it keeps the probe's vectors; returns what undoes it, or why it is not used."""
         try:
             undo = begin()
         except NotImplementedError:
             return ""  # there is none for such a model, or on such a machine
         try:
-            return self._compare(plain) or min(self._timed_probe() for _ in range(3))
+            reason = self._compare(plain)
         except FOREIGN as error:
-            return f"{type(error).__name__}: {error}"
-        finally:
-            undo()
+            reason = f"{type(error).__name__}: {error}"
+        if reason is None:
+            return undo
+        undo()
+        return reason
 
     def _fuse(self) -> Callable[[], None]:
         """Compute the encoder in C; returns what undoes it.
@@ -496,7 +512,7 @@ class Embedder:
         return self._packed.fuse(kernels)
 
     def _timed_probe(self) -> float:
-        self._probe()  # the first has more to do
+        """Return seconds for the probe, after it was compared: the first has more to do."""
         start = time.perf_counter()
         self._probe()
         return time.perf_counter() - start

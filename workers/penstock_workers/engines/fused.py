@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from penstock_workers.engines.attention import Layout
-from penstock_workers.engines.kernels import HEAD_SIZES, LANES, Kernels
+from penstock_workers.engines.kernels import HEAD_SIZES, Kernels
 from penstock_workers.engines.weights import share
 
+LANES: Final = 16
+"""Numbers of float32 in a vector: all widths are multiples."""
 PANEL: Final = 64
 """Outputs of a Linear layer that are computed at once, and so lie together."""
 
@@ -77,7 +79,7 @@ class Fused:
                 getattr(embeddings, name).weight.detach()
                 for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")
             ]
-            self._dim, self._n_heads = tables[0].shape[1], int(transformer.config.num_attention_heads)
+            self._dim, n_heads = tables[0].shape[1], int(transformer.config.num_attention_heads)
             self._n_inner = layers[0].intermediate.dense.out_features if layers else 0
             norms = [embeddings.LayerNorm]
             for layer in layers:
@@ -86,7 +88,7 @@ class Fused:
             laid = [tensor for layer in layers for tensor in self._lay_out_layer(layer)]
         except AttributeError as error:
             raise NotImplementedError(f"it is built differently: {error}") from error
-        if self._dim not in [size * self._n_heads for size in HEAD_SIZES] or not layers:
+        if self._dim not in [size * n_heads for size in HEAD_SIZES] or not layers:
             raise NotImplementedError("its heads have an unusual size, or it has no layers")
         if not all(_is_table(table, self._dim) for table in tables):
             raise NotImplementedError("its tables are not plain float32")
@@ -108,7 +110,7 @@ class Fused:
                 *(_Layer(*linears[4 * i : 4 * i + 4], *others[2 * i : 2 * i + 2]) for i in range(len(layers)))
             ),
             len(layers),
-            self._n_heads,
+            n_heads,
             self._dim,
         )
 
@@ -135,9 +137,6 @@ class Fused:
             types,
             layout.ends,
             longest=layout.longest,
-            dim=self._dim,
-            n_heads=self._n_heads,
-            n_inner=self._n_inner,
         )
 
     @property

@@ -21,7 +21,6 @@ from penstock_workers.engines.device import processor_flags
 logger = logging.getLogger(__name__)
 
 SOURCE: Final = Path(__file__).with_suffix(".c")
-LANES: Final = 16
 HEAD_SIZES: Final = (16, 32, 48, 64, 80, 96, 128)
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
@@ -106,22 +105,16 @@ class Kernels:
         ends: Tensor,
         *,
         longest: int,
-        dim: int,
-        n_heads: int,
-        n_inner: int,
     ) -> Tensor:
         """Return a BERT's last hidden states.
 
         Args:
-            encoder: the model; see `fused.py`.
+            encoder: the model, see `fused.py`; each head has one of HEAD_SIZES.
             words: of each token, int64, contiguous, shape (n_tokens,).
             positions: as `words`.
             types: as `words`.
             ends: where texts begin and end; int32, shape (n_texts + 1,).
             longest: tokens of the longest text.
-            dim: of the model, as the three that follow.
-            n_heads: of one of HEAD_SIZES each.
-            n_inner: width of what lies between up and down.
 
         Returns:
             float32, shape (n_tokens, dim).
@@ -129,9 +122,10 @@ class Kernels:
         Raises:
             IndexError: a word, position or type is not in its table.
         """
-        n_tokens, size = len(words), dim // n_heads
+        n_tokens, dim = len(words), encoder.dim
+        size = dim // encoder.n_heads
         hidden = torch.empty(n_tokens, dim)
-        n_bytes = 8 * n_tokens * dim + 384 * n_inner + 64 + _attention_bytes(size, longest)
+        n_bytes = 8 * n_tokens * dim + 384 * encoder.layers[0].up.n_out + 64 + _attention_bytes(size, longest)
         space = torch.empty(n_bytes, dtype=torch.uint8)
         is_within = self._encode(
             ctypes.byref(encoder),

@@ -51,7 +51,7 @@ class Packed:
             NotImplementedError: it is of a kind that is not known.
         """
         fused, transformer = Fused(self._transformer, kernels), self._transformer
-        # its weights in float32 are in the way of nobody, and go with what undoes this
+        # its weights in float32 are not needed any more, and go with what undoes this
         encoder, transformer.encoder = transformer.encoder, nn.Identity()
         self._fused = fused
 
