@@ -15,7 +15,7 @@ from tests.upstream import Upstream
 
 def pytest_unconfigure() -> None:
     """Let the summary be the last word: threads of workers under test outlive their servers, and complain."""
-    logging.lastResort = None
+    logging.lastResort = logging.NullHandler()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -52,7 +52,7 @@ def test_nul_and_a_megabyte_are_texts_like_others(client: Client) -> None:
         ),
         (lambda c: c.embed(["a" * (MEGABYTE + 1)], model="minilm"), RequestTooLargeError, "1048577 bytes"),
         (lambda c: c.embed(["a"] * 100_000, model="minilm"), TooManyTextsError, "100000 texts"),
-        (lambda c: c.embed(["a"], model="nope"), UnknownModelError, "known models: chat, minilm"),
+        (lambda c: c.embed(["a"], model="nope"), UnknownModelError, r"known models: .*chat, minilm"),
         (lambda c: c.embed(["a"], model="chat"), WrongTaskError, "serves 'generate'"),
         (lambda c: c.generate("a", model="minilm"), WrongTaskError, "serves 'embed'"),
         (

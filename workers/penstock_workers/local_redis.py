@@ -19,7 +19,7 @@ def local_redis_command(*, port: int, folder: Path | None, password: str | None 
 
     Args:
         port: where it listens.
-        folder: keeps the data, each write at once; made if it is missing. None keeps nothing.
+        folder: keeps the data, written as configs/redis.conf says; made if it is missing. None keeps nothing.
         password: what clients have to send. The server takes it off its command line as it starts.
 
     Raises:
