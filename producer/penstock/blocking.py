@@ -223,10 +223,11 @@ class Client:
                 while True:
                     while part := pacer.take():
                         self._run(pacer.send(part))
-                    if (vectors := self._run(pacer.next())) is None:
+                    if not self._run(pacer.wait()):
                         return
-                    yield vectors
-                    bar.update(len(vectors))
+                    for vectors in pacer.read():
+                        yield vectors
+                        bar.update(len(vectors))
             finally:
                 self._run(pacer.close())
 

@@ -428,7 +428,7 @@ class AsyncClient:
             texts: read as needed, never all at once.
             model: name it is served under.
             progress: show a bar on standard error, where that is a terminal.
-            timeout_s: how long to wait for each job, seconds.
+            timeout_s: how long to wait until the next of the jobs under way ends, seconds.
             **options: see `EmbedOptions`.
 
         Yields:
@@ -444,10 +444,11 @@ class AsyncClient:
                 while True:
                     while part := pacer.take():
                         await pacer.send(part)
-                    if (vectors := await pacer.next()) is None:
+                    if not await pacer.wait():
                         return
-                    yield vectors
-                    bar.update(len(vectors))
+                    for vectors in pacer.read():
+                        yield vectors
+                        bar.update(len(vectors))
             finally:
                 await pacer.close()
 

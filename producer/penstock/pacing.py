@@ -1,17 +1,20 @@
 """How `embed_many` cuts texts into jobs, and how many of them are under way: by the workers' live speed.
 
 A job is a second of one worker's work. Three for each worker: it computes one, the next fills its
-batches, and one is on its way. Towards a known end they become smaller, so that all workers end together
+batches, and one is on its way. Whichever ends makes room for another, also before its turn: a worker may
+answer the oldest last. Towards a known end they become smaller, so that all workers end together
 (guided self-scheduling: Polychronopoulos and Kuck, IEEE Trans. Computers C-36, 1987).
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from itertools import islice
 from statistics import median
 from typing import Final, Protocol
 
+from penstock.errors import ResultTimeoutError
 from penstock.job import AsyncJob
 from penstock.registry import ModelInfo, Registry
 from penstock.result import Vectors
@@ -19,6 +22,8 @@ from penstock.result import Vectors
 JOB_S: Final = 1.0
 """Work in one job, seconds of one worker."""
 JOBS_PER_WORKER: Final = 3
+UNREAD: Final = 2
+"""So many times what is under way may wait to be read, so that memory is bounded if the oldest takes long."""
 TEXTS_PER_JOB: Final = 64
 """Until the workers' speed is known."""
 TEXTS_PER_WORKER: Final = 256
@@ -40,18 +45,34 @@ class Sender(Protocol):
         """Send a job."""
 
 
+@dataclass(eq=False, slots=True, kw_only=True)
+class _Part:
+    """What one job has of the texts.
+
+    Attributes:
+        answer: its vectors, shape (n, dim).
+        is_ended: whether it makes room for others.
+    """
+
+    job: AsyncJob[Vectors]
+    answer: asyncio.Task[Vectors]
+    n_texts: int
+    n_characters: int
+    is_ended: bool = False
+
+
 class Pacer:
     """The jobs of one `embed_many`.
 
-    Call `take` and `send` in turn until nothing is taken, then `next`, and so on until that returns None.
+    Call `take` and `send` in turn until nothing is taken, then `wait` and `read`, and so on until there is
+    nothing to wait for.
     """
 
     def __init__(self, texts: Iterable[str], sender: Sender, timeout_s: float | None) -> None:
         self._texts: Iterator[str] = iter(texts)
         self._left = len(texts) if isinstance(texts, Sized) else None
         self._sender, self._timeout_s = sender, timeout_s
-        self._jobs: deque[tuple[AsyncJob[Vectors], int]] = deque()
-        self._n_characters = self._n_texts = 0
+        self._parts: deque[_Part] = deque()  # in the texts' order, until they are read
         self._tokens_per_character = 0.25
         self._part_characters, self._part_texts = float(MOST_CHARACTERS), TEXTS_PER_JOB
         self._n_workers = 1
@@ -70,37 +91,71 @@ class Pacer:
 
     def take(self) -> list[str]:
         """Read the next job's texts, none if enough is under way; does not wait, except for the texts."""
-        n_jobs = len(self._jobs)
-        is_enough = (
-            n_jobs >= JOBS_PER_WORKER * self._n_workers
-            and self._n_texts >= TEXTS_PER_WORKER * self._n_workers
-        ) or self._n_characters >= MOST_CHARACTERS_UNDER_WAY
-        return [] if n_jobs and is_enough else self._cut()
+        under_way = self._under_way()
+        if under_way and (self._is_enough(under_way, 1) or self._is_enough(self._parts, UNREAD)):
+            return []
+        return self._cut()
 
     async def send(self, part: list[str]) -> None:
         """Send what was taken, by itself: of jobs that come together the first idle worker takes all."""
-        self._jobs.append((await self._sender.send(part), n_characters := _count(part)))
-        self._n_characters, self._n_texts = self._n_characters + n_characters, self._n_texts + len(part)
+        job = await self._sender.send(part)
+        answer = asyncio.create_task(job.result(None))
+        self._parts.append(_Part(job=job, answer=answer, n_texts=len(part), n_characters=_count(part)))
 
-    async def next(self) -> Vectors | None:
-        """Return the oldest job's vectors, shape (n, dim); None when there is none."""
-        if not self._jobs:
-            return None
-        job, n_characters = self._jobs[0]
-        vectors = await job.result(self._timeout_s)
-        self._jobs.popleft()
-        self._n_characters, self._n_texts = self._n_characters - n_characters, self._n_texts - len(vectors)
-        if job.usage is not None and n_characters:
-            # Slowly: texts come in runs, and one job of code must not halve the next of prose.
-            self._tokens_per_character += 0.2 * (
-                max(job.usage.prompt_tokens, 1) / n_characters - self._tokens_per_character
-            )
+    async def wait(self) -> bool:
+        """Wait until a job ends; False if none is under way.
+
+        Raises:
+            ResultTimeoutError: none did in time.
+        """
+        if not (under_way := self._under_way()):
+            return False
+        answers = [part.answer for part in under_way]
+        done, _ = await asyncio.wait(answers, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise ResultTimeoutError(under_way[0].job.id, float(self._timeout_s or 0))
+        for part in under_way:
+            if part.answer.done():
+                part.is_ended = True
+                self._learn(part)
         await self.open()
-        return vectors
+        return True
+
+    def read(self) -> Iterator[Vectors]:
+        """Yield the vectors of the oldest jobs as far as they have ended, shape (n, dim) each.
+
+        Raises:
+            PenstockError: the next of them failed.
+        """
+        while self._parts and self._parts[0].is_ended:
+            yield self._parts.popleft().answer.result()
 
     async def close(self) -> None:
         """Take back what is under way."""
-        await asyncio.gather(*(job.cancel() for job, _ in self._jobs), return_exceptions=True)
+        for part in self._parts:
+            part.answer.cancel()
+        await asyncio.gather(
+            *(part.answer for part in self._parts),
+            *(part.job.cancel() for part in self._under_way()),
+            return_exceptions=True,
+        )
+
+    def _under_way(self) -> list[_Part]:
+        return [part for part in self._parts if not part.is_ended]
+
+    def _is_enough(self, parts: Sequence[_Part], factor: int) -> bool:
+        most = factor * self._n_workers
+        return (
+            len(parts) >= JOBS_PER_WORKER * most
+            and sum(part.n_texts for part in parts) >= TEXTS_PER_WORKER * most
+        ) or sum(part.n_characters for part in parts) >= MOST_CHARACTERS_UNDER_WAY * factor
+
+    def _learn(self, part: _Part) -> None:
+        if part.job.usage is not None and part.n_characters:
+            # Slowly: texts come in runs, and one job of code must not halve the next of prose.
+            self._tokens_per_character += 0.2 * (
+                max(part.job.usage.prompt_tokens, 1) / part.n_characters - self._tokens_per_character
+            )
 
     def _cut(self) -> list[str]:
         part: list[str] = []

@@ -5,7 +5,7 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,18 @@ import redis
 from celery import Celery
 from kombu import Connection
 
-from penstock import Client, DeadlineExceededError, QueueDelayError, RateLimitError, WaitPolicy
+from penstock import (
+    Client,
+    DeadlineExceededError,
+    QueueDelayError,
+    RateLimitError,
+    ResultTimeoutError,
+    WaitPolicy,
+)
 from penstock.bucket import RETRIES
 from penstock.delay import BATCH_S
 from penstock.leases import DEAD_KEY, pop_arguments, push_arguments, scripts
+from penstock.pacing import TEXTS_PER_WORKER, UNREAD
 from penstock.registry import MODELS_KEY, WORKERS_KEY, ModelInfo, WorkerInfo
 from penstock.request import PoolName
 from penstock.transport import install
@@ -400,6 +408,49 @@ def test_many_texts_wait_for_room(light: LightWorker, own: Server) -> None:
         parts = list(sender.embed_many((f"t{n} 0.01" for n in range(60)), model=MODEL, timeout_s=30))
 
     assert sum(map(len, parts)) == 60
+
+
+def test_a_slow_first_job_does_not_hold_up_the_rest(own: Server, tmp_path: Path) -> None:
+    """While one worker is at the oldest job, the other goes on, as far as results may wait to be read."""
+    light, n_texts, n_read = LightWorker(tmp_path, own), 3000, 0
+
+    def texts() -> Iterator[str]:
+        nonlocal n_read
+        for n_read in range(n_texts):
+            yield f"t{n_read} 0" if n_read else "gate inf"
+
+    with light.running(), LightWorker(tmp_path, own).running(), Client(own.broker_url) as sender:
+        eventually(lambda: len(sender.registry().workers) == 2)
+        rows: list[float] = []
+        reader = threading.Thread(
+            target=lambda: rows.extend(
+                float(v[0]) for part in sender.embed_many(texts(), model=MODEL) for v in part
+            )
+        )
+        reader.start()
+        most = 2 * TEXTS_PER_WORKER  # under way, of two workers
+        eventually(lambda: light.runs().total() > most + most // 2, within_s=30)
+        eventually(lambda: n_read >= UNREAD * most - 16, within_s=30)
+        time.sleep(0.5)
+        assert n_read <= UNREAD * most + 16
+        assert not rows
+        light.book.set("gate", 1)
+        reader.join(60)
+
+    assert len(rows) == n_texts
+    assert rows[0] == float("inf")
+    assert not any(rows[1:])
+
+
+def test_many_texts_whose_worker_hangs_time_out(light: LightWorker, own: Server) -> None:
+    """The time counts from the last job that ended; what is under way is taken back."""
+    with light.running(), Client(own.broker_url) as sender:
+        parts = sender.embed_many(["a 0.1"] * 16 + ["b 0.1"] * 16 + ["gate inf"], model=MODEL, timeout_s=2.5)
+        assert [len(next(parts)) for _ in range(2)] == [16, 16]
+        with pytest.raises(ResultTimeoutError):
+            next(parts)
+        light.book.set("gate", 1)
+        eventually(lambda: not light.n_held(), within_s=10)
 
 
 def order(client: redis.Redis, n: int) -> list[str]:
