@@ -1,7 +1,10 @@
 """The pool of job threads: how jobs are handed back, and how a worker process ends."""
 
+import base64
+import json
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,10 +12,13 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
+from penstock.leases import push_arguments, scripts
+from penstock_workers.consumer import EVENTS_S
 from penstock_workers.local_redis import free_port
 from tests.deployment import Server
 from tests.eventually import eventually
-from tests.integration.noop_app import NoopWorker, build_noop_app
+from tests.faults.fleet import message
+from tests.integration.noop_app import QUEUE, TASKS, NoopWorker, build_noop_app
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +58,32 @@ def test_jobs_are_acknowledged_as_they_end(server: Server, tmp_path: Path) -> No
         assert worker.result(late) is None
         assert "handed back" not in worker.log
         assert "Traceback" not in worker.log
+
+
+def test_events_of_a_moment_are_sent_together(server: Server, tmp_path: Path) -> None:
+    """Each job has its three events, the last one before the end too; far fewer messages carry them."""
+    n_jobs, messages = 40, []
+    with (
+        NoopWorker(tmp_path, server, worker_send_task_events=True) as worker,
+        worker.broker.pubsub() as channel,
+    ):
+        channel.psubscribe("*celeryev/task.multi")
+        push = worker.broker.register_script(scripts()["push"])
+        began = time.monotonic()
+        for number in range(n_jobs):
+            job, raw = message(f"{TASKS}.add", [number], queue=QUEUE)
+            push(*push_arguments(QUEUE, raw))
+            eventually(lambda job=job: worker.result(job))
+        seconds = time.monotonic() - began
+        worker.signal(signal.SIGTERM)
+        worker.wait()
+        while heard := channel.get_message(timeout=1):
+            if heard["type"] == "pmessage":
+                messages.append(json.loads(base64.b64decode(json.loads(heard["data"])["body"])))
+
+    kinds = Counter(event["type"] for events in messages for event in events)
+    assert kinds == dict.fromkeys(("task-received", "task-started", "task-succeeded"), n_jobs)
+    assert len(messages) <= seconds / EVENTS_S + 3 * n_jobs / 24 + 3  # Celery sends 24 events at once
 
 
 def test_jobs_past_the_limit_are_handed_back(server: Server, tmp_path: Path) -> None:

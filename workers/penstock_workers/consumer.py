@@ -6,6 +6,7 @@ sender waiting. What is no message at all never comes here: the transport puts i
 
 import logging
 import random
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 RECONNECT_S: Final = (0.3, 1.0)
 """Between two tries to reach a broker that is away, seconds; drawn once for each outage."""
 
+EVENTS_S: Final = 0.1
+"""Events of so many seconds go out together."""
+
 _MALFORMED = (ValueError, TypeError, KeyError, AttributeError)
 
 
@@ -33,6 +37,23 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # Celery has no types
 
     Their content is not logged.
     """
+
+    _events_at = _late_events_at = 0.0
+
+    def _flush_events(self) -> None:
+        """Send the events that wait; Celery does so in every turn of its loop, half of the loop's time."""
+        now = time.monotonic()
+        if now >= self._events_at:
+            self._events_at = now + EVENTS_S
+            super()._flush_events()
+        elif self._late_events_at < now:
+            self._late_events_at = self._events_at
+            self.hub.call_later(self._events_at - now, self._flush_events)
+
+    def stop(self) -> None:
+        """Stop; the last events are sent before."""
+        super()._flush_events()
+        super().stop()
 
     def ensure_connected(self, conn: Any) -> Any:
         """Connect, however long the broker is away; each new reason is logged.

@@ -22,11 +22,12 @@ if TYPE_CHECKING:  # torch loads with the first model, not with the app
     from numpy.typing import NDArray
 
     from penstock_workers.engines.decoding import Row
-    from penstock_workers.engines.embedding import Embedder, Encoded
+    from penstock_workers.engines.embedding import Embedder
     from penstock_workers.engines.generation import Answer, Generator
     from penstock_workers.engines.remote_chat import RemoteGenerator
     from penstock_workers.engines.remote_embedding import RemoteEmbedder
     from penstock_workers.engines.reranking import Reranker
+    from penstock_workers.engines.tokenizing import Encoded
 
 
 DEFAULT_SHARES: Final[Mapping[Task, float]] = {"embed": 2.0, "generate": 1.0, "rerank": 2.0}

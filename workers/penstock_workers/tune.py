@@ -39,7 +39,8 @@ if TYPE_CHECKING:  # torch loads in the processes that compute
     import torch
     from numpy.typing import NDArray
 
-    from penstock_workers.engines.embedding import Embedder, Encoded
+    from penstock_workers.engines.embedding import Embedder
+    from penstock_workers.engines.tokenizing import Encoded
 
 THREADS: Final = (1, 2, 4, 8)
 BATCH_TOKENS: Final = {"cpu": (512, 1024, 2048, 4096), "cards": (8192, 16_384, 32_768, 65_536)}

@@ -3,12 +3,9 @@
 import hashlib
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from typing import Any, Final, Literal, Self
 
 import numpy as np
@@ -31,20 +28,15 @@ from penstock_workers.engines.openvino import Compiled, is_installed
 from penstock_workers.engines.packed import Packed
 from penstock_workers.engines.products import use_bfloat16
 from penstock_workers.engines.source import explain_failure, resolve_source
+from penstock_workers.engines.tokenizing import FOREIGN, Encoded, TextTokenizer
 
 logger = logging.getLogger(__name__)
 
 MIN_COSINE: Final = 0.9999
-TOKENIZE_AT_ONCE: Final = 256
-AS_LISTS: Final = {"text": {"padding": False}, "common": {"return_tensors": None}}
-"""Asks sentence-transformers for tokens as they are. Padding them to tensors takes twice the tokenizer's own
-time, and in Python, where the model's thread has to wait for it."""
 BATCH_TOKENS: Final = tuple(1024 << i for i in range(8))
 """Sizes that are tried on a card; TEI's default is among them, 16,384."""
 TYPICAL_TOKENS: Final = 128
 NEARLY: Final = 0.95
-FOREIGN: Final = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What a model's own code may raise when it meets a row of texts, or two number formats."""
 
 # What every faster way is tried on before it is used: lengths and scripts, code, and nearly nothing.
 PROBE: Final = (
@@ -67,41 +59,6 @@ PROBE: Final = (
 
 RACE: Final = ((12, 40), (32, 16), (96, 6), (256, 2))
 """Batches that engines are timed on: tokens of the longest text, and texts, up to an eighth shorter."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Encoded:
-    """One tokenized text.
-
-    Attributes:
-        features: what the model takes, each integer, shape (n_tokens,).
-        prompt_length: tokens of the prompt that pooling leaves out, else None.
-    """
-
-    features: dict[str, Tensor]
-    prompt_length: int | None
-
-    @property
-    def n_tokens(self) -> int:
-        """Real tokens, special ones counted."""
-        return len(self.features["input_ids"])
-
-    def equals(self, other: "Encoded") -> bool:
-        """Whether the other is the same text."""
-        return (
-            self.prompt_length == other.prompt_length
-            and self.features.keys() == other.features.keys()
-            and all(torch.equal(value, other.features[key]) for key, value in self.features.items())
-        )
-
-    def of_length(self, n_tokens: int) -> Self:
-        """Return a text of this many tokens, cut or repeated."""
-        repeats = -(-n_tokens // self.n_tokens)
-        return replace(self, features={k: v.repeat(repeats)[:n_tokens] for k, v in self.features.items()})
-
-    def reversed(self) -> Self:
-        """Return another text of the same length."""
-        return replace(self, features={key: value.flip(0) for key, value in self.features.items()})
 
 
 class Embedder:
@@ -130,8 +87,7 @@ class Embedder:
         self.int8_ranges: NDArray[np.float32] | None = None
         self._has_int8 = False
         self.fingerprint = ""
-        self._tokenizing = threading.Lock()  # fast tokenizers refuse two threads that change their settings
-        self._has_lists = False
+        self._tokenizer = TextTokenizer(model, PROBE)
 
     @classmethod
     def load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:
@@ -146,7 +102,6 @@ class Embedder:
         if model.dtype == "float16":
             engine._model.half()
             engine.dtype = "float16"
-        engine._has_lists = engine._try_lists()
         plain = engine._probe()
         engine._choose_ranges(model, plain)
         engine._choose_ways(model, plain, device)
@@ -170,11 +125,7 @@ class Embedder:
         Raises:
             InvalidOptionError: the model has no prompt of that name, or cannot give vectors of that form.
         """
-        prompt = self.check(request)
-        encoded: list[Encoded] = []
-        for start in range(0, len(request.texts), TOKENIZE_AT_ONCE):
-            encoded += self._tokenize(request.texts[start : start + TOKENIZE_AT_ONCE], prompt)
-        return encoded
+        return self._tokenizer.encode(request.texts, self.check(request))
 
     def check(self, request: EmbedRequest) -> str | None:
         """Return the prompt that goes before each text.
@@ -240,22 +191,6 @@ class Embedder:
         """Return a request's vectors in the form it asked for; see `formats.form`."""
         found = np.stack(vectors) if vectors else np.zeros((0, self.dim), dtype=np.float32)
         return form(found, request, self.int8_ranges)
-
-    def _tokenize(self, texts: list[str], prompt: str | None) -> list[Encoded]:
-        options: dict[str, Any] = {"processing_kwargs": AS_LISTS} if self._has_lists else {}
-        with self._tokenizing:
-            found = self._model.preprocess(texts, prompt=prompt, **options)
-        return _from_lists(found) if self._has_lists else unpad(found)
-
-    def _try_lists(self) -> bool:
-        """Whether the model's first module gives the same tokens without padding them."""
-        texts, prompt = list(PROBE), "query: "
-        padded = self._tokenize(texts, prompt)
-        try:
-            lists = _from_lists(self._model.preprocess(texts, prompt=prompt, processing_kwargs=AS_LISTS))
-        except FOREIGN:
-            return False
-        return len(lists) == len(padded) and all(map(Encoded.equals, lists, padded))
 
     def _prompt(self, request: EmbedRequest) -> str | None:
         prompts: dict[str | None, str] = self._model.prompts
@@ -556,38 +491,6 @@ def _fingerprint(model: SentenceTransformer, settings: ModelSettings) -> str:
         found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def _from_lists(found: Mapping[str, Any]) -> list[Encoded]:
-    lengths = [len(ids) for ids in found["input_ids"]]
-    features: dict[str, Sequence[Tensor]] = {}
-    for key, lists in found.items():
-        if isinstance(lists, list) and [len(each) for each in lists] == lengths:
-            # one tensor of all texts: one for each would take longer than the tokenizer
-            row = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64)
-            features[key] = row.split(lengths)  # type: ignore[no-untyped-call]  # torch's own gap
-    prompt_length = found.get("prompt_length")
-    return [
-        Encoded(
-            features=dict(zip(features, text, strict=True)),
-            prompt_length=None if prompt_length is None else int(prompt_length),
-        )
-        for text in zip(*features.values(), strict=True)
-    ]
-
-
-def unpad(padded: dict[str, Any]) -> list[Encoded]:
-    """Return each text of a padded batch by itself."""
-    mask = padded["attention_mask"].bool()
-    keys = [key for key, value in padded.items() if torch.is_tensor(value) and value.shape == mask.shape]
-    prompt_length = padded.get("prompt_length")
-    return [
-        Encoded(
-            features={key: padded[key][row][mask[row]] for key in keys},
-            prompt_length=None if prompt_length is None else int(prompt_length),
-        )
-        for row in range(len(mask))
-    ]
 
 
 def _worst_cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

@@ -95,7 +95,9 @@ class Packed:
         return found[upload(back, device)]
 
     def _embed(self, row: Mapping[str, Tensor], layout: Layout, extra: Mapping[str, Any]) -> Tensor:
-        positions = torch.cat([torch.arange(n) for n in layout.lengths]) + self._first
+        lengths = torch.tensor(layout.lengths)
+        starts = lengths.cumsum(0) - lengths - self._first
+        positions = torch.arange(layout.n_tokens) - starts.repeat_interleave(lengths)
         if self._fused is not None:
             hidden = self._fused.hidden(row, positions, layout)
         else:

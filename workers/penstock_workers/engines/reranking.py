@@ -14,9 +14,9 @@ from penstock.errors import EngineError, ModelLoadError, OutOfMemoryError, Penst
 from penstock.request import RerankRequest
 from penstock.settings import ModelSettings
 from penstock_workers.engines.attention import upload
-from penstock_workers.engines.embedding import FOREIGN, TOKENIZE_AT_ONCE, Encoded, unpad
 from penstock_workers.engines.products import use_bfloat16
 from penstock_workers.engines.source import explain_failure, resolve_source
+from penstock_workers.engines.tokenizing import AT_ONCE, FOREIGN, Encoded, unpad
 
 PROBE: Final = RerankRequest(
     model="probe", query="What is a penstock?", documents=["A pipe.", "A long one. " * 9]
@@ -76,9 +76,9 @@ class Reranker:
         pairs = [[request.query, document] for document in request.documents]
         prompt = self._model.prompts.get(self._model.default_prompt_name or "")
         encoded: list[Encoded] = []
-        for start in range(0, len(pairs), TOKENIZE_AT_ONCE):
+        for start in range(0, len(pairs), AT_ONCE):
             with self._tokenizing:
-                padded = self._model.preprocess(pairs[start : start + TOKENIZE_AT_ONCE], prompt=prompt)
+                padded = self._model.preprocess(pairs[start : start + AT_ONCE], prompt=prompt)
             encoded += unpad(padded)
         return encoded
 
