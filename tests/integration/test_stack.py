@@ -106,6 +106,25 @@ def test_two_processes_share_the_work(stack: Stack) -> None:
     )
 
 
+def test_a_killed_process_is_back_at_once(stack: Stack) -> None:
+    """Workers are forked from one that has imported what they need, and have their nodes' names."""
+
+    def ready(*, but: int = 0) -> list[int] | None:
+        found = [w.pid for w, _ in client.registry().workers if w.state == "ready" and w.pid != but]
+        return found if len(found) == 2 else None
+
+    with client_of(stack) as client:
+        before = eventually(ready, within_s=60)
+        titles = [Path(f"/proc/{pid}/cmdline").read_text() for pid in before]
+        os.kill(before[0], signal.SIGKILL)
+        after = eventually(lambda: ready(but=before[0]), within_s=60)
+
+    assert sorted("cpu-1@" in title for title in titles) == [False, True]
+    assert len({_parent(pid) for pid in after}) == 1
+    assert _parent(after[0]) != stack.process.pid
+    assert "ended with signal 9" in stack.log.read_text()
+
+
 def test_flower_shows_workers_queues_and_tasks_without_texts(stack: Stack) -> None:
     """Flower lists the workers with their queues, and a task with a summary for arguments."""
     with client_of(stack) as client:
@@ -157,6 +176,10 @@ def test_the_demo_runs_the_main_job() -> None:
     assert len(report["answers"]) == 3
     assert any(answer["system_prompt"] and answer["history"] for answer in report["answers"])
     assert all(answer["answer"]["text"] for answer in report["answers"])
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _task(stack: Stack, job_id: str) -> dict[str, str] | None:

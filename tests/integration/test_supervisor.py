@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from penstock_workers.forkserver import Preload
 from penstock_workers.supervisor import Child, StackEndedError, Supervisor
 from tests.eventually import eventually
 
@@ -34,12 +36,13 @@ signal.pause()
 # Starts the programs it is given as `name=source`, all in one stage, until a signal comes.
 PARENT = """
 import asyncio, sys
-from penstock_workers.supervisor import Child, Supervisor
+from penstock_workers.supervisor import Supervisor
+from tests.integration.test_supervisor import child, fork
+fork(sys.argv[1] == "forked")
 children = []
-for stage, argument in enumerate(sys.argv[1:]):
+for stage, argument in enumerate(sys.argv[2:]):
     name, _, source = argument.partition("=")
-    command = [sys.executable, "-S", "-c", "import os; print('pid', os.getpid())\\n" + source]
-    children.append(Child(name=name, command=command, environment={}, stage=stage))
+    children.append(child(name, "import os; print('pid', os.getpid())\\n" + source, stage=stage))
 sys.exit(asyncio.run(Supervisor(children, drain_s=60).run()))
 """
 
@@ -51,8 +54,24 @@ def says_up_and_down(name: str, lines: list[str], *, stage: int = 1) -> Child:
 
 def child(name: str, source: str, *, stage: int = 1, is_ready: Callable[[], bool] | None = None) -> Child:
     """Describe a small Python program as a child."""
-    command = [sys.executable, "-S", "-c", source]
-    return Child(name=name, command=command, environment={}, stage=stage, is_ready=is_ready)
+    command = [sys.executable, "-m", "tests.integration.program", source]
+    return Child(name=name, command=command, environment={}, stage=stage, is_ready=is_ready, preload=_preload)
+
+
+_preload: Preload | None = None
+
+
+def fork(is_forked: bool) -> None:
+    """Let children be forked from now on, or started by themselves."""
+    global _preload
+    _preload = Preload(modules=("decimal", "no.such.module")) if is_forked else None
+
+
+@pytest.fixture(autouse=True, params=["spawned", "forked"])
+def _way(request: pytest.FixtureRequest) -> str:
+    """Run each test with programs that are started by themselves, and with forks."""
+    fork(request.param == "forked")
+    return str(request.param)
 
 
 async def until(check: Callable[[], object]) -> None:
@@ -88,7 +107,7 @@ def parent_process(output: Path, *programs: str) -> Iterator[subprocess.Popen[by
     """Run a process with a supervisor in it, as the leader of a group, its output in a file."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with output.open("wb") as sink:
-        command = [sys.executable, "-c", PARENT, *programs]
+        command = [sys.executable, "-c", PARENT, "forked" if _preload else "spawned", *programs]
         process = subprocess.Popen(command, stdout=sink, env=environment, start_new_session=True)
     try:
         yield process
@@ -131,9 +150,8 @@ signal.pause()
 def test_the_environment_is_added_to_ours() -> None:
     """A child sees its own variables and the parent's."""
     source = "import os, signal; print(os.environ['POOL'], 'PATH' in os.environ); signal.pause()"
-    command = [sys.executable, "-S", "-c", source]
 
-    _, lines = run_until(len, Child(name="cpu-1", command=command, environment={"POOL": "cpu"}, stage=0))
+    _, lines = run_until(len, replace(child("cpu-1", source), environment={"POOL": "cpu"}))
 
     assert lines == ["cpu-1 | cpu True"]
 
@@ -346,7 +364,7 @@ def test_colour_is_for_terminals(no_color: str, prefix: str) -> None:
     """On a terminal a name has its colour, unless NO_COLOR is set."""
     terminal, its_end = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "NO_COLOR": no_color}
-    command = [sys.executable, "-c", PARENT, f"cpu={SAY_UP_THEN_WAIT}"]
+    command = [sys.executable, "-c", PARENT, "forked" if _preload else "spawned", f"cpu={SAY_UP_THEN_WAIT}"]
     shown = b""
 
     with subprocess.Popen(command, stdout=its_end, env=environment, start_new_session=True) as parent:

@@ -8,6 +8,7 @@ import pytest
 from penstock.settings import Settings, load_settings
 from penstock_workers.layout import (
     PROCESS_BYTES,
+    SHARED_BYTES,
     UNSEEN_WEIGHTS_BYTES,
     WEIGHTS_FACTOR,
     Layout,
@@ -62,7 +63,7 @@ def test_memory_limits_processes() -> None:
     each = process_bytes(found.models)
 
     for n_bytes, n in ((each * 3, 3), (each * 3 - 1, 2), (each - 1, 1)):
-        machine = Machine(cores=16, memory_bytes=n_bytes)
+        machine = Machine(cores=16, memory_bytes=SHARED_BYTES + n_bytes)
         assert choose_layouts(found, machine)["cpu"].processes == n
 
 

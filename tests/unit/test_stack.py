@@ -104,6 +104,23 @@ def test_pools_get_their_processes() -> None:
     assert option(cpu.command, "-n") == "cpu-1@%h"
 
 
+def test_processes_of_a_pool_are_forked_where_they_can_be() -> None:
+    """Not one by itself, and none that computes on a card: a fork cannot use what its parent knows of it."""
+    two = plan(BROKER | {"pools.cpu.processes": "2", "pools.cpu.threads": "3"})
+    one = plan(BROKER | {"pools.cpu.processes": "1"})
+    cards = plan(BROKER | {"pools.cpu.processes": "0", "pools.gpu.processes": "2"})
+    trial = plan(BROKER | {"pools.cpu.processes": "0", "pools.gpu.processes": "2", "pools.gpu.device": "cpu"})
+
+    first, second = (child.preload for child in two.children)
+    assert first is not None
+    assert first == second
+    assert {"penstock_workers.engines.embedding", "penstock_workers.engines.generation"} < {*first.modules}
+    assert ("OMP_NUM_THREADS", "3") in first.environment
+    assert [child.preload for child in (*one.children, *cards.children)] == [None] * 3
+    assert trial.children[0].preload is not None
+    assert "penstock_workers.engines.generation" not in trial.children[0].preload.modules
+
+
 def test_workers_get_the_numbers_that_auto_stands_for() -> None:
     """Children read counts, not `auto`, so that a restarted one has the layout of the others."""
     stack = plan(BROKER)

@@ -18,8 +18,10 @@ MAX_THREADS: Final = 4
 """Threads of a process that generates: a decode step waits for memory, which few cores saturate."""
 GENERATING_PROCESSES: Final = 2
 """That share the cores at least, where text is generated: docs/operations.md has what was measured."""
-PROCESS_BYTES: Final = 512 << 20
-"""A process without its weights: measured 350 MiB beside others of its kind, 500 MiB alone."""
+SHARED_BYTES: Final = 512 << 20
+"""What all processes of a pool have in common, imports above all: they are forked, on Linux."""
+PROCESS_BYTES: Final = 192 << 20
+"""A process beside others of its kind, without its weights: 110 MiB were measured for all-MiniLM-L6-v2."""
 WEIGHTS_FACTOR: Final = 2
 """Memory over files: float32 of 16-bit files, or float32 and a bfloat16 copy."""
 UNSEEN_WEIGHTS_BYTES: Final = 1 << 30
@@ -105,10 +107,13 @@ def _available_bytes(meminfo: Path) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def announce_threads(n_threads: int) -> None:
-    """Tell OpenMP and the tokenizers, which take all cores unless they are told before they load."""
-    os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(n_threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if n_threads > 1 else "false"
+def thread_variables(n_threads: int) -> dict[str, str]:
+    """Return what OpenMP and the tokenizers read as they load; untold, they take all cores."""
+    return {
+        "OMP_NUM_THREADS": str(n_threads),
+        "RAYON_NUM_THREADS": str(n_threads),
+        "TOKENIZERS_PARALLELISM": "true" if n_threads > 1 else "false",
+    }
 
 
 def pss_bytes(pid: int | None = None) -> int | None:
@@ -170,7 +175,7 @@ def _choose_layout(
         return Layout(processes=wanted.processes, threads=threads)
     if pool == "gpu":  # a trial of the routing, which should leave the machine to the other pool
         return Layout(processes=1, threads=threads)
-    fit = machine.memory_bytes // process_bytes(models)
+    fit = (machine.memory_bytes - SHARED_BYTES) // process_bytes(models)
     return Layout(processes=max(1, min(machine.cores // threads, fit)), threads=threads)
 
 

@@ -33,7 +33,7 @@ from penstock.registry import (
 )
 from penstock.request import PoolName
 from penstock.settings import Settings
-from penstock_workers.layout import announce_threads, choose_threads, read_machine
+from penstock_workers.layout import choose_threads, read_machine, thread_variables
 from penstock_workers.serving import Serving, load_model
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
         pool = getattr(self._settings.pools, self._pool)
         models = [self._settings.models[name] for name in self._names]
         n_threads = choose_threads(self._settings, self._pool, models, read_machine())
-        announce_threads(n_threads)
+        os.environ.update(thread_variables(n_threads))
         with _or_exit():
             device = None
             if any(model.engine != "remote" for model in models):

@@ -13,11 +13,17 @@ from penstock.codec import queue_name
 from penstock.errors import ConfigError
 from penstock.request import PoolName
 from penstock.settings import CONFIG_VARIABLE, Loaded, Settings, variable_name
-from penstock_workers.layout import Layout, choose_layouts, read_machine
+from penstock_workers.forkserver import Preload
+from penstock_workers.layout import Layout, choose_layouts, on_cards, read_machine, thread_variables
 from penstock_workers.local_redis import free_port, is_ready, local_redis_command
 from penstock_workers.supervisor import Child
 
 DEFAULT_PORT: Final = 6379
+_ENGINES: Final = {
+    "embed": "penstock_workers.engines.embedding",
+    "generate": "penstock_workers.engines.generation",
+    "rerank": "penstock_workers.engines.reranking",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,10 +155,24 @@ def _workers(
             command=worker_command(settings, worker_queues(settings, pool), f"{pool}-{number + 1}"),
             environment={**variables, **_card(layout, number)},
             stage=1,
+            preload=_preload(settings, pool, layout),
         )
         for pool, layout in layouts.items()
         for number in range(layout.processes)
     ]
+
+
+def _preload(settings: Settings, pool: PoolName, layout: Layout) -> Preload | None:
+    """Return what the processes of a pool have in common; None where they have to start by themselves."""
+    # One process would have a server for nothing, and a fork cannot use what its parent knows of a card.
+    if layout.processes < 2 or on_cards(settings, pool):
+        return None
+    models = [model for model in settings.models.values() if pool in model.pools]
+    engines = {_ENGINES[model.task] for model in models if model.engine != "remote"}
+    return Preload(
+        modules=("celery.bin.celery", "celery.bin.worker", "penstock_workers.app", *sorted(engines)),
+        environment=tuple(thread_variables(layout.threads).items()),
+    )
 
 
 def _card(layout: Layout, number: int) -> Mapping[str, str]:

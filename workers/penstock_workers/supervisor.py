@@ -4,7 +4,6 @@ Knows commands and exit codes; must not know Redis, Celery or models.
 """
 
 import asyncio
-import ctypes
 import itertools
 import os
 import signal
@@ -15,13 +14,14 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO
 
+from penstock_workers.forkserver import Forked, ForkServer, Preload, tie_to_parent
+
 _ANSI_COLOURS = (36, 33, 32, 35, 34)
 _MAX_LINE_BYTES = _PIPE_BYTES = 1 << 20  # Source: pipe(7), the largest pipe without privileges
 _READY_POLL_S = 0.05
 _GRACE_S = 2.0  # on top of the drain limit, for a child to say that it reached it, and to leave
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _STABLE_AFTER_S = 1.0, 30.0, 60.0
 _EARLY_S, _MAX_EARLY_ENDS = 10.0, 3
-_PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,8 @@ class Child:
         environment: variables, added to the parent's.
         stage: lower ones start first and stop last.
         is_ready: the next stage waits until it says yes; asked every 50 ms, it must answer fast.
+        preload: it is forked from a process that has this, with others that have the same, where the kernel
+            ties a child to its parent; its command is `python -m MODULE ARGUMENT...` of this interpreter.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Child:
     environment: Mapping[str, str]
     stage: int
     is_ready: Callable[[], bool] | None = None
+    preload: Preload | None = None
 
 
 class StackEndedError(Exception):
@@ -68,8 +71,8 @@ class Supervisor:
     to what a stage has left after its limit. SIGINT while that goes on is SIGKILL to all at once;
     SIGTERM is not, for `timeout` and some process managers send it twice.
 
-    Each child leads a session, so a terminal's Ctrl-C reaches the parent alone; what is left of its
-    process group when it ends is killed. On Linux the kernel sends a child SIGTERM when the parent
+    Each child leads a group outside of our session, so a terminal's Ctrl-C reaches the parent alone; what
+    is left of its group when it ends is killed. On Linux the kernel sends a child SIGTERM when the parent
     dies, also of SIGKILL; not to the child's own children. On other systems children outlive a
     parent that was killed, or whose terminal was closed.
 
@@ -88,8 +91,14 @@ class Supervisor:
         """
         self._limit_s, self._write = drain_s + _GRACE_S, write
         colours = itertools.cycle(_ANSI_COLOURS if _paints() else (None,))
+        preloads = {child.preload for child in children if child.preload} if sys.platform == "linux" else ()
+        self._servers = {preload: ForkServer(preload, self._reap) for preload in preloads}
         self._processes = [
-            _Process(child, _prefixed(child.name, colour, write))
+            _Process(
+                child,
+                self._servers.get(child.preload) if child.preload else None,
+                _prefixed(child.name, colour, write),
+            )
             for child, colour in zip(children, colours, strict=False)
         ]
         self._stopping = asyncio.Event()
@@ -193,6 +202,9 @@ class Supervisor:
             self._kill_all()
             await asyncio.wait([process.keeper for process in self._processes if process.keeper])
             raise
+        finally:
+            for server in self._servers.values():
+                server.close()
 
     async def _stop_stage(self, stage: Sequence["_Process"]) -> None:
         keepers = {process.keeper: process for process in stage if process.keeper}
@@ -227,10 +239,10 @@ class _Process:
         keeper: the task that starts it, and starts it again; None before its stage is started.
     """
 
-    def __init__(self, child: Child, write: Callable[[bytes], None]) -> None:
-        self.child, self._write = child, write
+    def __init__(self, child: Child, server: ForkServer | None, write: Callable[[bytes], None]) -> None:
+        self.child, self._server, self._write = child, server, write
         self.keeper: asyncio.Task[None] | None = None
-        self._popen: subprocess.Popen[bytes] | None = None
+        self._life: _Spawned | Forked | None = None
         self._output: _Output
         self._ended: asyncio.Future[int]
 
@@ -239,39 +251,58 @@ class _Process:
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         self._ended = loop.create_future()
-        # Not asyncio's own subprocesses: Python 3.11 gives each a thread, and a thread's lock, held at the
-        # fork, is what makes `preexec_fn` unsafe. Here only the main thread runs.
-        self._popen = subprocess.Popen(  # noqa: S603  # the command is our caller's
-            self.child.command,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.child.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,  # one pipe keeps their order
-            bufsize=0,
-            start_new_session=True,
-            preexec_fn=_tie_to_parent(),
-        )
-        assert self._popen.stdout is not None
-        self._output = _Output(self._popen.stdout, self._write)
+        pipe, output = os.pipe()
+        try:
+            if self._server is not None:
+                self._life = self._server.fork(self.child.command, self.child.environment, output)
+            else:
+                self._life = _spawn(self.child, output)
+        except OSError:
+            os.close(pipe)
+            raise
+        finally:
+            os.close(output)
+        self._output = _Output(open(pipe, "rb", buffering=0), self._write)  # noqa: PTH123, SIM115  a pipe, closed with it
         return await self._ended, loop.time() - started_s
 
     def reap(self) -> None:
         """See whether it has ended, and if so, what it leaves behind."""
-        if self._popen is None or self._ended.done() or (returncode := self._popen.poll()) is None:
+        if self._life is None or self._ended.done() or (returncode := self._life.poll()) is None:
             return
         self.kill()
         self._output.close()
         self._ended.set_result(returncode)
 
     def terminate(self) -> None:
-        if self._popen:
-            self._popen.terminate()
+        if self._life:
+            self._life.terminate()
 
     def kill(self) -> None:
+        if self._life and not self._ended.done():
+            self._life.kill_group()
+
+
+class _Spawned(subprocess.Popen[bytes]):
+    """A program that was started by itself; it leads a session."""
+
+    def kill_group(self) -> None:
         # The group may be empty; macOS calls one of zombies a lack of permission.
-        if self._popen and not self._ended.done():
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._popen.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def _spawn(child: Child, output: int) -> _Spawned:
+    # Not asyncio's own subprocesses: Python 3.11 gives each a thread, and a thread's lock, held at the
+    # fork, is what makes `preexec_fn` unsafe. Here only the main thread runs.
+    return _Spawned(
+        child.command,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **child.environment},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,  # one pipe keeps their order
+        start_new_session=True,
+        preexec_fn=tie_to_parent(),
+    )
 
 
 class _Output:
@@ -306,23 +337,6 @@ class _Output:
             lines, self._partial = [*lines, self._partial], b""
         for line in lines:
             self._write(line)
-
-
-def _tie_to_parent() -> Callable[[], None] | None:
-    """Return what a child runs between fork and exec, so that the kernel ends it with its parent."""
-    if sys.platform != "linux":
-        return None
-    # Looked up before the fork, after which as little as possible should happen. The kernel watches
-    # the parent's thread that forked.
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-    prctl.argtypes = (ctypes.c_int, ctypes.c_ulong)
-
-    def tie() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the kernel was asked
-            os._exit(os.EX_UNAVAILABLE)
-
-    return tie
 
 
 def _next_pause_s(pause_s: float, lived_s: float) -> float:

@@ -25,12 +25,12 @@ from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching import Batcher
 from penstock_workers.layout import (
     Layout,
-    announce_threads,
     find_cards,
     on_cards,
     process_bytes,
     pss_bytes,
     read_machine,
+    thread_variables,
 )
 from penstock_workers.serving import cut_texts
 
@@ -290,7 +290,7 @@ def _serve(
     """Load, then measure what the parent asks for, until it closes the pipe."""
     if layout.cards:
         os.environ["CUDA_VISIBLE_DEVICES"] = layout.cards[number % len(layout.cards)]
-    announce_threads(layout.threads)
+    os.environ.update(thread_variables(layout.threads))
     # What a worker imports counts as its memory, and torch must not be there before.
     from transformers.utils.logging import disable_progress_bar
 
