@@ -29,6 +29,8 @@ TEXTS_PER_JOB: Final = 64
 TEXTS_PER_WORKER: Final = 256
 """As many at least are under way: batches of texts of like length are cut from these."""
 FEWEST_TEXTS: Final = 16
+LAST_JOB_S: Final = 0.03
+"""Jobs towards a known end are no smaller than this, or than so many texts while the speed is not known."""
 MOST_TEXTS: Final = 4096
 MOST_CHARACTERS: Final = 1_000_000
 """Of one job; its message may take four bytes for each."""
@@ -75,7 +77,7 @@ class Pacer:
         self._parts: deque[_Part] = deque()  # in the texts' order, until they are read
         self._tokens_per_character = 0.25
         self._part_characters, self._part_texts = float(MOST_CHARACTERS), TEXTS_PER_JOB
-        self._n_workers = 1
+        self._n_workers, self._knows_speed = 1, False
 
     async def open(self) -> None:
         """Learn how fast the workers are now."""
@@ -86,7 +88,7 @@ class Pacer:
         if speeds:
             characters = median(speeds) * JOB_S / self._tokens_per_character
             self._part_characters = min(characters, MOST_CHARACTERS)
-            self._part_texts = min(model.max_texts, MOST_TEXTS)
+            self._part_texts, self._knows_speed = min(model.max_texts, MOST_TEXTS), True
         self._part_texts = min(self._part_texts, model.max_texts)
 
     def take(self) -> list[str]:
@@ -159,13 +161,18 @@ class Pacer:
 
     def _cut(self) -> list[str]:
         part: list[str] = []
-        n_characters, most = 0, self._part_texts
+        n_characters, share = 0, self._part_texts
         if self._left is not None and self._n_workers > 1:
-            most = min(most, max(FEWEST_TEXTS, self._left // (2 * self._n_workers)))
-        for text in islice(self._texts, most):
+            share = self._left // (2 * self._n_workers)
+        for text in islice(self._texts, self._part_texts):
             part.append(text)
             n_characters += len(text) if isinstance(text, str) else 0
-            if n_characters >= self._part_characters:
+            is_large = (
+                n_characters >= self._part_characters * LAST_JOB_S / JOB_S
+                if self._knows_speed
+                else len(part) >= FEWEST_TEXTS
+            )
+            if n_characters >= self._part_characters or (is_large and len(part) >= share):
                 break
         if self._left is not None:
             self._left -= len(part)

@@ -486,22 +486,25 @@ def test_less_urgent_jobs_have_one_token_of_eight() -> None:
     assert places == [9, 18, 27]
 
 
-def test_small_jobs_are_not_stuck_behind_a_bulk_load() -> None:
-    """Once the speed is known, a job that computes for long lets later small ones pass."""
+@pytest.mark.parametrize(
+    ("priority", "order"), [(Priority.DEFAULT, ["small", "bulk"]), (Priority.BATCH, ["bulk", "small"])]
+)
+def test_small_jobs_are_not_stuck_behind_a_bulk_load(priority: Priority, order: list[str]) -> None:
+    """Once the speed is known, a job that computes for long lets later small ones pass, but not bulk ones."""
     model = FakeModel()
     batcher = start(model, max_items=1)
     answers(batcher.submit("measure", [Text("measure", 10)], None))
     model.hold()
     held = batcher.submit("held", texts("held"), None)
     eventually(lambda: len(model.batches) == 2)
-    bulk = batcher.submit("bulk", [Text("bulk", 1 << 40)], None)
-    small = batcher.submit("small", texts("small"), None)
+    bulk = batcher.submit("bulk", [Text("bulk", 1 << 40)], None, priority=priority)
+    small = batcher.submit("small", texts("small"), None, priority=priority)
 
     model.go_on.set()
 
     for job in (held, bulk, small):
         answers(job)
-    assert model.batches[2:] == [["small"], ["bulk"]]
+    assert model.batches[2:] == [[name] for name in order]
 
 
 def test_cancelled_job_costs_no_forward_pass() -> None:

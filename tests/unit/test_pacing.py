@@ -25,7 +25,7 @@ MODEL = ModelInfo(
 class Announced:
     """A model that some workers serve; nothing is sent."""
 
-    def __init__(self, n_workers: int) -> None:
+    def __init__(self, n_workers: int, tokens_per_s: float | None = None) -> None:
         workers = tuple(
             (
                 WorkerInfo(
@@ -37,6 +37,7 @@ class Announced:
                     state="ready",
                     models=("m",),
                     started_at=0.0,
+                    units_per_s={} if tokens_per_s is None else {"m": tokens_per_s},
                 ),
                 0.0,
             )
@@ -53,8 +54,8 @@ class Announced:
         raise AssertionError(part)
 
 
-def sizes(texts: Iterable[str], *, n_workers: int) -> list[int]:
-    pacer = Pacer(texts, Announced(n_workers), None)
+def sizes(texts: Iterable[str], *, n_workers: int, tokens_per_s: float | None = None) -> list[int]:
+    pacer = Pacer(texts, Announced(n_workers, tokens_per_s), None)
     asyncio.run(pacer.open())
     found = []
     while part := pacer.take():
@@ -69,6 +70,19 @@ def test_jobs_become_smaller_towards_a_known_end() -> None:
     assert found == sorted(found, reverse=True)
     assert found[0] == TEXTS_PER_JOB
     assert found[-2] == FEWEST_TEXTS
+
+
+def test_the_last_jobs_of_long_texts_are_small_too() -> None:
+    """Where the speed is known, a job is no smaller than so much work; here a text is a twentieth second."""
+    found = sizes(["a" * 4000] * 200, n_workers=2, tokens_per_s=20_000.0)
+    assert sum(found) == 200
+    assert found == sorted(found, reverse=True)
+    assert found[0] == 20  # a second
+    assert found[-1] == 1
+
+    short = sizes(["a" * 40] * 2000, n_workers=2, tokens_per_s=20_000.0)
+    assert short[0] == 500  # what half of the workers' shares is
+    assert short[-2] == 60
 
 
 def test_few_texts_reach_all_workers() -> None:

@@ -408,7 +408,8 @@ class Batcher(ModelThread[I, A]):
         with self._changed:
             if priority == Priority.INTERACTIVE:
                 self._urgent_until = time.time() + URGENT_S
-            stretch_s = stretch(work, self._works, self.tokens_per_s)
+            # Parts of one bulk load go in their order: it is read in that, and done when its last is.
+            stretch_s = 0.0 if priority == Priority.BATCH else stretch(work, self._works, self.tokens_per_s)
             work.due = min(work.due, time.time() + PATIENCE_S[priority] + stretch_s)
             if items and self._death is None:
                 insort(self._works, work, key=lambda work: work.due)
