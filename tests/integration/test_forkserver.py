@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock_workers.forkserver import Preload
+from penstock_workers.forkserver import ForkServer, Preload
 from penstock_workers.supervisor import Child, Supervisor
 from tests.integration.test_supervisor import is_alive, until
 
@@ -120,24 +120,38 @@ def test_nobody_waits_for_imports_to_stop(shared: Path) -> None:
     assert lines == []
 
 
-def test_a_signal_right_after_birth_is_not_lost(shared: Path) -> None:
+def test_a_signal_right_after_birth_is_not_lost() -> None:
     """A child that is told to end before it has looked around ends."""
-    lines: list[str] = []
+    command = [sys.executable, "-m", "tests.integration.program", "import time; time.sleep(60)"]
 
     async def main() -> None:
-        stack = Supervisor([forked(str(i), SAY_WHO) for i in range(4)], drain_s=60, write=lines.append)
-        async with stack.running():
-            server = stack._servers[forked("", "").preload]  # type: ignore[index]  # it has one
-            await until(lambda: server._is_ready)
-            command = [sys.executable, "-m", "tests.integration.program", "import time; time.sleep(60)"]
-            children = []
-            for number in range(200):  # more than the link holds at once
-                children.append(server.fork(command, {"PADDING": "x" * 2000}, 1))
-                if number % 2:
-                    children[-1].terminate()
-            for child in children[::2]:
-                child.terminate()
-            await until(lambda: all(child.poll() is not None for child in children))
-            assert {child.returncode for child in children} == {-signal.SIGTERM}
+        server = ForkServer(Preload(modules=()), lambda: None)
+        children = [server.fork(command, {}, 1)]
+        await until(lambda: children[0].pid)
+        for number in range(200):  # more than the link holds at once
+            children.append(server.fork(command, {"PADDING": "x" * 2000}, 1))
+            if number % 2:
+                children[-1].terminate()
+        for child in children:
+            child.terminate()  # those that were told hear of it twice
+        await until(lambda: all(child.poll() is not None for child in children))
+        assert {child.returncode for child in children} == {-signal.SIGTERM}
+        server.close()
+
+    asyncio.run(main())
+
+
+def test_arguments_that_are_too_long_are_told() -> None:
+    """As `exec` tells them, and other children live."""
+    command = [sys.executable, "-m", "tests.integration.program", "import time; time.sleep(60)"]
+
+    async def main() -> None:
+        server = ForkServer(Preload(modules=()), lambda: None)
+        child = server.fork(command, {}, 1)
+        with pytest.raises(OSError, match="Argument list too long"):
+            server.fork(command, {"PADDING": "x" * 100_000}, 1)
+        await until(lambda: child.pid)
+        server.close()
+        assert child.returncode == -signal.SIGKILL
 
     asyncio.run(main())

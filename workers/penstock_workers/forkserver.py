@@ -6,6 +6,7 @@ has one too, which makes its caller wait while it imports, and leaves out what a
 
 import asyncio
 import ctypes
+import errno
 import gc
 import json
 import os
@@ -106,21 +107,23 @@ class ForkServer:
             output: its standard output and standard error, a file's number.
 
         Raises:
-            OSError: there can be no server.
+            OSError: there can be no server, or the arguments are too long.
         """
         executable, option, *arguments = command
         assert (executable, option) == (sys.executable, "-m"), command
+        number = next(self._numbers)
+        order = {"number": number, "arguments": arguments, "environment": dict(environment)}
+        if len(told := json.dumps(order).encode()) > _MOST_BYTES:
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
         if self._link is None:
             self._start()
-        number = next(self._numbers)
-        told = {"number": number, "arguments": arguments, "environment": dict(environment)}
         self._children[number] = Forked(partial(self._signal, number))
-        self._unsent.append(_Order(number, json.dumps(told).encode(), os.dup(output)))
+        self._unsent.append(_Order(number, told, os.dup(output)))
         self._send()
         return self._children[number]
 
     def close(self) -> None:
-        """End the server; its children get SIGTERM, if there are any."""
+        """End the server, and what is left of its children."""
         if self._link is not None:
             self._lose(self._link)
 
