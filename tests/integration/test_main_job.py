@@ -21,6 +21,7 @@ from penstock import (
     Message,
     ResponseFormat,
 )
+from penstock.pacing import JOBS_PER_WORKER, UNREAD
 from tests.deployment import Server, WorkerProcess
 
 TEXTS = ["A penstock feeds a turbine.", "你好，世界", "", "x" * 5000, "A penstock feeds a turbine."]
@@ -244,7 +245,7 @@ def test_texts_are_not_read_far_ahead(client: Client, monkeypatch: pytest.Monkey
         n_answered += len(vectors)
 
     assert n_answered == n_read == 4000
-    assert furthest <= 3 * 300 + 1
+    assert furthest <= UNREAD * JOBS_PER_WORKER * 300 + 1
 
 
 def test_async_client_waits_for_many_jobs_at_once(server: Server, worker: WorkerProcess) -> None:
