@@ -247,32 +247,33 @@ def _serve(link: socket.socket) -> dict[str, Any] | None:
         selector.register(link, selectors.EVENT_READ)
         selector.register(wakes, selectors.EVENT_READ)
         while True:
-            for key, _ in selector.select():
-                if key.fileobj is wakes:
-                    wakes.recv(4096)
-                    _reap(link, children)
-                    continue
-                message, files, *_ = socket.recv_fds(link, _MOST_BYTES, 1)
-                if not message:
-                    return None
-                order = json.loads(message)
-                if "signal" in order:
-                    _send_signal(children, order)
-                elif (pid := os.fork()) == 0:
-                    signal.set_wakeup_fd(-1)
-                    _settle_in(order, files[0], server)
-                    return order  # type: ignore[no-any-return]  # json's own gap
-                else:
-                    os.close(files[0])
-                    with suppress(PermissionError, ProcessLookupError):
-                        os.setpgid(pid, pid)
-                    children[pid] = order["number"]
-                    _tell(link, {"number": order["number"], "pid": pid})
+            ready = [key.fileobj for key, _ in selector.select()]
+            if wakes in ready:
+                wakes.recv(4096)
+                _reap(link, children)
+            if link not in ready:
+                continue
+            message, files, *_ = socket.recv_fds(link, _MOST_BYTES, 1)
+            if not message:
+                return None
+            order: dict[str, Any] = json.loads(message)
+            if "signal" in order:
+                _send_signal(children, order)
+                continue
+            if (pid := os.fork()) == 0:
+                _settle_in(order, files[0], server)
+                return order
+            os.close(files[0])
+            with suppress(PermissionError, ProcessLookupError):
+                os.setpgid(pid, pid)
+            children[pid] = order["number"]
+            _tell(link, {"number": order["number"], "pid": pid})
 
 
 def _settle_in(order: Mapping[str, Any], output: int, server: int) -> None:
     """Make a fork look as if it had been started by itself."""
     os.setpgid(0, 0)  # here and there: whoever comes first
+    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if (tie := tie_to_parent(server)) is not None:
         tie()

@@ -74,7 +74,7 @@ class TextTokenizer:
     def __init__(self, model: SentenceTransformer, probe: Sequence[str]) -> None:
         self._model = model
         self._turn = threading.Lock()  # fast tokenizers refuse two threads that change their settings
-        self._prompt_length = lru_cache(maxsize=256)(self._find_prompt_length)
+        self._prompt_length = lru_cache(maxsize=32)(self._find_prompt_length)  # a prompt may be long
         self._tokenizer: Tokenizer | None = getattr(
             getattr(model, "tokenizer", None), "backend_tokenizer", None
         )
@@ -91,7 +91,7 @@ class TextTokenizer:
         ]
 
     def _compare(self, probe: list[str]) -> bool:
-        """Whether texts are the same both ways; leaves the tokenizer as `preprocess` sets it."""
+        """Whether texts are the same both ways."""
         prompts = (None, "query: ")
         expected = [text for prompt in prompts for text in self._preprocess(probe, prompt)]
         self._keys = list(expected[0].features)
