@@ -1,6 +1,6 @@
 """Penstock's own worker with an engine that needs no torch: `nap 0.5` takes half a second.
 
-`gate inf` takes until the book has a key `gate`.
+`gate inf` takes until the book has a key `gate`; `hang 2` shows no sign of life for two seconds.
 
 Everything around the engine is the real one: app, transport, pool, tasks, batcher, results, registry.
 """
@@ -67,6 +67,8 @@ class Engine:
             name, seconds = item.text.split()
             WRITE_DOWN(args=[f"{name} {os.getpid()} {uuid.uuid4()}"])
             end = time.monotonic() + float(seconds)
+            if name == "hang":
+                time.sleep(float(seconds))
             while (rest_s := end - time.monotonic()) > 0 and not (rest_s == math.inf and BOOK.exists(name)):
                 time.sleep(min(rest_s, 0.1))
                 yield None  # a sign of life

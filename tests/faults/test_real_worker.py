@@ -1,6 +1,7 @@
 """Faults met by real workers with real models, as their callers see them."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,10 +15,13 @@ from penstock import Client, JobState, WorkerLostError
 from penstock.store import result_key
 from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.eventually import eventually
+from tests.faults.light import LightWorker
 
 LEASE_S = 2.0
 TOML = BUNDLED.split("[models.chat]")[0]
-LEASES = {"PENSTOCK_WORKER__LEASE_S": str(LEASE_S), "PENSTOCK_WORKER__MAX_DELIVERIES": "2"}
+LEASES = {"PENSTOCK_WORKER__LEASE_S": str(LEASE_S)}
+HANGS = {"PENSTOCK_WORKER__STALL_S": "0.01"}
+AT_MOST_TWO = {"PENSTOCK_WORKER__MAX_DELIVERIES": "2"}
 LONG_TEXTS = ["slow " * 250] * 400
 
 
@@ -47,7 +51,7 @@ def test_a_killed_worker_s_jobs_are_answered_by_another(own: Server, tmp_path: P
 
 def test_a_hung_model_ends_its_process_and_another_answers(own: Server, tmp_path: Path) -> None:
     """A forward pass that shows no sign of life ends the worker; its job goes to the next one."""
-    hung = start(tmp_path, own, PENSTOCK_WORKER__STALL_S="0.01")
+    hung = start(tmp_path, own, **HANGS)
     with Client(own.broker_url) as client:
         job = client.submit_embed(LONG_TEXTS, model="minilm")
         code = hung.wait(60)
@@ -57,15 +61,26 @@ def test_a_hung_model_ends_its_process_and_another_answers(own: Server, tmp_path
         finally:
             healthy.stop()
 
-    assert code == 70  # EX_SOFTWARE
+    assert code == os.EX_SOFTWARE
     assert "hangs or has died" in hung.log
+
+
+def test_a_hang_that_was_seen_ends_the_process(own: Server, tmp_path: Path) -> None:
+    """A model that goes on just before its process would end does not keep it: its leases may be lost."""
+    stall = {"PENSTOCK_WORKER__STALL_S": "0.2"}
+    with LightWorker(tmp_path, own, environment=stall).running() as worker, Client(own.broker_url) as client:
+        client.submit_embed(["hang 1.6"], model="light")
+        assert worker.process.wait(10) == os.EX_SOFTWARE
+        job = client.submit_embed(["next 0"], model="light")
+        with LightWorker(tmp_path, own).running():
+            assert job.result(timeout_s=30).shape == (1, 3)
 
 
 def test_a_job_that_ends_every_worker_is_given_up(own: Server, tmp_path: Path) -> None:
     """After `max_deliveries` the caller gets `WorkerLostError`, and `penstock dead` holds the job."""
     with redis.Redis.from_url(own.results_url) as store:
         client = Client(own.broker_url)
-        worker = start(tmp_path, own, PENSTOCK_WORKER__STALL_S="0.01")
+        worker = start(tmp_path, own, **HANGS, **AT_MOST_TWO)
         job = client.submit_embed(LONG_TEXTS, model="minilm")
         worker.wait(60)
         for _ in range(2):
@@ -74,7 +89,7 @@ def test_a_job_that_ends_every_worker_is_given_up(own: Server, tmp_path: Path) -
                 own,
                 toml=TOML,
                 queues="cpu.minilm",
-                environment={**LEASES, "PENSTOCK_WORKER__STALL_S": "0.01"},
+                environment={**LEASES, **HANGS, **AT_MOST_TWO},
             )
             deadline = time.monotonic() + 40
             while worker.process.poll() is None and time.monotonic() < deadline:

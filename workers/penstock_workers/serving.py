@@ -109,6 +109,7 @@ class Serving:
         self.models: dict[str, Served] = {}
         self._device = Device()
         self._costs: dict[str, Cost] = {}
+        self._is_stalled = False
 
     def count(self, request: Request, usage: Usage) -> None:
         """Take note of what a job cost, so that senders can tell beforehand; any thread may call."""
@@ -138,8 +139,13 @@ class Serving:
         return self._device.turn(found.share or DEFAULT_SHARES[found.task])
 
     def is_stalled(self, stall_s: float) -> bool:
-        """Whether any model has shown no sign of life for this long, in seconds, while it should."""
-        return any(served.batcher.is_stalled(stall_s) for served in self.models.values())
+        """Whether any model has once shown no sign of life for this long, in seconds, while it should.
+
+        Once seen it stays so: the process is about to end, and must not take over from itself meanwhile.
+        """
+        if any(served.batcher.is_stalled(stall_s) for served in self.models.values()):
+            self._is_stalled = True
+        return self._is_stalled
 
     def speeds(self) -> Mapping[str, float]:
         """Return measured tokens per second by model."""
