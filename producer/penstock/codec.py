@@ -196,7 +196,7 @@ def encode_meta(meta: Any) -> bytes:
     return b"".join(parts)
 
 
-def decode_meta(payload: bytes) -> Any:
+def decode_meta(payload: bytes | memoryview) -> Any:
     """Read what `encode_meta` wrote; arrays are read-only views of `payload`.
 
     Every size is checked against the payload before an array is made.
@@ -228,7 +228,7 @@ def decode_meta(payload: bytes) -> Any:
 
     try:
         # Objects are built innermost first and in the order of the text, which is the arrays' order.
-        meta = json.loads(payload[PREAMBLE.size : start], object_hook=build)
+        meta = json.loads(bytes(payload[PREAMBLE.size : start]), object_hook=build)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ResultDecodeError(f"{type(error).__name__} in its header") from error
     if start != len(payload):
@@ -236,7 +236,7 @@ def decode_meta(payload: bytes) -> Any:
     return meta
 
 
-def decode_outcome(job_id: str, payload: bytes) -> Outcome:
+def decode_outcome(job_id: str, payload: bytes | memoryview) -> Outcome:
     """Read a stored result record.
 
     Raises:
@@ -284,7 +284,7 @@ def encode_failure(job_id: str, error: PenstockError) -> bytes:
     )
 
 
-def _view(payload: bytes, start: int, record: Mapping[str, Any]) -> NDArray[Any]:
+def _view(payload: bytes | memoryview, start: int, record: Mapping[str, Any]) -> NDArray[Any]:
     dtype, shape = DTYPES.get(record.get("dtype", "")), record.get("shape")
     if dtype is None:
         raise ResultDecodeError(f"dtype {record.get('dtype')!r}; {', '.join(DTYPES)} are read here")

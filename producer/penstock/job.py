@@ -8,7 +8,7 @@ from typing import Final, Generic, TypeVar, cast
 
 import redis.asyncio as aioredis
 
-from penstock.broker import Broker, connect_sync, redis_errors
+from penstock.broker import Broker, connect_sync, get_large, redis_errors
 from penstock.codec import Outcome, decode_outcome, encode_failure
 from penstock.errors import (
     BrokerUnavailableError,
@@ -57,7 +57,7 @@ class ResultStore:
 
     def __init__(self, redis: aioredis.Redis, url: str, inbox: Inbox) -> None:
         self.redis, self.url, self.inbox = redis, url, inbox
-        self._blocking = connect_sync(url, read_bytes=1 << 18)
+        self._blocking = connect_sync(url)
         self._unwanted: list[str] = []
         self._clearing: asyncio.Task[None] | None = None
 
@@ -67,10 +67,9 @@ class ResultStore:
             async with self.redis.pipeline(transaction=False) as pipe:
                 pipe.getrange(result_key(job_id), 0, LARGE_BYTES - 1)
                 pipe.get(record_key(job_id))
-                payload, record = cast("tuple[bytes | None, bytes | None]", await pipe.execute())
+                payload, record = cast("tuple[bytes | memoryview | None, bytes | None]", await pipe.execute())
             if payload and len(payload) == LARGE_BYTES:
-                found = await asyncio.to_thread(self._blocking.get, result_key(job_id))
-                payload = cast("bytes | None", found)
+                payload = await asyncio.to_thread(get_large, self._blocking, result_key(job_id))
         known = record.decode() if record else None
         # A retry in between is stored too, with a status that is not the end.
         outcome = decode_outcome(job_id, payload) if payload and known in _ENDED else None

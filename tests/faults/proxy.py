@@ -59,6 +59,15 @@ class Proxy:
         """Let the connections that are made from now on through again."""
         self._is_silent = False
 
+    def cut(self) -> None:
+        """Close all connections, in the middle of what they carry."""
+
+        def close() -> None:  # at one moment: those who connect again are not meant
+            for link in self._links:
+                link.close()
+
+        self._loop.call_soon_threadsafe(close)
+
     async def _serve(self, ready: threading.Event) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
