@@ -49,11 +49,14 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def worker(folder: Path, server: Server | Broker, talker: Path) -> Iterator[WorkerProcess]:
+def worker(
+    folder: Path, server: Server | Broker, talker: Path, *, reader_timeout_s: float = 30
+) -> Iterator[WorkerProcess]:
     """Run a worker with short leases that answers one request at a time."""
     toml = (
         f'[models.talker]\ntask = "generate"\nsource = "{talker}"\nmax_batch_size = 1\n'
-        f"generation = {{ max_new_tokens = {N_TOKENS} }}\n[worker]\nlease_s = 2\nreader_timeout_s = 1\n"
+        f"generation = {{ max_new_tokens = {N_TOKENS} }}\n[worker]\nlease_s = 2\n"
+        f"reader_timeout_s = {reader_timeout_s}\n"
     )
     process = WorkerProcess(folder, server, toml=toml, queues=QUEUE)  # type: ignore[arg-type]  # both have URLs
     try:
@@ -176,7 +179,7 @@ def test_leaving_the_loop_gives_the_place_away(own: Server, tmp_path: Path, talk
 def test_a_killed_reader_gives_its_place_away(own: Server, tmp_path: Path, talker: Path) -> None:
     """Kill -9 in mid-stream: the answer that is read no more ends after the limit, the next has its place."""
     with (
-        worker(tmp_path, own, talker),
+        worker(tmp_path, own, talker, reader_timeout_s=1),
         Client(own.broker_url) as client,
         redis.Redis.from_url(own.results_url) as results,
         subprocess.Popen([sys.executable, "-c", READER, own.broker_url], stdout=subprocess.PIPE) as reader,
@@ -196,7 +199,7 @@ def test_a_killed_reader_gives_its_place_away(own: Server, tmp_path: Path, talke
 def test_an_answer_that_nobody_reads_ends(own: Server, tmp_path: Path, talker: Path) -> None:
     """A job that streams, and whose sender is gone, is given up after the limit."""
     with (
-        worker(tmp_path, own, talker),
+        worker(tmp_path, own, talker, reader_timeout_s=1),
         Client(own.broker_url) as client,
         Celery(broker=own.broker_url) as sender,
         redis.Redis.from_url(own.results_url) as results,
