@@ -51,8 +51,7 @@ _ENDED = {"SUCCESS": JobState.SUCCEEDED, "FAILURE": JobState.FAILED, "REVOKED": 
 class ResultStore:
     """The Redis that holds results, as one client sees it.
 
-    Large results come through blocking connections, in threads: asyncio takes twice as long for megabytes,
-    and holds the loop meanwhile.
+    Large results come through blocking connections, in threads: asyncio would hold the loop for megabytes.
     """
 
     def __init__(self, redis: aioredis.Redis, url: str, inbox: Inbox) -> None:

