@@ -48,10 +48,10 @@ def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float3
     return (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
-def embed(engine: Embedder, texts: list[str], **options: object) -> NDArray[np.float32]:
+def embed(engine: Embedder, texts: list[str], n_threads: int = 1, **options: object) -> NDArray[np.float32]:
     """Embed as a worker does, in batches; shape (n_texts, dim)."""
     request = EmbedRequest.parse({"model": engine.name, "texts": texts, **options})
-    batcher = Batcher(engine.name, engine.run, cut_by_tokens(4096))
+    batcher = Batcher(engine.name, engine.run, cut_by_tokens(4096 // n_threads**2), n_threads=n_threads)
     vectors = batcher.submit("job", engine.prepare(request), None).wait()
     return engine.finish(request, vectors)  # type: ignore[return-value]  # float32 was asked for
 
@@ -174,6 +174,16 @@ def test_broken_weights_never_leave_the_worker(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="not finite"):
         works[0].wait()
     assert np.isfinite(works[1].wait()[0]).all()
+
+
+def test_two_threads_give_what_one_gives(tmp_path: Path) -> None:
+    """As on a card, where two batches of one engine are under way."""
+    engine = Folder(tmp_path).load("float32")
+    texts = corpus()
+
+    one, two = embed(engine, texts), embed(engine, texts, n_threads=2)
+
+    assert np.allclose(one, two, atol=1e-5)
 
 
 def test_a_format_that_turns_vectors_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -32,6 +32,7 @@ from transformers import (
 from penstock.errors import EngineError
 from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
+from penstock_workers.batching import Batcher, cut_by_tokens
 from penstock_workers.engines.attention import Layout, _attend, packed
 from penstock_workers.engines.embedding import Embedder
 from penstock_workers.engines.products import use_bfloat16
@@ -247,6 +248,21 @@ def test_broken_vectors_never_leave(tmp_path: Path) -> None:
         str(EngineError("small", "a vector has 64 numbers, not 63"))
     ] * 2
     assert [str(error) for error in zero] == [str(EngineError("small", "a vector is zero or not finite"))] * 2
+
+
+@pytest.mark.gpu
+def test_two_batches_are_under_way_on_a_card(tmp_path: Path) -> None:
+    """Each thread has a stream of its own; vectors are those of one thread."""
+    build(tmp_path, PACKED[0])
+    engine = load(tmp_path, "float32", torch.device("cuda"))
+    items = engine.prepare(EmbedRequest(model="small", texts=texts_of(LENGTHS) * 20))
+    cut = cut_by_tokens(256, is_padded=False)
+
+    one, two = (
+        Batcher("small", engine.run, cut, n_threads=n).submit("job", items, None).wait() for n in (1, 2)
+    )
+
+    assert np.allclose(one, two, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -627,6 +627,105 @@ def test_deadline_in_the_past_is_told_at_once() -> None:
     assert answers(batcher.submit("next", texts("b"), None)) == ["B"]
 
 
+# Two batches under way, as on a card
+
+
+def start_two(model: FakeModel) -> Batcher[Text, str]:
+    """Return a batcher with two threads, of batches of one item."""
+    return Batcher("fake", model.run, cut_by_tokens(1, is_padded=False), n_threads=2)
+
+
+def test_the_next_batch_is_under_way_while_one_runs() -> None:
+    """Two are, of one job or of two, and no third."""
+    model = FakeModel()
+    model.hold()
+    batcher = start_two(model)
+    large = batcher.submit("large", texts("a b c d"), None)
+    assert eventually(lambda: len(model.batches) == 2)
+    small = batcher.submit("small", texts("e"), None)
+    assert len(model.batches) == 2
+
+    model.go_on.set()
+
+    assert answers(large) == ["A", "B", "C", "D"]
+    assert answers(small) == ["E"]
+
+
+def test_each_job_has_its_own_answers_from_two_threads() -> None:
+    """However its items were spread, in their order and once."""
+    batcher = start_two(FakeModel())
+    words = [[f"w{n}x{i}" for i in range(n % 7 + 1)] for n in range(200)]
+
+    works = [batcher.submit(f"{n}", texts(" ".join(some)), None) for n, some in enumerate(words)]
+
+    assert [answers(work) for work in works] == [[word.upper() for word in some] for some in words]
+
+
+def test_one_of_two_threads_that_hangs_is_seen() -> None:
+    """Although the other one works on."""
+    stuck = threading.Event()
+
+    def run(items: Sequence[Text]) -> Iterator[tuple[int, str | PenstockError] | None]:
+        if items[0].text == "hang":
+            stuck.wait(HELD_S)
+        yield 0, items[0].text.upper()
+
+    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_tokens(1, is_padded=False), n_threads=2)
+    hung = batcher.submit("job", texts("hang"), None)
+
+    def works_and_stalls() -> bool:
+        assert answers(batcher.submit("other", texts("a"), None)) == ["A"]
+        return batcher.is_stalled(0.1)
+
+    assert eventually(works_and_stalls)
+    assert not batcher.is_stalled(60)
+    stuck.set()
+    assert answers(hung) == ["HANG"]
+
+
+def test_a_dead_thread_of_two_ends_all() -> None:
+    """What neither has touched goes back, and nothing further is taken."""
+    go_on = {"deadly": threading.Event(), "other": threading.Event()}
+
+    def run(items: Sequence[Text]) -> Iterator[tuple[int, str | PenstockError] | None]:
+        go_on[items[0].text].wait(HELD_S)
+        if items[0].text == "deadly":
+            raise SystemExit(1)
+        yield 0, items[0].text.upper()
+
+    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_tokens(1, is_padded=False), n_threads=2)
+    deadly, other = (batcher.submit(word, texts(word), None) for word in go_on)
+    assert eventually(lambda: deadly.is_started and other.is_started)
+    waiting = batcher.submit("waiting", texts("waiting"), None)
+
+    go_on["deadly"].set()
+
+    with pytest.raises(HandBackError):
+        answers(waiting)
+    go_on["other"].set()
+    assert answers(other) == ["OTHER"]
+    assert batcher.is_stalled(60)
+    assert not deadly.is_over
+
+
+def test_the_speed_of_two_threads_is_that_of_their_device() -> None:
+    """Each batch counts from the end of the one before, not from when it began to wait for the device."""
+    device = threading.Lock()
+
+    def run(items: Sequence[Text]) -> Iterator[tuple[int, str | PenstockError] | None]:
+        with device:
+            time.sleep(0.02)
+        yield 0, items[0].text.upper()
+
+    batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_tokens(1, is_padded=False), n_threads=2)
+    began = time.perf_counter()
+    works = [batcher.submit(f"{n}", texts("a", n_tokens=100), None) for n in range(30)]
+    for work in works:
+        assert answers(work) == ["A"]
+
+    assert batcher.tokens_per_s == pytest.approx(3000 / (time.perf_counter() - began), rel=0.3)
+
+
 # Signs of life
 
 

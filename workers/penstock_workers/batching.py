@@ -1,8 +1,8 @@
-"""Batches from whatever waits: one model thread per engine takes the next batch the moment it is free.
+"""Batches from whatever waits: an engine's model thread takes the next batch the moment it is free.
 
 There are no timers. While the device is busy work piles up, and the next batch is cut from the most urgent
-of it; an idle device starts on a single item at once. A batch is cut when the one before has ended and no
-earlier: cutting takes a tenth of a millisecond, and what came meanwhile may be more urgent. Knows nothing of
+of it; an idle device starts on a single item at once. A thread cuts a batch when its last one has ended, not
+before: cutting takes a tenth of a millisecond, and what came meanwhile may be more urgent. Knows nothing of
 models, queues and processes: items have a number of tokens, jobs a moment at which they are due.
 """
 
@@ -287,39 +287,48 @@ def stretch(work: Work[I, A], others: Iterable[Work[I, A]], tokens_per_s: float 
 
 
 class ModelThread(ABC, Generic[I, A]):
-    """The one thread that touches a model.
+    """The thread that touches a model; on a card there are two.
 
-    When it ends, what it has not seen is handed back. What it has seen may be why it ended, and stays with
+    When one ends, what it has not seen is handed back. What it has seen may be why it ended, and stays with
     this process, which ends too: its lease runs out and is counted, and a job that ends every worker is given
     up in the end.
 
     Args:
         name: of the model, for logs and errors.
         turn: its turns on a device that other engines want too; None where it need not ask.
+        n_threads: more than one only without `turn`.
     """
 
-    def __init__(self, name: str, turn: Turn | None = None) -> None:
+    def __init__(self, name: str, turn: Turn | None = None, n_threads: int = 1) -> None:
         self.name = name
         self._turn = turn or nullcontext()
         self._changed = threading.Condition()
-        self._busy_since: float | None = None
+        self._signs: dict[int, float] = {}  # of life, by thread; infinite while it waits
         self._death: BaseException | None = None
-        threading.Thread(target=self._live, name=f"model-{name}", daemon=True).start()
+        for _ in range(n_threads):
+            threading.Thread(target=self._live, name=f"model-{name}", daemon=True).start()
 
     def is_stalled(self, stall_s: float) -> bool:
-        """Whether the thread has ended, or shown no sign of life for this long, in seconds."""
-        since = self._busy_since
-        return self._death is not None or (since is not None and time.perf_counter() - since > stall_s)
+        """Whether a thread has ended, or shown no sign of life for this long, in seconds."""
+        oldest = min(self._signs.values(), default=math.inf)
+        return self._death is not None or time.perf_counter() - oldest > stall_s
 
     @abstractmethod
     def _serve(self) -> NoReturn:
-        """Take jobs and answer them; `_busy_since` says since when, and moves with every sign of life."""
+        """Take jobs and answer them; with signs of life, and `_rest` where there is nothing to do."""
+
+    def _show_life(self) -> None:
+        self._signs[threading.get_ident()] = time.perf_counter()
+
+    def _rest(self) -> None:
+        self._signs[threading.get_ident()] = math.inf
 
     @abstractmethod
     def _give_up(self) -> Iterable[Work[I, A]]:
         """Forget all jobs that were not answered, and return them."""
 
     def _live(self) -> None:
+        self._rest()
         try:
             self._serve()
         except BaseException as death:
@@ -366,23 +375,27 @@ class Speed:
 
 
 class Batcher(ModelThread[I, A]):
-    """Joins the items of concurrent jobs into batches and computes them in a thread of its own.
+    """Joins the items of concurrent jobs into batches and computes them in threads of its own.
 
     Args:
         name: of the model, for logs and errors.
         run: computes a batch.
         cut: chooses what goes into it.
         turn: see `ModelThread`; a batch is a turn.
+        n_threads: how many batches are under way at once: one is laid out and copied to a card while another
+            is computed there.
     """
 
-    def __init__(self, name: str, run: Run[I, A], cut: Cut, turn: Turn | None = None) -> None:
+    def __init__(
+        self, name: str, run: Run[I, A], cut: Cut, turn: Turn | None = None, *, n_threads: int = 1
+    ) -> None:
         self._run, self._cut = run, cut
         self._works: list[Work[I, A]] = []  # with waiting items, most urgent first
         self._memory_tokens = math.inf  # what a batch may hold, as far as lacks of memory have told
         self._speed = Speed()
         self._ages = dict.fromkeys(Priority, 0.0)  # tokens that are for those who were passed by
-        self._urgent_until = 0.0
-        super().__init__(name, turn)
+        self._urgent_until = self._ended = 0.0
+        super().__init__(name, turn, n_threads)
 
     def submit(
         self,
@@ -427,10 +440,12 @@ class Batcher(ModelThread[I, A]):
                 self._changed.wait_for(lambda: self._works)
             with self._turn:
                 batch = self._take()  # not before its turn: what came meanwhile may be more urgent
-                self._busy_since = started = time.perf_counter()
+                began = time.perf_counter()
+                self._show_life()
                 self._compute(batch)
-                self._busy_since = None
-            self._measure(batch, time.perf_counter() - started)
+                self._rest()
+            if batch:  # else another thread was first, or all were dropped
+                self._measure(batch, began)
 
     def _give_up(self) -> Iterable[Work[I, A]]:
         works, self._works = self._works, []
@@ -441,7 +456,10 @@ class Batcher(ModelThread[I, A]):
             now = time.time()
             self._works = [work for work in self._works if not work.is_dropped()]
             self._drop_late(now)
-            return self._next_batch(now) if self._works else []
+            batch = self._next_batch(now) if self._works else []
+            if self._works:
+                self._changed.notify()  # another thread, if one waits
+            return batch
 
     def _drop_late(self, now: float) -> None:
         """Fail jobs that cannot be computed before their deadlines: others can, in their place."""
@@ -519,7 +537,7 @@ class Batcher(ModelThread[I, A]):
         left = dict(enumerate(batch))
         try:
             for done in self._run([work.items[index] for work, index in batch]):
-                self._busy_since = time.perf_counter()
+                self._show_life()
                 if done is not None:
                     work, index = left.pop(done[0])
                     work.settle(index, done[1])
@@ -546,11 +564,15 @@ class Batcher(ModelThread[I, A]):
         logger.error("item failed", extra={"model": self.name}, exc_info=error)
         return EngineError(self.name, f"{type(error).__name__} in its forward pass")
 
-    def _measure(self, batch: list[Entry[I, A]], seconds: float) -> None:
+    def _measure(self, batch: list[Entry[I, A]], began: float) -> None:
         n_tokens = _count(batch)
-        self._speed.count(n_tokens, seconds)
-        if n_tokens > self._memory_tokens / 2:
-            self._memory_tokens *= _RECOVERY
+        with self._changed:
+            # One that was under way with another has had the device since that ended.
+            now = time.perf_counter()
+            seconds, self._ended = now - max(began, self._ended), now
+            self._speed.count(n_tokens, seconds)
+            if n_tokens > self._memory_tokens / 2:
+                self._memory_tokens *= _RECOVERY
 
 
 def _count(batch: Sequence[Entry[I, A]]) -> int:

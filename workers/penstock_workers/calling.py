@@ -455,7 +455,10 @@ class Caller(ModelThread[I, A]):
     async def _tick(self) -> None:
         """Fail jobs that nobody waits for or that cannot be answered in time, and give their requests up."""
         while True:
-            self._busy_since = time.perf_counter() if self._jobs else None
+            if self._jobs:
+                self._show_life()
+            else:
+                self._rest()
             for job in self._jobs:
                 self._judge(job)
             self._jobs = [job for job in self._jobs if not job.work.is_over]

@@ -121,7 +121,7 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
         while True:
             self._take()
             began, n_before = time.perf_counter(), self._steps.n_tokens
-            self._busy_since = began
+            self._show_life()
             if began - swept > SWEEP_S:
                 swept = began
                 self._sweep()
@@ -139,7 +139,7 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
         with self._changed:
             while not self._arrived and self._steps.is_idle:
                 self._rows.clear()  # all have left
-                self._busy_since = None
+                self._rest()
                 self._changed.wait()
             arrived, self._arrived = self._arrived, []
             self._rows |= {row: (work, index) for work, index, row in arrived}
@@ -148,7 +148,7 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
 
     def _step(self) -> None:
         with self._turn:
-            self._busy_since = time.perf_counter()
+            self._show_life()
             outcomes = self._steps.step()
         for row, outcome in outcomes:
             with self._changed:

@@ -208,7 +208,13 @@ def load_model(
             ),
             engine=embedder,
             cache=_open_cache(embedder, settings),
-            batcher=Batcher(name, embedder.run, cut_texts(model, embedder, device), turn),
+            batcher=Batcher(
+                name,
+                embedder.run,
+                cut_texts(model, embedder, device),
+                turn,
+                n_threads=batches_at_once(device, turn),
+            ),
         )
     if model.task == "rerank":
         from penstock_workers.engines.reranking import Reranker
@@ -264,6 +270,14 @@ def cut_texts(model: ModelSettings, engine: "Embedder | Reranker", device: "torc
         # accelerators have attention kernels that keep no scores
         n_heads=engine.n_heads if device.type == "cpu" else None,
     )
+
+
+def batches_at_once(device: "torch.device", turn: Turn | None = None) -> int:
+    """Return how many batches of an embedding model are under way: two on a card that is its own.
+
+    There a thread waits for kernels most of the time, and kernels for a thread that lays out the next batch.
+    """
+    return 2 if device.type == "cuda" and turn is None else 1
 
 
 def _batch_tokens(device: "torch.device", batching: str) -> int:

@@ -32,7 +32,7 @@ from penstock_workers.layout import (
     read_machine,
     thread_variables,
 )
-from penstock_workers.serving import cut_texts
+from penstock_workers.serving import batches_at_once, cut_texts
 
 if TYPE_CHECKING:  # torch loads in the processes that compute
     import numpy as np
@@ -326,7 +326,12 @@ class _Subject:
         n_tokens = (text.n_tokens for text in engine.prepare(self._request(self._texts)))
         self._tokens_per_text = mean(n_tokens)
         self._cut = cut_texts(model, engine, device)
-        self._batcher = Batcher(engine.name, self._run, lambda lengths, limit: self._cut(lengths, limit))
+        self._batcher = Batcher(
+            engine.name,
+            self._run,
+            lambda lengths, limit: self._cut(lengths, limit),
+            n_threads=batches_at_once(device),
+        )
         self._ends: list[tuple[float, int]] = []  # of batches: seconds, tokens
 
     def steady_rate(self, max_batch_tokens: int, seconds: float) -> tuple[float, int]:

@@ -2,6 +2,9 @@
 
 import os
 import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +15,8 @@ from penstock.request import PoolName
 from penstock.settings import Dtype
 
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
+
+_of_thread = threading.local()
 
 
 def choose_device(pool: PoolName, wanted: DeviceName) -> torch.device:
@@ -36,6 +41,22 @@ def limit_threads(n_threads: int) -> None:
     """Give torch this many threads: its own default takes every core, in every process."""
     torch.set_num_threads(n_threads)
     torch.set_num_interop_threads(1)
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Compute in a stream of this thread, on CUDA: its copies go on beside the kernels of other threads.
+
+    Source: docs.pytorch.org/docs/stable/notes/cuda.html, "CUDA streams".
+    """
+    if device.type != "cuda":
+        yield
+        return
+    if not hasattr(_of_thread, "stream"):
+        _of_thread.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no type for it
+    _of_thread.stream.wait_stream(torch.cuda.current_stream(device))  # which laid out the weights
+    with torch.cuda.stream(_of_thread.stream):
+        yield
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

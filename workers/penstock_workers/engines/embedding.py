@@ -19,7 +19,7 @@ from penstock.request import EmbedRequest
 from penstock.result import Vectors
 from penstock.settings import ModelSettings
 from penstock_workers.engines.attention import upload
-from penstock_workers.engines.device import has_fast_bfloat16, name_device
+from penstock_workers.engines.device import has_fast_bfloat16, name_device, own_stream
 from penstock_workers.engines.formats import are_unit, choose_ranges, form, read_ranges
 from penstock_workers.engines.kernels import find_kernels
 from penstock_workers.engines.measured import machine_key, recall, remember
@@ -205,13 +205,14 @@ class Embedder:
     def _forward(self, texts: Sequence[Encoded], prompt_length: int | None) -> NDArray[np.float32]:
         extra: dict[str, Any] = {} if prompt_length is None else {"prompt_length": prompt_length}
         try:
-            if self._compiled is not None:
-                vectors = self._compiled.embed(self._pad(texts), extra)
-            elif self._packed is None:
-                vectors = self._model({**self._pad(texts), **extra})["sentence_embedding"]
-            else:
-                vectors = self._packed.embed([text.features for text in texts], extra)
-            found: NDArray[np.float32] = vectors.float().cpu().numpy()  # (n_texts, dim)
+            with own_stream(self._model.device):
+                if self._compiled is not None:
+                    vectors = self._compiled.embed(self._pad(texts), extra)
+                elif self._packed is None:
+                    vectors = self._model({**self._pad(texts), **extra})["sentence_embedding"]
+                else:
+                    vectors = self._packed.embed([text.features for text in texts], extra)
+                found: NDArray[np.float32] = vectors.float().cpu().numpy()  # (n_texts, dim)
             return found
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
