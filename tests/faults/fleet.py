@@ -20,7 +20,7 @@ from tests.deployment import ROOT, server_command
 from tests.eventually import eventually
 from tests.integration.noop_app import TASKS as APP
 
-LEASE_S = 2.0
+LEASE_S = 3.0
 
 
 class Broker:

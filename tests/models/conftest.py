@@ -8,6 +8,14 @@ import torch
 from penstock_workers.engines.kernels import Kernels, find_kernels
 
 
+@pytest.fixture(scope="module", autouse=True)
+def threads_as_they_were() -> Iterator[None]:
+    """What a file sets for torch is no matter of the next one: which engine computes depends on it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def kernels() -> Iterator[Kernels]:
     """The compiled functions, in a process of one thread as workers have it."""
