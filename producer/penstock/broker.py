@@ -124,13 +124,13 @@ def _read_string(connected: socket.socket) -> memoryview | None:
     n_bytes, at = int(length[1:]), len(start)
     value = bytearray(n_bytes + len(end))
     value[:at] = start
-    with memoryview(value) as whole:
-        while at < len(value):
-            n_read = connected.recv_into(whole[at:])
-            if not n_read:
-                return None
-            at += n_read
-    return memoryview(value)[:n_bytes].toreadonly()
+    whole = memoryview(value)
+    while at < len(value):
+        n_read = connected.recv_into(whole[at:])
+        if not n_read:
+            return None
+        at += n_read
+    return whole[:n_bytes].toreadonly()
 
 
 def _login(url: SentinelUrl) -> dict[str, Any]:

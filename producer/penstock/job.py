@@ -66,8 +66,9 @@ class ResultStore:
             async with self.redis.pipeline(transaction=False) as pipe:
                 pipe.getrange(result_key(job_id), 0, LARGE_BYTES - 1)
                 pipe.get(record_key(job_id))
-                payload, record = cast("tuple[bytes | memoryview | None, bytes | None]", await pipe.execute())
-            if payload and len(payload) == LARGE_BYTES:
+                head, record = cast("tuple[bytes | None, bytes | None]", await pipe.execute())
+            payload: bytes | memoryview | None = head
+            if head and len(head) == LARGE_BYTES:
                 payload = await asyncio.to_thread(get_large, self._blocking, result_key(job_id))
         known = record.decode() if record else None
         # A retry in between is stored too, with a status that is not the end.

@@ -51,7 +51,7 @@ def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float3
 def embed(engine: Embedder, texts: list[str], n_threads: int = 1, **options: object) -> NDArray[np.float32]:
     """Embed as a worker does, in batches; shape (n_texts, dim)."""
     request = EmbedRequest.parse({"model": engine.name, "texts": texts, **options})
-    batcher = Batcher(engine.name, engine.run, cut_by_tokens(4096 // n_threads**2), n_threads=n_threads)
+    batcher = Batcher(engine.name, engine.run, cut_by_tokens(4096), n_threads=n_threads)
     vectors = batcher.submit("job", engine.prepare(request), None).wait()
     return engine.finish(request, vectors)  # type: ignore[return-value]  # float32 was asked for
 

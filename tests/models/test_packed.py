@@ -254,7 +254,7 @@ def test_broken_vectors_never_leave(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_two_batches_are_under_way_on_a_card(tmp_path: Path) -> None:
     """Each thread has a stream of its own; vectors are those of one thread."""
-    build(tmp_path, PACKED[0])
+    build(tmp_path, "bert")
     engine = load(tmp_path, "float32", torch.device("cuda"))
     items = engine.prepare(EmbedRequest(model="small", texts=texts_of(LENGTHS) * 20))
     cut = cut_by_tokens(256, is_padded=False)
