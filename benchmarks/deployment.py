@@ -11,6 +11,7 @@ from pathlib import Path
 
 from penstock import Client
 from penstock.errors import BrokerUnavailableError
+from penstock.request import PoolName
 from penstock_workers.local_redis import free_port, local_redis_command, wait_until_ready
 
 START_LIMIT_S = 300
@@ -18,13 +19,14 @@ START_LIMIT_S = 300
 
 @contextmanager
 def deployed(
-    models: str, *, processes: int = 2, threads: int = 1, port: int | None = None
+    models: str, *, pool: PoolName = "cpu", processes: int = 2, threads: int = 1, port: int | None = None
 ) -> Iterator[Client]:
     """Run a stack and yield a client of it.
 
     Args:
         models: the `[models.*]` tables of the configuration.
-        processes: worker processes of the CPU pool.
+        pool: the one that serves them.
+        processes: its worker processes.
         threads: torch threads in each.
         port: of its Redis on 127.0.0.1, queues in database 0, results in 1; None takes a free one.
     """
@@ -34,7 +36,7 @@ def deployed(
         config = Path(folder) / "benchmark.toml"
         config.write_text(
             f'[redis]\nbroker_url = "{url}/0"\nresults_url = "{url}/1"\n'
-            f'[pools.cpu]\nprocesses = {processes}\nthreads = {threads}\n[worker]\nlog_level = "warning"\n'
+            f'[pools.{pool}]\nprocesses = {processes}\nthreads = {threads}\n[worker]\nlog_level = "warning"\n'
             f"[flower]\nport = 0\n{models}"
         )
         redis = subprocess.Popen(local_redis_command(port=port, folder=None), stdout=subprocess.DEVNULL)

@@ -3,12 +3,13 @@
 Known to transformers as `PACKED`; a call outside of `packed(...)` is an ordinary one.
 """
 
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any, Final, Self
 
@@ -24,6 +25,8 @@ from penstock_workers.engines.kernels import find_kernels
 PACKED: Final = "penstock_packed"
 WASTE_SCORES: Final = 6144
 """Scores per head that padding may add to a rectangle: about what one more rectangle costs on a processor."""
+CARD_WASTE_SCORES: Final = 1 << 20
+"""The same on a card: there a rectangle costs the launches of a dozen kernels, and scores next to nothing."""
 SAFE_SUMS: Final = 1e-30, 1e35
 """Sums of exponentials between these lost nothing to under- or overflow of bfloat16 (1e-38 to 3e38).
 
@@ -105,16 +108,22 @@ class Layout:
 
     @cached_property
     def rectangles(self) -> list[Rectangle]:
-        """The texts in groups of little padding; fewest where neighbours are of similar length."""
-        found: list[Rectangle] = []
-        start, group, longest, n_scores = 0, self.lengths[:1], self.lengths[0], self.lengths[0] ** 2
-        for length in self.lengths[1:]:
-            longest, n_scores = max(longest, length), n_scores + length**2
-            if longest**2 * (len(group) + 1) - n_scores > WASTE_SCORES:
-                found.append(Rectangle.around(group, start, self.device))
-                start, group, longest, n_scores = found[-1].stop, [], length, length**2
-            group.append(length)
-        return [*found, Rectangle.around(group, start, self.device)]
+        """The texts in groups whose attention is computed with little padding."""
+        waste = WASTE_SCORES if self.device.type == "cpu" else CARD_WASTE_SCORES
+        return self._group(2, waste)
+
+    @cached_property
+    def pooled(self) -> list[Rectangle]:
+        """The texts in groups for what comes after the transformer; few on a card, half padding at worst."""
+        return self.rectangles if self.device.type == "cpu" else self._group(1, self.n_tokens)
+
+    def _group(self, power: int, waste: int) -> list[Rectangle]:
+        groups = group_lengths(self.lengths, power, waste)
+        starts = accumulate(map(sum, groups), initial=0)
+        return [
+            Rectangle.around(group, start, self.device)
+            for group, start in zip(groups, starts, strict=False)
+        ]
 
     @cached_property
     def ends(self) -> Tensor:
@@ -146,6 +155,25 @@ class Layout:
         return bool(least > SAFE_SUMS[0]) and bool(most < SAFE_SUMS[1])  # not a number is neither
 
 
+def group_lengths(lengths: Sequence[int], power: int, waste: int) -> list[list[int]]:
+    """Group neighbouring lengths; fewest groups where neighbours are of similar length.
+
+    Args:
+        lengths: of texts in a row.
+        power: 1 where a text costs its length, 2 where it costs the square.
+        waste: what padding to the longest may cost in a group.
+    """
+    groups: list[list[int]] = []
+    longest = n_real = 0
+    for length in lengths:
+        longest, n_real = max(longest, length), n_real + length**power
+        if not groups or longest**power * (len(groups[-1]) + 1) - n_real > waste:
+            groups.append([])
+            longest, n_real = length, length**power
+        groups[-1].append(length)
+    return groups
+
+
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
@@ -164,6 +192,15 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def download(tensor: Tensor) -> Tensor:
+    """Copy from a device; from CUDA to pinned memory, waiting for this thread's own stream alone."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    found = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return found
 
 
 def _attend(
@@ -245,10 +282,9 @@ def _flash(
     is_causal: bool,
     scale: float,
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
+    varlen_attn, grouped = _find_flash()
     reach = -1 if window is None else window - 1
-    found = varlen_attn(
+    found: Tensor = varlen_attn(
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
@@ -258,10 +294,19 @@ def _flash(
         layout.longest,
         scale=scale,
         window_size=(reach, 0 if is_causal else reach),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **(grouped if query.shape[1] != key.shape[1] else {}),
     )
-    assert isinstance(found, Tensor)  # not a tuple: no auxiliary output was asked for
     return found
+
+
+@cache
+def _find_flash() -> tuple[Callable[..., Any], dict[str, bool]]:
+    """Return torch's attention over texts in a row, and what it wants to be told of fewer heads of keys."""
+    from torch.nn.attention.varlen import varlen_attn  # not before it is needed: it compiles
+
+    # torch 2.11 takes them untold, and does not know the word
+    is_told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return varlen_attn, {"enable_gqa": True} if is_told else {}
 
 
 def _softmax(

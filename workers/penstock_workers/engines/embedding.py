@@ -18,7 +18,7 @@ from penstock.errors import EngineError, InvalidOptionError, ModelLoadError, Out
 from penstock.request import EmbedRequest
 from penstock.result import Vectors
 from penstock.settings import ModelSettings
-from penstock_workers.engines.attention import upload
+from penstock_workers.engines.attention import download, upload
 from penstock_workers.engines.device import has_fast_bfloat16, name_device, own_stream
 from penstock_workers.engines.formats import are_unit, choose_ranges, form, read_ranges
 from penstock_workers.engines.kernels import find_kernels
@@ -212,7 +212,7 @@ class Embedder:
                     vectors = self._model({**self._pad(texts), **extra})["sentence_embedding"]
                 else:
                     vectors = self._packed.embed([text.features for text in texts], extra)
-                found: NDArray[np.float32] = vectors.float().cpu().numpy()  # (n_texts, dim)
+                found: NDArray[np.float32] = download(vectors.float()).numpy()  # (n_texts, dim)
             return found
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()

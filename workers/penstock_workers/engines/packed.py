@@ -103,7 +103,7 @@ class Packed:
         else:
             hidden = self._hidden(row, upload(positions, layout.device), layout)
         found: list[Tensor] = []
-        for part in layout.rectangles:
+        for part in layout.pooled:
             real = torch.ones(1, 1, dtype=torch.int64, device=layout.device).expand(part.n_texts, part.length)
             features: dict[str, Any] = {
                 **extra,
