@@ -12,6 +12,10 @@ from penstock_workers.local_redis import free_port
 from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.upstream import Upstream
 
+if not Path("/dev/nvidia0").exists():
+    # Read where Triton is imported: kernels for cards then run in Python.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_unconfigure() -> None:
     """Let the summary be the last word: threads of workers under test outlive their servers, and complain."""

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_the_bundled_model_keeps_its_directions(kernels: Kernels) -> None:
     settings = ModelSettings(task="embed", source="bundled:minilm", engine="torch", dtype="float32")
     quick, plain = (Embedder.load("minilm", settings, CPU) for _ in range(2))
     assert quick._packed is not None
-    quick._packed.fuse(kernels)
+    quick._packed.fuse(partial(Fused, kernels=kernels))
     request = EmbedRequest(model="minilm", texts=[*texts_of(LENGTHS), "a", "1 2 3", "naïve café " * 90])
 
     vectors = [np.stack([v for _, v in sorted(e.run(e.prepare(request)))]) for e in (quick, plain)]
@@ -141,7 +142,7 @@ def test_a_fused_encoder_gives_what_its_modules_give(tmp_path: Path, kernels: Ke
     assert engine._packed is not None
     expected = embed(engine, texts)
 
-    undo = engine._packed.fuse(kernels)
+    undo = engine._packed.fuse(partial(Fused, kernels=kernels))
 
     found = embed(engine, texts)
     assert cosines(found, expected).min() >= MIN_COSINE
@@ -161,7 +162,7 @@ def test_every_number_of_tokens_has_its_vectors(tmp_path: Path, kernels: Kernels
     texts = texts_of([1 + i % 17 for i in range(n_texts)])
     expected = embed(engine, texts)
 
-    engine._packed.fuse(kernels)
+    engine._packed.fuse(partial(Fused, kernels=kernels))
 
     assert cosines(embed(engine, texts), expected).min() >= MIN_COSINE
 
@@ -175,7 +176,7 @@ def test_activations_of_any_size_are_gelu(tmp_path: Path, kernels: Kernels) -> N
         layer.intermediate.dense.weight.data.mul_(100)
     expected = embed(engine, texts)
 
-    engine._packed.fuse(kernels)
+    engine._packed.fuse(partial(Fused, kernels=kernels))
 
     assert cosines(embed(engine, texts), expected).min() >= MIN_COSINE
 
@@ -208,7 +209,7 @@ def test_other_encoders_keep_their_modules(tmp_path: Path, kernels: Kernels, kin
     before = embed(engine, texts)
 
     with pytest.raises(NotImplementedError):
-        engine._packed.fuse(kernels)
+        engine._packed.fuse(partial(Fused, kernels=kernels))
 
     assert np.array_equal(embed(engine, texts), before)
 
@@ -228,7 +229,7 @@ def test_a_bert_of_another_kind_keeps_its_modules(tmp_path: Path, kernels: Kerne
         transformer.config.num_attention_heads = 8
 
     with pytest.raises(NotImplementedError):
-        engine._packed.fuse(kernels)
+        engine._packed.fuse(partial(Fused, kernels=kernels))
 
 
 @pytest.mark.usefixtures("kernels")

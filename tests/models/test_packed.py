@@ -1,6 +1,7 @@
 """Texts laid end to end: the same vectors as alone, for every architecture that allows it."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from penstock.errors import EngineError
 from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
 from penstock_workers.batching import Batcher, cut_by_tokens
-from penstock_workers.engines.attention import Layout, _attend, packed
+from penstock_workers.engines.attention import Layout, _attend, group_lengths, packed
 from penstock_workers.engines.embedding import Embedder
+from penstock_workers.engines.fused_card import FusedOnCard
 from penstock_workers.engines.products import use_bfloat16
 
 CPU = torch.device("cpu")
@@ -251,6 +253,28 @@ def test_broken_vectors_never_leave(tmp_path: Path) -> None:
     assert [str(error) for error in zero] == [str(EngineError("small", "a vector is zero or not finite"))] * 2
 
 
+@pytest.mark.parametrize("power", [1, 2])
+def test_no_group_wastes_more_than_it_may(power: int) -> None:
+    """All lengths are there in their order; a group with the next one's first would waste too much."""
+    lengths = sorted([3, 3, 3, 4, 7, 8, 9, 20, 21, 200, 256, 256])
+
+    groups = group_lengths(lengths, power, 100)
+
+    def waste(group: list[int]) -> int:
+        return len(group) * max(group) ** power - sum(length**power for length in group)
+
+    assert [length for group in groups for length in group] == lengths
+    assert all(waste(group) <= 100 for group in groups)
+    assert all(waste([*one, other[0]]) > 100 for one, other in pairwise(groups))
+
+
+def test_what_costs_nothing_is_one_group() -> None:
+    """Equal lengths waste nothing, and all may waste all."""
+    assert group_lengths([5, 5, 5], 2, 0) == [[5, 5, 5]]
+    assert group_lengths([1, 50], 1, 49) == [[1, 50]]
+    assert group_lengths([1, 50], 1, 48) == [[1], [50]]
+
+
 @pytest.mark.gpu
 def test_two_batches_are_under_way_on_a_card(tmp_path: Path) -> None:
     """Each thread has a stream of its own; vectors are those of one thread."""
@@ -280,3 +304,15 @@ def test_a_card_gives_the_same_vectors(tmp_path: Path, kind: str, dtype: str) ->
     assert engine.batching == "packed"
     close = 0.999 if dtype == "float16" else 0.9999
     assert (found * model.encode(texts, batch_size=1)).sum(axis=1).min() >= close
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+def test_a_card_computes_the_bert_family_by_kernels(tmp_path: Path, kind: str) -> None:
+    """What settles formats at load takes them there, and torch's modules where there are none."""
+    build(tmp_path, kind)
+
+    engine = load(tmp_path, "bfloat16", torch.device("cuda"))
+
+    assert engine._packed is not None
+    assert isinstance(engine._packed._fused, FusedOnCard) == (kind != "modernbert")

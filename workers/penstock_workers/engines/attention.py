@@ -27,6 +27,8 @@ WASTE_SCORES: Final = 6144
 """Scores per head that padding may add to a rectangle: about what one more rectangle costs on a processor."""
 CARD_WASTE_SCORES: Final = 1 << 20
 """The same on a card: there a rectangle costs the launches of a dozen kernels, and scores next to nothing."""
+TILE: Final = 64
+"""Queries of a text that a card computes at once: half of them are short."""
 SAFE_SUMS: Final = 1e-30, 1e35
 """Sums of exponentials between these lost nothing to under- or overflow of bfloat16 (1e-38 to 3e38).
 
@@ -121,8 +123,7 @@ class Layout:
         groups = group_lengths(self.lengths, power, waste)
         starts = accumulate(map(sum, groups), initial=0)
         return [
-            Rectangle.around(group, start, self.device)
-            for group, start in zip(groups, starts, strict=False)
+            Rectangle.around(group, start, self.device) for group, start in zip(groups, starts, strict=False)
         ]
 
     @cached_property
@@ -130,6 +131,20 @@ class Layout:
         """Where texts begin and end; int32, shape (n_texts + 1,)."""
         ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
         return upload(ends, self.device)
+
+    @cached_property
+    def tiles(self) -> Tensor:
+        """Where groups of `TILE` queries lie; int32, shape (n_tiles, 3).
+
+        Of each the first token of its text, one past the text's last, and the first query.
+        """
+        lengths = torch.tensor(self.lengths, dtype=torch.int32)
+        n_tiles = (lengths + TILE - 1) // TILE
+        stops = lengths.cumsum(0, dtype=torch.int32).repeat_interleave(n_tiles)
+        starts = stops - lengths.repeat_interleave(n_tiles)
+        before = (n_tiles.cumsum(0) - n_tiles).repeat_interleave(n_tiles)
+        number = torch.arange(len(before)) - before
+        return upload(torch.stack([starts, stops, starts + TILE * number.int()], 1), self.device)
 
     def mask(self, length: int, window: int | None, is_causal: bool) -> Tensor | None:
         """Return who sees whom; bool, shape (length, length), or None for all."""

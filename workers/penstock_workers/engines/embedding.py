@@ -21,6 +21,8 @@ from penstock.settings import ModelSettings
 from penstock_workers.engines.attention import download, upload
 from penstock_workers.engines.device import has_fast_bfloat16, name_device, own_stream
 from penstock_workers.engines.formats import are_unit, choose_ranges, form, read_ranges
+from penstock_workers.engines.fused import Fused
+from penstock_workers.engines.fused_card import FusedOnCard
 from penstock_workers.engines.kernels import find_kernels
 from penstock_workers.engines.measured import machine_key, recall, remember
 from penstock_workers.engines.memory import check_memory, weights_bytes
@@ -57,6 +59,8 @@ PROBE: Final = (
     "x = 3.14159; " * 120,
 )
 
+CARD_PROBES: Final = 16
+"""How often the probe is in a batch that formats are timed on, on a card."""
 RACE: Final = ((12, 40), (32, 16), (96, 6), (256, 2))
 """Batches that engines are timed on: tokens of the longest text, and texts, up to an eighth shorter."""
 
@@ -429,39 +433,52 @@ class Embedder:
             return ""  # there is none for such a model, or on such a machine
         try:
             reason = self._compare(plain)
-        except FOREIGN as error:
-            reason = f"{type(error).__name__}: {error}"
+        except Exception as error:  # noqa: BLE001  # of compilers for cards, too
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         if reason is None:
             return undo
         undo()
         return reason
 
     def _fuse(self) -> Callable[[], None]:
-        """Compute the encoder in C; returns what undoes it.
+        """Compute the encoder in C, or by kernels for a card; returns what undoes it.
 
         Raises:
             NotImplementedError: there is none for such a model or machine.
         """
-        kernels = find_kernels(self._model.device)
-        if self._packed is None or kernels is None:
+        device = self._model.device
+        kernels = find_kernels(device)
+        if self._packed is None or (kernels is None and device.type != "cuda"):
             raise NotImplementedError("its own modules compute")
-        return self._packed.fuse(kernels)
+        if kernels is None:
+            return self._packed.fuse(partial(FusedOnCard, n_words=len(self._model.tokenizer)))
+        return self._packed.fuse(partial(Fused, kernels=kernels))
 
     def _timed_probe(self) -> float:
-        """Return seconds for the probe, after it was compared: the first has more to do."""
+        """Return seconds for the probe, on a card many times over, after it was compared.
+
+        The first has more to do; and a card takes as long for a few texts as for hundreds.
+        """
+        n_times = 1 if self._model.device.type == "cpu" else CARD_PROBES
+        batches = [batch * n_times for batch in self._probe_batches()]
         start = time.perf_counter()
-        self._probe()
+        for batch in batches:
+            self._forward(batch, batch[0].prompt_length)
         return time.perf_counter() - start
 
     def _probe(self, *, is_odd_reversed: bool = False, is_alone: bool = False) -> NDArray[np.float32]:
-        """Embed the probe, as one batch if texts may see neighbours they should not; shape (n_texts, dim)."""
+        """Embed the probe; shape (n_texts, dim)."""
+        batches = self._probe_batches(is_odd_reversed=is_odd_reversed, is_alone=is_alone)
+        return np.concatenate([self._forward(batch, batch[0].prompt_length) for batch in batches])
+
+    def _probe_batches(self, *, is_odd_reversed: bool = False, is_alone: bool = False) -> list[list[Encoded]]:
+        """Return the probe, as one batch if texts may see neighbours they should not."""
         texts = self.prepare(EmbedRequest(model=self.name, texts=list(PROBE)))
         texts = [text for text in texts if text.n_tokens]
         if is_odd_reversed:
             texts = [text.reversed() if i % 2 else text for i, text in enumerate(texts)]
         is_alone = is_alone or (self._packed is None and self._compiled is None)
-        batches = [[text] for text in texts] if is_alone else [texts]
-        return np.concatenate([self._forward(batch, batch[0].prompt_length) for batch in batches])
+        return [[text] for text in texts] if is_alone else [texts]
 
 
 def _load(name: str, model: ModelSettings, device: torch.device) -> SentenceTransformer:

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
 
 from penstock_workers.engines.attention import Layout
+from penstock_workers.engines.bert import read_encoder
 from penstock_workers.engines.kernels import HEAD_SIZES, Kernels
 from penstock_workers.engines.weights import share
 
@@ -73,45 +73,34 @@ class Fused:
 
     def __init__(self, transformer: Any, kernels: Kernels) -> None:
         self._kernels = kernels
-        try:
-            embeddings, layers = transformer.embeddings, list(transformer.encoder.layer)
-            tables = [
-                getattr(embeddings, name).weight.detach()
-                for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")
-            ]
-            self._dim, n_heads = tables[0].shape[1], int(transformer.config.num_attention_heads)
-            self._n_inner = layers[0].intermediate.dense.out_features if layers else 0
-            norms = [embeddings.LayerNorm]
-            for layer in layers:
-                norms += [layer.attention.output.LayerNorm, layer.output.LayerNorm]
-            # weights and biases of the four products of each layer
-            laid = [tensor for layer in layers for tensor in self._lay_out_layer(layer)]
-        except AttributeError as error:
-            raise NotImplementedError(f"it is built differently: {error}") from error
-        if self._dim not in [size * n_heads for size in HEAD_SIZES] or not layers:
-            raise NotImplementedError("its heads have an unusual size, or it has no layers")
-        if not all(_is_table(table, self._dim) for table in tables):
-            raise NotImplementedError("its tables are not plain float32")
-        if not all(_is_plain(norm, self._dim) for norm in norms):
-            raise NotImplementedError("its norms are of another kind")
-        laid = share(laid)
-        self._kept = [*tables, *norms, *laid]
-        sizes = self._sizes * len(layers)
-        linears = [
-            _Linear(weight.data_ptr(), bias.data_ptr(), n_in, n_out)
-            for weight, bias, (n_in, n_out) in zip(laid[::2], laid[1::2], sizes, strict=True)
+        encoder = read_encoder(transformer)
+        dim, n_heads, layers = encoder.dim, encoder.n_heads, encoder.layers
+        if dim not in [size * n_heads for size in HEAD_SIZES]:
+            raise NotImplementedError("its heads have an unusual size")
+        products = [
+            linears for layer in layers for linears in (layer.heads, [layer.output], [layer.up], [layer.down])
         ]
-        first, *others = (_Norm(norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps) for norm in norms)
+        laid = share([tensor for linears in products for tensor in _lay_out(linears)])
+        linears = [
+            _Linear(weight.data_ptr(), bias.data_ptr(), linears[0].in_features, _n_out(linears))
+            for linears, weight, bias in zip(products, laid[::2], laid[1::2], strict=True)
+        ]
+        tables = (encoder.words, encoder.positions, encoder.types)
+        norms = [norm for layer in layers for norm in (layer.output_norm, layer.down_norm)]
+        self._kept = [*tables, encoder.norm, *norms, *laid]
         self._encoder = _Encoder(
             (3 * ctypes.c_void_p)(*(table.data_ptr() for table in tables)),
             (3 * ctypes.c_int64)(*map(len, tables)),
-            first,
+            _norm(encoder.norm),
             (_Layer * len(layers))(
-                *(_Layer(*linears[4 * i : 4 * i + 4], *others[2 * i : 2 * i + 2]) for i in range(len(layers)))
+                *(
+                    _Layer(*linears[4 * i : 4 * i + 4], *map(_norm, norms[2 * i : 2 * i + 2]))
+                    for i in range(len(layers))
+                )
             ),
             len(layers),
             n_heads,
-            self._dim,
+            dim,
         )
 
     def hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: Layout) -> Tensor:
@@ -139,52 +128,22 @@ class Fused:
             longest=layout.longest,
         )
 
-    @property
-    def _sizes(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of a layer's products in the order in which they are computed."""
-        dim, n_inner = self._dim, self._n_inner
-        return [(dim, 3 * dim), (dim, dim), (dim, n_inner), (n_inner, dim)]
 
-    def _lay_out_layer(self, layer: Any) -> list[Tensor]:
-        attention, up = layer.attention, layer.intermediate
-        if not isinstance(up.intermediate_act_fn, GELUActivation):
-            raise NotImplementedError("its activation is not GELU")
-        products = [
-            [attention.self.query, attention.self.key, attention.self.value],
-            [attention.output.dense],
-            [up.dense],
-            [layer.output.dense],
-        ]
-        return [
-            tensor
-            for linears, size in zip(products, self._sizes, strict=True)
-            for tensor in _lay_out(linears, *size)
-        ]
+def _n_out(linears: Sequence[nn.Linear]) -> int:
+    return sum(linear.out_features for linear in linears)
 
 
-def _lay_out(linears: Sequence[nn.Linear], n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
+def _norm(norm: nn.LayerNorm) -> _Norm:
+    return _Norm(norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps)
+
+
+def _lay_out(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
     """Return weights and biases as `kernels.c` reads them, those of several layers as of one."""
-    shape = n_out // len(linears), n_in
-    if n_in % LANES or n_out % LANES or not all(_is_linear(linear, shape) for linear in linears):
-        raise NotImplementedError("its products are of another kind")
+    n_in, n_out = linears[0].in_features, _n_out(linears)
+    if n_in % LANES or n_out % LANES:
+        raise NotImplementedError("its widths are unusual")
     weight = torch.cat([linear.weight.detach() for linear in linears]).bfloat16()
     weight = nn.functional.pad(weight, (0, 0, 0, -n_out % PANEL))
     weight = weight.view(-1, PANEL, n_in // 2, 2).transpose(1, 2).contiguous()
     bias = torch.cat([linear.bias.detach() for linear in linears])
     return weight, nn.functional.pad(bias, (0, -n_out % PANEL))
-
-
-def _is_table(table: Tensor, dim: int) -> bool:
-    return table.shape[1] == dim and table.is_contiguous() and table.dtype == torch.float32
-
-
-def _is_linear(layer: nn.Module, shape: tuple[int, int]) -> bool:
-    if type(layer) is not nn.Linear or layer.bias is None:
-        return False
-    return layer.weight.shape == shape and layer.weight.dtype == torch.float32
-
-
-def _is_plain(norm: nn.Module, dim: int) -> bool:
-    if type(norm) is not nn.LayerNorm or norm.bias is None or dim % LANES:
-        return False
-    return norm.weight.shape == (dim,) and norm.weight.dtype == torch.float32

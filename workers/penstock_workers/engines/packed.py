@@ -2,15 +2,20 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from penstock_workers.engines.attention import PACKED, Layout, packed, upload
-from penstock_workers.engines.fused import Fused
-from penstock_workers.engines.kernels import Kernels
+
+
+class Encoder(Protocol):
+    """What computes a transformer in place of its own modules."""
+
+    def hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: Layout) -> Tensor:
+        """Return the last hidden states, float32, shape (n_tokens, dim); see `fused.Fused`."""
 
 
 class Packed:
@@ -37,20 +42,24 @@ class Packed:
             raise NotImplementedError("it takes no positions")
         self._first = _first_position(self._transformer)
         self._n_batches = self._n_unsafe = 0
-        self._fused: Fused | None = None
+        self._fused: Encoder | None = None
         self._transformer.set_attn_implementation(PACKED)
 
     def undo(self) -> None:
         """Give the model its own attention back."""
         self._transformer.set_attn_implementation(self._before)
 
-    def fuse(self, kernels: Kernels) -> Callable[[], None]:
-        """Compute the transformer's encoder in C and in bfloat16 from now on; returns what undoes it.
+    def fuse(self, make: Callable[[Any], Encoder]) -> Callable[[], None]:
+        """Have the transformer computed otherwise from now on; returns what undoes it.
+
+        Args:
+            make: makes what computes from the transformer.
 
         Raises:
             NotImplementedError: it is of a kind that is not known.
         """
-        fused, transformer = Fused(self._transformer, kernels), self._transformer
+        transformer = self._transformer
+        fused = make(transformer)
         # its weights in float32 are not needed any more, and go with what undoes this
         encoder, transformer.encoder = transformer.encoder, nn.Identity()
         self._fused = fused
