@@ -37,11 +37,16 @@ def flop_per_text(config: Mapping[str, Any], lengths: Iterable[int]) -> float:
 
 
 class Machine:
-    """Processes that measure matrix products; they sleep in between."""
+    """Processes that measure matrix products; they sleep in between.
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._d, self._f = int(config["hidden_size"]), int(config["intermediate_size"])
-        self._n = os.cpu_count() or 1
+    Args:
+        config: of the model.
+        device: "cpu" for all cores, or "cuda" for one card.
+    """
+
+    def __init__(self, config: Mapping[str, Any], device: str = "cpu") -> None:
+        self._d, self._f, self._device = int(config["hidden_size"]), int(config["intermediate_size"]), device
+        self._n = (os.cpu_count() or 1) if device == "cpu" else 1
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(
             self._n, mp_context=context, initializer=_start, initargs=(context.Barrier(self._n),)
@@ -54,13 +59,14 @@ class Machine:
         self._pool.shutdown()
 
     def flop_per_s(self) -> float:
-        """Return the rate of all cores together: the best of two formats and five shapes."""
-        shapes = [(1024, self._d, 3 * self._d), (1024, self._d, self._f), (1024, self._f, self._d)]
-        shapes += [(1024, 1024, 1024), (2048, 2048, 2048)]
+        """Return the rate of all cores together, or of the card: the best of two formats and five shapes."""
+        n, large = (1024, 2048) if self._device == "cpu" else (16_384, 8192)
+        shapes = [(n, self._d, 3 * self._d), (n, self._d, self._f), (n, self._f, self._d)]
+        shapes += [(large // 2,) * 3, (large,) * 3]
         best = 0.0
         for dtype in ("bfloat16", "float32"):
             for shape in shapes:
-                found = self._pool.map(_rate, [dtype] * self._n, [shape] * self._n)
+                found = self._pool.map(_rate, [dtype] * self._n, [shape] * self._n, [self._device] * self._n)
                 best = max(best, sum(found))
         return best
 
@@ -72,17 +78,20 @@ def _start(together: Barrier) -> None:
     _together.append(together)
 
 
-def _rate(dtype: str, shape: tuple[int, int, int]) -> float:
+def _rate(dtype: str, shape: tuple[int, int, int], device: str) -> float:
     import torch
 
     n, k, m = shape
-    a = torch.randn(n, k).to(getattr(torch, dtype))
-    weight = torch.randn(m, k).to(getattr(torch, dtype))
+    a = torch.randn(n, k, device=device).to(getattr(torch, dtype))
+    weight = torch.randn(m, k, device=device).to(getattr(torch, dtype))
     with torch.inference_mode():
         torch.nn.functional.linear(a, weight)
         _together[0].wait()
         n_done, began = 0, time.perf_counter()
         while (seconds := time.perf_counter() - began) < WINDOW_S:
-            torch.nn.functional.linear(a, weight)
-            n_done += 1
+            for _ in range(1 if device == "cpu" else 10):  # a card is given work ahead
+                torch.nn.functional.linear(a, weight)
+                n_done += 1
+            if device != "cpu":
+                torch.cuda.synchronize()
     return 2.0 * n * k * m * n_done / seconds

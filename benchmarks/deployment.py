@@ -12,22 +12,30 @@ from pathlib import Path
 from penstock import Client
 from penstock.errors import BrokerUnavailableError
 from penstock.request import PoolName
+from penstock.settings import load_settings
+from penstock_workers.layout import choose_layouts, read_machine
 from penstock_workers.local_redis import free_port, local_redis_command, wait_until_ready
 
+AUTO = '"auto"'
 START_LIMIT_S = 300
 
 
 @contextmanager
 def deployed(
-    models: str, *, pool: PoolName = "cpu", processes: int = 2, threads: int = 1, port: int | None = None
+    models: str,
+    *,
+    pool: PoolName = "cpu",
+    processes: int | None = 2,
+    threads: int | None = 1,
+    port: int | None = None,
 ) -> Iterator[Client]:
     """Run a stack and yield a client of it.
 
     Args:
         models: the `[models.*]` tables of the configuration.
         pool: the one that serves them.
-        processes: its worker processes.
-        threads: torch threads in each.
+        processes: its worker processes; None: as many as `auto` is here.
+        threads: in each; likewise.
         port: of its Redis on 127.0.0.1, queues in database 0, results in 1; None takes a free one.
     """
     port = port or free_port()
@@ -36,9 +44,10 @@ def deployed(
         config = Path(folder) / "benchmark.toml"
         config.write_text(
             f'[redis]\nbroker_url = "{url}/0"\nresults_url = "{url}/1"\n'
-            f'[pools.{pool}]\nprocesses = {processes}\nthreads = {threads}\n[worker]\nlog_level = "warning"\n'
-            f"[flower]\nport = 0\n{models}"
+            f"[pools.{pool}]\nprocesses = {processes or AUTO}\nthreads = {threads or AUTO}\n"
+            f'[worker]\nlog_level = "warning"\n[flower]\nport = 0\n{models}'
         )
+        layout = choose_layouts(load_settings(config).settings, read_machine())[pool]
         redis = subprocess.Popen(local_redis_command(port=port, folder=None), stdout=subprocess.DEVNULL)
         try:
             wait_until_ready(f"{url}/0", within_s=10)
@@ -46,7 +55,7 @@ def deployed(
             stack = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "NO_COLOR": "1"})
             try:
                 with Client(f"{url}/0") as client:
-                    _wait(client, stack, processes)
+                    _wait(client, stack, layout.processes)
                     yield client
             finally:
                 stack.terminate()

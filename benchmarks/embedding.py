@@ -15,6 +15,8 @@ naive      against one stock Celery task for each text
 fetch      a stored result of 6 MiB over a plain GET of its bytes
 deadlines  queries with a deadline behind a load of long documents: how many are answered in time
 memory     what client and workers grow by in 100,000 texts
+card       docstrings by random models of two sizes on a CUDA card, by as many processes as `auto` is: against
+           sentence-transformers in bfloat16 and the card's matrix-product rate; left out without one
 
 Run: python -m benchmarks.embedding [--quick] [--only SECTION ...] [--against LIBRARY,...]
     [--peer-python [LIBRARY=]PYTHON ...] [--rounds N] [--json FILE] [--plot FILE]
@@ -27,6 +29,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -44,6 +47,7 @@ import redis
 from numpy.typing import NDArray
 from redis import asyncio as aioredis
 
+from benchmarks.card import SIZES, Busy, build_model
 from benchmarks.ceiling import Machine, flop_per_text
 from benchmarks.corpus import Corpus
 from benchmarks.deployment import deployed
@@ -54,6 +58,7 @@ from penstock import AsyncClient, Client
 from penstock.errors import PenstockError
 from penstock.store import result_key
 from penstock_workers.bundled import bundled_folder
+from penstock_workers.layout import find_cards
 from penstock_workers.local_redis import free_port
 
 Vectors = NDArray[np.float32]
@@ -69,6 +74,9 @@ N_CALLERS: Final = 64
 SINGLES_AT_ONCE: Final = 20
 DEADLINES_MS: Final = (20, 50, 100, 200)
 FETCHED_TEXTS: Final = 4096
+BUSY_ROUNDS: Final = 5
+EXACT_TEXTS: Final = 256
+"""Of `card`, that are compared with float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +93,7 @@ class Counts:
         patient: queries whose callers wait up to a minute; behind long documents each may take seconds.
         fetches: of the stored result.
         many: texts that pass through client and workers in `memory`.
+        card: texts in one repetition of `card`.
     """
 
     rounds: int
@@ -96,10 +105,20 @@ class Counts:
     patient: int
     fetches: int
     many: int
+    card: int
 
 
 QUICK: Final = Counts(
-    rounds=2, mixed=256, short=256, long=64, singles=60, queries=20, patient=4, fetches=20, many=5_000
+    rounds=2,
+    mixed=256,
+    short=256,
+    long=64,
+    singles=60,
+    queries=20,
+    patient=4,
+    fetches=20,
+    many=5_000,
+    card=2048,
 )
 FULL: Final = Counts(
     rounds=5,
@@ -111,6 +130,7 @@ FULL: Final = Counts(
     patient=20,
     fetches=100,
     many=100_000,
+    card=16_384,
 )
 QUICK_SECTIONS: Final = ("bulk", "single", "callers", "fetch")
 
@@ -200,6 +220,7 @@ def main() -> None:
         "fetch": fetch,
         "deadlines": deadlines,
         "memory": memory,
+        "card": card,
     }
     options = arguments(list(sections))
     counts = QUICK if options.quick else FULL
@@ -439,6 +460,83 @@ def memory(bench: Bench) -> Found:
         rows.append(Row(way=f"worker's PSS, {processes} at work", unit="MiB", values=shares))
         rows.append(Row(way=f"workers' PSS together, {processes}", unit="MiB", values=[sum(shares)]))
     figures = {f"{name}_growth_mib": Figure(value=value, unit="MiB") for name, value in growth.items()}
+    return Found(rows=rows, figures=figures)
+
+
+def card(bench: Bench) -> Found:
+    """Embed docstrings on a card with models of two sizes, by one client."""
+    if not [name for name in find_cards() if name != "mps"]:
+        print("left out: card: there is none", file=sys.stderr)
+        return Found(rows=[], figures={})
+    found = [_on_card(bench.counts, name) for name in SIZES]
+    return Found(
+        rows=[row for one in found for row in one.rows],
+        figures={name: figure for one in found for name, figure in one.figures.items()},
+    )
+
+
+def _on_card(counts: Counts, name: str) -> Found:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        config = build_model(folder, SIZES[name])
+        corpus = Corpus(folder)
+        texts = corpus.mixed(counts.card)
+        model = f'[models.{MODEL}]\ntask = "embed"\nsource = "{folder}"\npools = ["gpu"]\n'
+        client = stack.enter_context(deployed(model, pool="gpu", processes=None, threads=None))
+        peer = stack.enter_context(
+            Peer(REFERENCE_LIBRARY, python=sys.executable, model=folder, threads=CORES, on_card=True)
+        )
+        peer.wait_until_loaded()
+        machine = stack.enter_context(Machine(config, "cuda"))
+        vectors: dict[str, Vectors] = {}
+        rates: list[float] = []
+
+        def ours() -> float:
+            began = time.perf_counter()
+            vectors["penstock"] = np.concatenate(list(client.embed_many(texts, model=MODEL)))
+            return time.perf_counter() - began
+
+        def theirs(way: str) -> Callable[[], float]:
+            def measure() -> float:
+                vectors[way], seconds = peer.embed(way, texts)
+                return sum(seconds)
+
+            return measure
+
+        def products() -> float:
+            rates.append(machine.flop_per_s())
+            return 0.0
+
+        ways = {way: theirs(way) for way in peer.ways if way != REFERENCE}
+        seconds = _in_turn({"penstock": ours, **ways, "machine": products}, counts.rounds)
+        del seconds["machine"]
+        with Busy() as busy:
+            again = statistics.fmean(ours() for _ in range(BUSY_ROUNDS))
+        exact, _ = peer.embed(REFERENCE, texts[:EXACT_TEXTS])
+    n_tokens = statistics.fmean(corpus.lengths(texts))
+    flop, rate = flop_per_text(config, corpus.lengths(texts)), statistics.median(rates[1:])
+    speed = {way: len(texts) / statistics.median(values) for way, values in seconds.items()}
+    worst = {way: float(_cosines(vectors[way][:EXACT_TEXTS], exact).min()) for way in speed}
+    label = f"card, {name}"
+    rows = [
+        Row(way=f"{label}, {way}", unit="texts/s", values=[len(texts) / s for s in values])
+        for way, values in seconds.items()
+    ]
+    rows += [Row(way=f"{label}, {way}, smallest cosine", unit="", values=[c]) for way, c in worst.items()]
+    rows += [
+        Row(way=f"{label}, penstock while watched", unit="texts/s", values=[len(texts) / again]),
+        Row(way=f"{label}, penstock", unit="tokens/s", values=[n_tokens * speed["penstock"]]),
+        Row(way=f"{label}, matrix products", unit="TFLOP/s", values=[rate / 1e12 for rate in rates[1:]]),
+        Row(way=f"{label}, cost of a text", unit="GFLOP", values=[flop / 1e9]),
+    ]
+    suffix = name.partition("-")[0].lower()
+    others = [value for way, value in speed.items() if way != "penstock"]
+    figures = {
+        f"card_vs_sentence_transformers_{suffix}": Figure(value=speed["penstock"] / max(others), unit="x"),
+        f"card_share_of_products_{suffix}": Figure(value=speed["penstock"] * flop / rate, unit=""),
+        f"card_busy_{suffix}": Figure(value=busy.share, unit=""),
+        f"card_min_cosine_{suffix}": Figure(value=worst["penstock"], unit="", goal=MIN_COSINE),
+    }
     return Found(rows=rows, figures=figures)
 
 

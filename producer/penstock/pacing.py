@@ -32,8 +32,8 @@ FEWEST_TEXTS: Final = 16
 LAST_JOB_S: Final = 0.03
 """Jobs towards a known end are no smaller than this, or than so many texts while the speed is not known."""
 MOST_TEXTS: Final = 4096
-MOST_CHARACTERS: Final = 1_000_000
-"""Of one job; its message may take four bytes for each."""
+MOST_CHARACTERS: Final = 250_000
+"""Of one job, whose first text waits until its last is tokenized; fast workers tokenize several at once."""
 MOST_CHARACTERS_UNDER_WAY: Final = 16_000_000
 
 

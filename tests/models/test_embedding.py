@@ -208,10 +208,13 @@ def test_the_size_of_batches_is_learned_by_trying(monkeypatch: pytest.MonkeyPatc
     settings = ModelSettings(task="embed", source="bundled:minilm", engine="torch")
     engine = Embedder.load("minilm", settings, CPU)
     monkeypatch.setattr(embedding, "BATCH_TOKENS", (128, 256, 512))
-    assert engine.learn_batch_tokens() in (128, 256, 512)
+    n_tokens, seconds = engine.learn_batch_tokens()
+    assert n_tokens in (128, 256, 512)
+    assert seconds is not None
+    assert 0 < seconds < 60
 
     def too_much(*_: object) -> None:
         raise OutOfMemoryError("minilm", 1)
 
     monkeypatch.setattr(engine, "_forward", too_much)
-    assert engine.learn_batch_tokens() == 128
+    assert engine.learn_batch_tokens() == (128, None)

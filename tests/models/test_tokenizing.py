@@ -53,9 +53,10 @@ def test_tokens_are_those_of_preprocess(
     assert are_equal(found, [unpad(model.preprocess([text], prompt=prompt))[0] for text in texts])
 
 
-def test_many_threads_may_tokenize(model: SentenceTransformer) -> None:
+@pytest.mark.parametrize("n_at_once", [1, 4])
+def test_many_threads_may_tokenize(model: SentenceTransformer, n_at_once: int) -> None:
     """Also while others need the model's own way, which changes the tokenizer's settings."""
-    tokenizer, texts = TextTokenizer(model, PROBE), corpus(64)
+    tokenizer, texts = TextTokenizer(model, PROBE, n_at_once), corpus(64)
     expected = tokenizer.encode(texts, None)
 
     def tokenize(number: int) -> list[Encoded]:

@@ -290,6 +290,15 @@ def test_speed_is_unknown_before_the_first_batch() -> None:
     assert start(FakeModel()).tokens_per_s is None
 
 
+def test_what_was_measured_at_load_is_the_speed() -> None:
+    """Callers cut their first jobs by it, and the worker holds as many."""
+    cut = cut_by_tokens(64, is_padded=False)
+
+    batcher = Batcher("fake", FakeModel().run, cut, measured=(1000, 0.5))
+
+    assert batcher.tokens_per_s == pytest.approx(2000)
+
+
 # Failing
 
 

@@ -117,18 +117,46 @@ def test_cards_that_are_not_there_get_no_process() -> None:
     assert choose_layouts(settings(on_cards, gpu_processes="3"), LARGE)["gpu"].processes == 3
     spread = {"m": CHAT | {"pools": ["gpu"], "device_map": "auto"}}
     assert choose_layouts(settings(spread), LARGE)["gpu"].processes == 0
-    assert choose_layouts(settings(spread, gpu_device="cuda"), LARGE)["gpu"] == Layout(processes=1, threads=1)
+    assert choose_layouts(settings(spread, gpu_device="cuda"), LARGE)["gpu"] == Layout(processes=1, threads=4)
+
+
+LARGE_MODEL = {"task": "embed", "source": "penstock-tests/no-such"}  # counts as 1 GiB
+
+
+@pytest.mark.parametrize(
+    ("models", "arguments", "processes", "threads"),
+    [
+        ({"m": MINILM}, {}, 8, 2),
+        ({"m": LARGE_MODEL}, {}, 2, 4),
+        ({"m": MINILM, "l": LARGE_MODEL}, {}, 2, 4),
+        ({"m": MINILM, "c": CHAT}, {}, 2, 4),
+        ({"m": MINILM}, {"gpu_processes": "3"}, 3, 4),
+        ({"m": MINILM}, {"gpu_processes": "16"}, 16, 1),
+        ({"m": MINILM}, {"gpu_threads": "7"}, 8, 7),
+    ],
+    ids=str,
+)
+def test_small_models_have_several_processes_on_a_card(
+    models: Any, arguments: dict[str, str], processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card waits for the processors where models are small; a large or a generating one fills it."""
+    monkeypatch.setattr("penstock_workers.layout.find_cards", lambda: ("0", "1"))  # there is none here
+    on_cards = {name: model | {"pools": ["gpu"]} for name, model in models.items()}
+
+    layout = choose_layouts(settings(on_cards, **arguments), LARGE)["gpu"]
+
+    assert layout == Layout(processes=processes, threads=threads, cards=("0", "1"))
 
 
 @pytest.mark.gpu
-def test_each_card_has_a_process() -> None:
-    """One process for each card that CUDA shows, which sees that card alone."""
+def test_each_card_has_processes() -> None:
+    """As many processes for each card that CUDA shows, each of which sees one card alone."""
     import torch
 
     layout = choose_layouts(settings({"m": MINILM | {"pools": ["gpu"]}}), LARGE)["gpu"]
 
-    assert layout.processes == len(set(layout.cards)) == torch.cuda.device_count()
-    assert layout.threads == 1
+    assert len(set(layout.cards)) == torch.cuda.device_count()
+    assert layout.processes % len(layout.cards) == 0
 
 
 def test_control_groups_limit_the_machine(tmp_path: Path) -> None:

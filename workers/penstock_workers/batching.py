@@ -384,15 +384,25 @@ class Batcher(ModelThread[I, A]):
         turn: see `ModelThread`; a batch is a turn.
         n_threads: how many batches are under way at once: one is laid out and copied to a card while another
             is computed there.
+        measured: tokens and seconds of a batch, where they are known before the first.
     """
 
     def __init__(
-        self, name: str, run: Run[I, A], cut: Cut, turn: Turn | None = None, *, n_threads: int = 1
+        self,
+        name: str,
+        run: Run[I, A],
+        cut: Cut,
+        turn: Turn | None = None,
+        *,
+        n_threads: int = 1,
+        measured: tuple[int, float] | None = None,
     ) -> None:
         self._run, self._cut = run, cut
         self._works: list[Work[I, A]] = []  # with waiting items, most urgent first
         self._memory_tokens = math.inf  # what a batch may hold, as far as lacks of memory have told
         self._speed = Speed()
+        if measured is not None:
+            self._speed.count(*measured)
         self._ages = dict.fromkeys(Priority, 0.0)  # tokens that are for those who were passed by
         self._urgent_until = self._ended = 0.0
         super().__init__(name, turn, n_threads)

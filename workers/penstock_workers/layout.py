@@ -15,7 +15,15 @@ from penstock_workers.engines.source import resolve_source
 
 POOLS: Final[tuple[PoolName, ...]] = ("gpu", "cpu")
 MAX_THREADS: Final = 4
-"""Threads of a process that generates: a decode step waits for memory, which few cores saturate."""
+"""Threads of a process that generates: a decode step waits for memory, which few cores saturate.
+
+Of one on a card, too: there they tokenize.
+"""
+PER_CARD: Final = 4
+"""Processes that share a card where the models are small: it waits for their processors' work otherwise."""
+CORES_PER_REPLICA: Final = 2
+SMALL_BYTES: Final = 512 << 20
+"""Files of all models together that are small; a card is kept busy by one process with larger ones."""
 GENERATING_PROCESSES: Final = 2
 """That share the cores at least, where text is generated: docs/operations.md has what was measured."""
 SHARED_BYTES: Final = 512 << 20
@@ -135,9 +143,9 @@ def choose_threads(
     wanted = getattr(settings.pools, pool)
     if wanted.threads != AUTO:
         return int(wanted.threads)
-    if on_cards(settings, pool) or all(
-        model.task != "generate" or model.engine == "remote" for model in models
-    ):
+    if on_cards(settings, pool):
+        return min(machine.cores, MAX_THREADS)
+    if all(model.task != "generate" or model.engine == "remote" for model in models):
         return 1
     processes = GENERATING_PROCESSES if wanted.processes == AUTO else max(wanted.processes, 1)
     return max(1, min(machine.cores // processes, MAX_THREADS))
@@ -170,13 +178,25 @@ def _choose_layout(
         processes = max(len(cards), at_least) if wanted.processes == AUTO else wanted.processes
         if wanted.processes == AUTO and any(model.device_map for model in models.values()):
             return Layout(processes=min(1, processes), threads=threads)  # one that sees all cards
-        return Layout(processes=processes, threads=threads, cards=() if cards == ("mps",) else cards)
+        cuda = () if cards == ("mps",) else cards
+        if wanted.processes == AUTO and cuda and _are_small(models):
+            processes *= max(1, min(PER_CARD, machine.cores // (CORES_PER_REPLICA * len(cuda))))
+        if wanted.threads == AUTO:
+            threads = max(1, min(machine.cores // max(processes, 1), threads))
+        return Layout(processes=processes, threads=threads, cards=cuda)
     if wanted.processes != AUTO:
         return Layout(processes=wanted.processes, threads=threads)
     if pool == "gpu":  # a trial of the routing, which should leave the machine to the other pool
         return Layout(processes=1, threads=threads)
     fit = (machine.memory_bytes - SHARED_BYTES) // process_bytes(models)
     return Layout(processes=max(1, min(machine.cores // threads, fit)), threads=threads)
+
+
+def _are_small(models: Mapping[str, ModelSettings]) -> bool:
+    """Say whether a card that serves these models mostly waits for what comes before and after them."""
+    if any(model.task == "generate" and model.engine != "remote" for model in models.values()):
+        return False  # each process would take memory for its cache
+    return sum(_weights_bytes(name, model) for name, model in models.items()) <= SMALL_BYTES
 
 
 def on_cards(settings: Settings, pool: PoolName) -> bool:

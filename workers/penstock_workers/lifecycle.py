@@ -128,8 +128,8 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
                 # torch, and the file that knows it, load here: the app itself imports without.
                 from penstock_workers.engines.device import choose_device, limit_threads
 
-                limit_threads(n_threads)
                 device = choose_device(self._pool, pool.device)
+                limit_threads(n_threads, device)
             told = str(device or "no device")
             self._heartbeat = Heartbeat(self._settings, self._serving, self._pool, told, self._names)
             self._heartbeat.start()
@@ -143,9 +143,7 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
                 self._serving.models[name] = load_model(name, self._settings, device, turn)
                 seconds = time.perf_counter() - began
                 self._heartbeat.loaded(name, seconds)
-                logger.info(
-                    "model %s loaded in %.1f s on %s, torch threads: %d", name, seconds, told, n_threads
-                )
+                logger.info("model %s loaded in %.1f s on %s, threads: %d", name, seconds, told, n_threads)
 
     def stop(self, worker: Any) -> None:
         """Take the process out of the registry."""

@@ -199,8 +199,11 @@ def load_model(
         from penstock_workers.engines.embedding import Embedder
 
         embedder = Embedder.load(name, model, device)
+        measured = None
         if device.type != "cpu" and model.max_batch_tokens is None:
-            model = model.model_copy(update={"max_batch_tokens": embedder.learn_batch_tokens()})
+            n_tokens, seconds = embedder.learn_batch_tokens()
+            measured = None if seconds is None else (n_tokens, seconds)
+            model = model.model_copy(update={"max_batch_tokens": n_tokens})
         return ServedEmbedder(
             info=replace(
                 _describe(name, model, embedder.dim, embedder.max_tokens, embedder.dtype, embedder.batching),
@@ -214,6 +217,7 @@ def load_model(
                 cut_texts(model, embedder, device),
                 turn,
                 n_threads=batches_at_once(device, turn),
+                measured=measured,
             ),
         )
     if model.task == "rerank":

@@ -24,6 +24,7 @@ from penstock.request import EmbedRequest, PoolName
 from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching import Batcher
 from penstock_workers.layout import (
+    MAX_THREADS,
     Layout,
     find_cards,
     on_cards,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:  # torch loads in the processes that compute
     from penstock_workers.engines.tokenizing import Encoded
 
 THREADS: Final = (1, 2, 4, 8)
+REPLICAS: Final = (1, 2, 4)
+"""Processes on one card."""
 BATCH_TOKENS: Final = {"cpu": (512, 1024, 2048, 4096), "cards": (8192, 16_384, 32_768, 65_536)}
 ROUNDS: Final = 2
 """How often each batch size is measured, in turn: machines are noisy, and their clocks change."""
@@ -99,9 +102,12 @@ def candidates(settings: Settings, pool: PoolName, names: Sequence[str]) -> list
         cards = find_cards()
         if not cards:
             raise ConfigError([f'pool {pool} finds no card; set pools.{pool}.device = "cpu" to try without'])
-        share = max(1, machine.cores // len(cards))
         cuda = () if cards == ("mps",) else cards
-        return [Layout(processes=len(cards), threads=n, cards=cuda) for n in THREADS if n <= share]
+        numbers = [len(cards) * n for n in REPLICAS if n == 1 or (cuda and len(cards) * n <= machine.cores)]
+        return [
+            Layout(processes=n, threads=max(1, min(machine.cores // n, MAX_THREADS)), cards=cuda)
+            for n in numbers
+        ]
     fit = machine.memory_bytes // process_bytes({name: settings.models[name] for name in names})
     return [
         Layout(processes=max(1, min(machine.cores // n, fit)), threads=n)
@@ -301,8 +307,8 @@ def _serve(
     # The parent shows how far it is.
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no types here
     try:
-        limit_threads(layout.threads)
         device = choose_device(pool, getattr(settings.pools, pool).device)
+        limit_threads(layout.threads, device)
         subjects = {
             name: _Subject(settings.models[name], Embedder.load(name, settings.models[name], device), device)
             for name in names

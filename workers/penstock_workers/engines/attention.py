@@ -210,11 +210,14 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def download(tensor: Tensor) -> Tensor:
-    """Copy from a device; from CUDA to pinned memory, waiting for this thread's own stream alone."""
+    """Copy from a device; from CUDA to pinned memory, asleep until this thread's own stream has done it."""
     if not tensor.is_cuda:
         return tensor.cpu()
     found = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
+    # without it the processor would turn in circles
+    done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch has no type for it
+    done.record(torch.cuda.current_stream(tensor.device))
+    done.synchronize()
     return found
 
 

@@ -37,9 +37,9 @@ def choose_device(pool: PoolName, wanted: DeviceName) -> torch.device:
     )
 
 
-def limit_threads(n_threads: int) -> None:
-    """Give torch this many threads: its own default takes every core, in every process."""
-    torch.set_num_threads(n_threads)
+def limit_threads(n_threads: int, device: torch.device) -> None:
+    """Give torch this many threads, for a card one: its own default takes every core, in every process."""
+    torch.set_num_threads(n_threads if device.type == "cpu" else 1)
     torch.set_num_interop_threads(1)
 
 

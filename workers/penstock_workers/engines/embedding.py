@@ -59,6 +59,8 @@ PROBE: Final = (
     "x = 3.14159; " * 120,
 )
 
+CARD_TOKENIZERS: Final = 4
+"""Jobs that are tokenized at once beside a card."""
 CARD_PROBES: Final = 16
 """How often the probe is in a batch that formats are timed on, on a card."""
 RACE: Final = ((12, 40), (32, 16), (96, 6), (256, 2))
@@ -91,7 +93,8 @@ class Embedder:
         self.int8_ranges: NDArray[np.float32] | None = None
         self._has_int8 = False
         self.fingerprint = ""
-        self._tokenizer = TextTokenizer(model, PROBE)
+        # A card's model thread leaves the processors to them.
+        self._tokenizer = TextTokenizer(model, PROBE, 1 if model.device.type == "cpu" else CARD_TOKENIZERS)
 
     @classmethod
     def load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:
@@ -170,10 +173,13 @@ class Embedder:
                 else:
                     yield index, vector
 
-    def learn_batch_tokens(self) -> int:
+    def learn_batch_tokens(self) -> tuple[int, float | None]:
         """Return the tokens of the smallest batches at which the device is nearly as fast as it gets.
 
         Larger ones gain nothing, and whoever comes next waits for them. Takes a second or two on a card.
+
+        Returns:
+            With them the seconds that one takes; None if not even the smallest fits.
         """
         (text,) = self.prepare(EmbedRequest(model=self.name, texts=[max(PROBE, key=len)]))
         text = text.of_length(min(TYPICAL_TOKENS, text.n_tokens))
@@ -187,9 +193,12 @@ class Embedder:
                     self._forward(batch, text.prompt_length)
             except OutOfMemoryError:
                 break  # what comes close to it is left to the batcher, which learns from a lack of memory
-            speeds[n_tokens] = n_tokens / (time.perf_counter() - began)
+            speeds[n_tokens] = 3 * n_tokens / (time.perf_counter() - began)
         enough = NEARLY * max(speeds.values(), default=0.0)
-        return next((n_tokens for n_tokens, speed in speeds.items() if speed >= enough), BATCH_TOKENS[0])
+        for n_tokens, speed in speeds.items():
+            if speed >= enough:
+                return n_tokens, n_tokens / speed
+        return BATCH_TOKENS[0], None
 
     def finish(self, request: EmbedRequest, vectors: Sequence[NDArray[np.float32]]) -> Vectors:
         """Return a request's vectors in the form it asked for; see `formats.form`."""

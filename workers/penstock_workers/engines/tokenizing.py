@@ -1,7 +1,8 @@
 """Texts to tokens as a sentence-transformers model takes them, without padding."""
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, repeat
@@ -66,14 +67,16 @@ class TextTokenizer:
     Args:
         model: whose tokens they are.
         probe: texts that both ways are compared on.
+        n_at_once: how many threads may tokenize at the same time.
 
     Attributes:
         is_straight: whether nothing stands between.
     """
 
-    def __init__(self, model: SentenceTransformer, probe: Sequence[str]) -> None:
-        self._model = model
-        self._turn = threading.Lock()  # fast tokenizers refuse two threads that change their settings
+    def __init__(self, model: SentenceTransformer, probe: Sequence[str], n_at_once: int = 1) -> None:
+        self._model, self._n_at_once = model, n_at_once
+        self._places = threading.Semaphore(n_at_once)
+        self._taking_all = threading.Lock()
         self._prompt_length = lru_cache(maxsize=32)(self._find_prompt_length)  # a prompt may be long
         self._tokenizer: Tokenizer | None = getattr(
             getattr(model, "tokenizer", None), "backend_tokenizer", None
@@ -105,10 +108,8 @@ class TextTokenizer:
         if not isinstance(self._tokenizer, Tokenizer):
             raise TypeError("its tokenizer is in Python")
         prompt_length = self._prompt_length(prompt)
-        with self._turn:
+        with self._places:
             # how long a text may be is set by `preprocess`, which was called before
-            if self._tokenizer.padding is not None:
-                self._tokenizer.no_padding()
             found = self._tokenizer.encode_batch_fast([prompt + text for text in texts] if prompt else texts)
         lengths = list(map(len, found))
         # one tensor of all texts: one for each would take longer than the tokenizer
@@ -126,8 +127,19 @@ class TextTokenizer:
         ]
 
     def _preprocess(self, texts: list[str], prompt: str | None) -> list[Encoded]:
-        with self._turn:
-            return unpad(self._model.preprocess(texts, prompt=prompt))
+        with self._alone():
+            found = unpad(self._model.preprocess(texts, prompt=prompt))
+            if isinstance(self._tokenizer, Tokenizer):
+                self._tokenizer.no_padding()
+            return found
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep all others out: a fast tokenizer refuses to be changed while it is in use."""
+        with ExitStack() as places, self._taking_all:
+            for _ in range(self._n_at_once):
+                places.enter_context(self._places)
+            yield
 
     def _find_prompt_length(self, prompt: str | None) -> int | None:
         return self._preprocess(["a"], prompt)[0].prompt_length
