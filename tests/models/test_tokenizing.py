@@ -31,7 +31,7 @@ def model() -> SentenceTransformer:
 def are_equal(found: list[Encoded], expected: list[Encoded]) -> bool:
     """Whether all texts are the same, their lengths too."""
     return all(
-        a.equals(b) and a.n_tokens == b.n_tokens == len(a.features["input_ids"])
+        a.equals(b) and a.n_tokens == b.n_tokens == len(a.part("input_ids"))
         for a, b in zip(found, expected, strict=True)
     )
 

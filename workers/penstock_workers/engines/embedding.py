@@ -224,7 +224,7 @@ class Embedder:
                 elif self._packed is None:
                     vectors = self._model({**self._pad(texts), **extra})["sentence_embedding"]
                 else:
-                    vectors = self._packed.embed([text.features for text in texts], extra)
+                    vectors = self._packed.embed(texts, extra)
                 found: NDArray[np.float32] = download(vectors.float()).numpy()  # (n_texts, dim)
             return found
         except torch.OutOfMemoryError as error:
@@ -236,11 +236,13 @@ class Embedder:
         return {
             key: upload(
                 nn.utils.rnn.pad_sequence(
-                    [text.features[key] for text in texts], True, padding_value=padding.get(key, 0)
+                    [torch.from_numpy(text.part(key)) for text in texts],
+                    True,
+                    padding_value=padding.get(key, 0),
                 ),
                 self._model.device,
             )
-            for key in texts[0].features
+            for key in texts[0].rows
         }
 
     def _choose_ranges(self, model: ModelSettings, plain: NDArray[np.float32]) -> None:

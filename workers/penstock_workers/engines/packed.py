@@ -9,6 +9,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from penstock_workers.engines.attention import PACKED, Layout, packed, upload
+from penstock_workers.engines.tokenizing import Encoded, gather
 
 
 class Encoder(Protocol):
@@ -69,11 +70,11 @@ class Packed:
 
         return undo
 
-    def embed(self, texts: Sequence[Mapping[str, Tensor]], extra: Mapping[str, Any]) -> Tensor:
+    def embed(self, texts: Sequence[Encoded], extra: Mapping[str, Any]) -> Tensor:
         """Embed a batch.
 
         Args:
-            texts: features of each text, integers, shape (n_tokens,), at least one token each.
+            texts: at least one token each.
             extra: features of the batch, for pooling.
 
         Returns:
@@ -82,18 +83,14 @@ class Packed:
         Raises:
             NotImplementedError: attention did not come by the registry, or wants what a row cannot give.
         """
-        lengths = [len(text["input_ids"]) for text in texts]
-        order = sorted(range(len(texts)), key=lambda i: lengths[i])
+        order = sorted(range(len(texts)), key=lambda i: texts[i].n_tokens)
         device = self._transformer.device
-        lengths = [lengths[i] for i in order]
+        texts = [texts[i] for i in order]
+        lengths = [text.n_tokens for text in texts]
         # A model with scores beyond the quick exponentials' range soon goes without them.
         is_exact = self._n_unsafe * 4 > self._n_batches
         layout = Layout(lengths, device, is_exact=is_exact)
-        row = {
-            key: upload(torch.cat([texts[i][key] for i in order]), device)
-            for key in texts[0]
-            if key != "attention_mask"
-        }
+        row = {key: upload(gather(texts, key), device) for key in texts[0].rows if key != "attention_mask"}
         found = self._embed(row, layout, extra)
         self._n_batches += 1
         if not layout.is_safe():

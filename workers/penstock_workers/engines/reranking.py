@@ -111,14 +111,14 @@ class Reranker:
         return {
             key: upload(
                 nn.utils.rnn.pad_sequence(
-                    [pair.features[key] for pair in pairs],
+                    [torch.from_numpy(pair.part(key)) for pair in pairs],
                     True,
                     padding_value=padding.get(key, 0),
                     padding_side=self._model.tokenizer.padding_side,
                 ),
                 self._model.device,
             )
-            for key in pairs[0].features
+            for key in pairs[0].rows
         }
 
 

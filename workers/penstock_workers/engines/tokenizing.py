@@ -1,15 +1,16 @@
 """Texts to tokens as a sentence-transformers model takes them, without padding."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, repeat
-from typing import Any, Final, Self
+from itertools import accumulate, chain
+from operator import attrgetter
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
@@ -18,44 +19,48 @@ AT_ONCE: Final = 256
 """Texts that one call of a tokenizer gets."""
 FOREIGN: Final = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 """What a model's own code may raise when it meets what it was not made for."""
-_READERS: Final[Mapping[str, Callable[[Sequence[Encoding]], Iterable[int]]]] = {
-    "input_ids": lambda texts: chain.from_iterable(text.ids for text in texts),
-    "token_type_ids": lambda texts: chain.from_iterable(text.type_ids for text in texts),
-    "attention_mask": lambda texts: repeat(1, sum(map(len, texts))),  # nothing is padded
-}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Encoded:
-    """One tokenized text.
+class Encoded(NamedTuple):
+    """One tokenized text: a part of rows that hold many, since an object for each costs more than its tokens.
 
     Attributes:
-        features: what the model takes, each integer, shape (n_tokens,).
+        rows: what the model takes, by name; int64, shape (n_row,) each.
+        start: of this text in the rows.
         n_tokens: real tokens, special ones counted.
         prompt_length: tokens of the prompt that pooling leaves out, else None.
     """
 
-    features: dict[str, Tensor]
+    rows: Mapping[str, NDArray[np.int64]]
+    start: int
     n_tokens: int
     prompt_length: int | None
+
+    def part(self, key: str) -> NDArray[np.int64]:
+        """Return what is its own of a row, shape (n_tokens,)."""
+        return self.rows[key][self.start : self.start + self.n_tokens]
 
     def equals(self, other: "Encoded") -> bool:
         """Whether the other is the same text."""
         return (
             self.prompt_length == other.prompt_length
-            and self.features.keys() == other.features.keys()
-            and all(torch.equal(value, other.features[key]) for key, value in self.features.items())
+            and self.rows.keys() == other.rows.keys()
+            and all(np.array_equal(self.part(key), other.part(key)) for key in self.rows)
         )
 
     def of_length(self, n_tokens: int) -> Self:
         """Return a text of this many tokens, cut or repeated."""
-        repeats = -(-n_tokens // self.n_tokens)
-        features = {key: value.repeat(repeats)[:n_tokens] for key, value in self.features.items()}
-        return replace(self, features=features, n_tokens=n_tokens)
+        rows = {key: np.resize(self.part(key), n_tokens) for key in self.rows}
+        return self._replace(rows=rows, start=0, n_tokens=n_tokens)
 
     def reversed(self) -> Self:
         """Return another text of the same length."""
-        return replace(self, features={key: value.flip(0) for key, value in self.features.items()})
+        return self._replace(rows={key: self.part(key)[::-1].copy() for key in self.rows}, start=0)
+
+
+def gather(texts: Sequence[Encoded], key: str) -> Tensor:
+    """Lay what texts have of a row end to end; int64, shape (n_tokens of all,)."""
+    return torch.from_numpy(np.concatenate([text.part(key) for text in texts]))
 
 
 class TextTokenizer:
@@ -82,6 +87,7 @@ class TextTokenizer:
             getattr(model, "tokenizer", None), "backend_tokenizer", None
         )
         self._keys: list[str] = []
+        self._has_one_type = False
         self.is_straight = self._compare([*probe, " with space around it\n"])
 
     def encode(self, texts: Sequence[str], prompt: str | None) -> list[Encoded]:
@@ -97,7 +103,9 @@ class TextTokenizer:
         """Whether texts are the same both ways."""
         prompts = (None, "query: ")
         expected = [text for prompt in prompts for text in self._preprocess(probe, prompt)]
-        self._keys = list(expected[0].features)
+        self._keys = list(expected[0].rows)
+        types = [text.part("token_type_ids") for text in expected if "token_type_ids" in text.rows]
+        self._has_one_type = not any(part.any() for part in types)
         try:
             found = [text for prompt in prompts for text in self._encode(probe, prompt)]
         except FOREIGN:
@@ -112,19 +120,21 @@ class TextTokenizer:
             # how long a text may be is set by `preprocess`, which was called before
             found = self._tokenizer.encode_batch_fast([prompt + text for text in texts] if prompt else texts)
         lengths = list(map(len, found))
-        # one tensor of all texts: one for each would take longer than the tokenizer
-        rows = [
-            torch.from_numpy(np.fromiter(_READERS[key](found), np.int64, sum(lengths))).split(lengths)  # type: ignore[no-untyped-call]  # torch's own gap
-            for key in self._keys
-        ]
+        n_tokens = sum(lengths)
+        rows = {key: self._read(key, found, n_tokens) for key in self._keys}
+        starts = accumulate(lengths, initial=0)
         return [
-            Encoded(
-                features=dict(zip(self._keys, text, strict=True)),
-                n_tokens=n_tokens,
-                prompt_length=prompt_length,
-            )
-            for n_tokens, text in zip(lengths, zip(*rows, strict=True), strict=True)
+            Encoded(rows, start, length, prompt_length)
+            for start, length in zip(starts, lengths, strict=False)
         ]
+
+    def _read(self, key: str, found: Sequence[Encoding], n_tokens: int) -> NDArray[np.int64]:
+        if key == "attention_mask":
+            return np.ones(n_tokens, np.int64)  # nothing is padded
+        if key == "token_type_ids" and self._has_one_type:
+            return np.zeros(n_tokens, np.int64)
+        read = {"input_ids": attrgetter("ids"), "token_type_ids": attrgetter("type_ids")}[key]
+        return np.fromiter(chain.from_iterable(map(read, found)), np.int64, n_tokens)
 
     def _preprocess(self, texts: list[str], prompt: str | None) -> list[Encoded]:
         with self._alone():
@@ -152,7 +162,8 @@ def unpad(padded: dict[str, Any]) -> list[Encoded]:
     prompt_length = padded.get("prompt_length")
     return [
         Encoded(
-            features={key: padded[key][row][mask[row]] for key in keys},
+            rows={key: padded[key][row][mask[row]].numpy() for key in keys},
+            start=0,
             n_tokens=int(mask[row].sum()),
             prompt_length=None if prompt_length is None else int(prompt_length),
         )
