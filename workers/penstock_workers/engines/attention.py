@@ -65,19 +65,21 @@ class Rectangle:
         longest, stop = max(lengths), start + sum(lengths)
         if min(lengths) == longest:
             return cls(start=start, stop=stop, n_texts=len(lengths), length=longest)
-        counts = torch.tensor(lengths)[:, None]
+        # computed there: the lengths are fewer to copy, and nothing waits for the device
+        counts = upload(torch.tensor(lengths), device)
         starts = start + counts.cumsum(0) - counts
-        columns = torch.arange(longest)
-        real = columns < counts
-        rows = (starts + torch.minimum(columns, counts - 1)).flatten()
+        columns = torch.arange(longest, device=device)
+        rows = (starts[:, None] + torch.minimum(columns, counts[:, None] - 1)).flatten()
+        ahead = torch.arange(0, longest * len(lengths), longest, device=device) - starts
+        tokens = torch.arange(start, stop, device=device)
         return cls(
             start=start,
             stop=stop,
             n_texts=len(lengths),
             length=longest,
-            rows=upload(rows, device),
-            real=upload(real, device),
-            places=upload(real.flatten().nonzero().flatten(), device),
+            rows=rows,
+            real=columns < counts[:, None],
+            places=tokens + ahead.repeat_interleave(counts, output_size=stop - start),
         )
 
     def pad(self, row: Tensor) -> Tensor:
