@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import platform
+import shutil
+import subprocess
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -149,9 +151,17 @@ def describe_machine() -> dict[str, Any]:
         "cpu": cpu.partition(": ")[2] or platform.processor(),
         "cores": os.cpu_count(),
         "bf16": bool({"avx512_bf16", "amx_bf16"} & set(flags)),
+        **({"cards": "; ".join(cards)} if (cards := _cards()) else {}),
         "python": platform.python_version(),
         **{name: version(name) for name in names},
     }
+
+
+def _cards() -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
 
 
 def _lines(path: str) -> list[str]:
