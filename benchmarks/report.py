@@ -5,8 +5,8 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import statistics
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
