@@ -25,7 +25,8 @@ ENV PYTHONUNBUFFERED=1 \
     RAYON_NUM_THREADS=1 \
     TOKENIZERS_PARALLELISM=false \
     HOME=/tmp \
-    HF_HOME=/var/lib/penstock/models
+    HF_HOME=/var/lib/penstock/models \
+    TRITON_CACHE_DIR=/var/lib/penstock/models/triton
 
 # The model folder belongs to the user, and a named volume takes that over. It is no VOLUME: that would give
 # each Flower, and each one-off command, a writable volume of its own that nobody removes.
@@ -40,6 +41,10 @@ COPY constraints.txt /etc/penstock/constraints.txt
 ARG TORCH_INDEX_URL=
 RUN pip install --no-cache-dir --constraint /etc/penstock/constraints.txt \
     ${TORCH_INDEX_URL:+--extra-index-url "${TORCH_INDEX_URL}"} torch
+
+# Triton, which comes with torch for cards, has a C compiler build what starts each kernel, at the first load.
+RUN if python -c "import triton" 2>/dev/null; then \
+    apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; fi
 
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     pip install --no-cache-dir --constraint /etc/penstock/constraints.txt "$(echo /wheels/*.whl)[workers,remote,flower]"

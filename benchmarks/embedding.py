@@ -470,7 +470,10 @@ def card(bench: Bench) -> Found:
     if not [name for name in find_cards() if name != "mps"]:
         print("left out: card: there is none", file=sys.stderr)
         return Found(rows=[], figures={})
-    found = [_on_card(bench.counts, name) for name in SIZES]
+    found = []
+    for name in SIZES:
+        found.append(_on_card(bench.counts, name))
+        print(*found[-1].rows, *found[-1].figures.items(), sep="\n", file=sys.stderr)  # a lent card may go
     return Found(
         rows=[row for one in found for row in one.rows],
         figures={name: figure for one in found for name, figure in one.figures.items()},

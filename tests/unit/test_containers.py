@@ -390,6 +390,18 @@ def test_the_image_runs_as_the_user_of_its_services() -> None:
     assert all("--no-cache-dir" in line for line in re.findall(r"pip (?:install|wheel) .*", DOCKERFILE))
 
 
+def test_the_image_for_cards_can_build_kernels() -> None:
+    """Triton finds a C compiler, and keeps what it built in the volume, from which code may run."""
+    (step,) = re.findall(r"^RUN if python -c \"import triton\".*?; fi$", DOCKERFILE, re.MULTILINE | re.DOTALL)
+    volumes = {
+        mount["target"] for mount in SERVICES["worker-gpu"]["volumes"] if mount.get("type") == "volume"
+    }
+
+    assert {"gcc", "libc6-dev"} <= set(step.split())
+    assert DOCKERFILE.index("} torch") < DOCKERFILE.index(step) < DOCKERFILE.index("USER ")
+    assert str(Path(image_environment()["TRITON_CACHE_DIR"]).parent) in volumes
+
+
 def test_the_image_limits_threads_as_a_worker_does() -> None:
     """What a worker tells OpenMP and the tokenizers holds from the start of its container."""
     pools = load_settings(ROOT / "configs" / "penstock.toml", environ={}).settings.pools
