@@ -20,10 +20,11 @@ MAX_THREADS: Final = 4
 Of one on a card, too: there they tokenize.
 """
 PER_CARD: Final = 4
-"""Processes that share a card where the models are small: it waits for their processors' work otherwise."""
+"""Processes that share a card where the models are small: it would wait for what processors do for one."""
 CORES_PER_REPLICA: Final = 2
+"""So many for each at least."""
 SMALL_BYTES: Final = 512 << 20
-"""Files of all models together that are small; a card is kept busy by one process with larger ones."""
+"""Files of all models together that are small; larger ones are on a card once."""
 GENERATING_PROCESSES: Final = 2
 """That share the cores at least, where text is generated: docs/operations.md has what was measured."""
 SHARED_BYTES: Final = 512 << 20

@@ -118,7 +118,7 @@ class Layout:
 
     @cached_property
     def pooled(self) -> list[Rectangle]:
-        """The texts in groups for what comes after the transformer; few on a card, half padding at worst."""
+        """The texts in groups for what comes after the transformer; on a card few, however much is padded."""
         return self.rectangles if self.device.type == "cpu" else self._group(1, self.n_tokens)
 
     def _group(self, power: int, waste: int) -> list[Rectangle]:
