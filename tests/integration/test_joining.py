@@ -42,9 +42,9 @@ def light(own: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lig
 
 
 @asynccontextmanager
-async def busy(client: AsyncClient) -> AsyncIterator[None]:
+async def busy(client: AsyncClient, seconds: float = 0.5) -> AsyncIterator[None]:
     """Keep the worker from the jobs that are sent in the block until it ends."""
-    first = asyncio.create_task(client.embed(["busy 0.5"], model=MODEL))
+    first = asyncio.create_task(client.embed([f"busy {seconds}"], model=MODEL))
     await asyncio.sleep(0.05)
     yield
     await first
@@ -153,7 +153,7 @@ def test_who_leaves_takes_nobody_along(own: Server, light: LightWorker) -> None:
 
     async def run() -> tuple[list[object], float]:
         async with AsyncClient(own.broker_url) as client:
-            async with busy(client):
+            async with busy(client, 2.0):
                 began = time.monotonic()
                 short = asyncio.create_task(client.embed(["short 0"], model=MODEL, timeout_s=0.1))
                 dropped = asyncio.create_task(client.embed(["dropped 0"], model=MODEL))
@@ -169,7 +169,7 @@ def test_who_leaves_takes_nobody_along(own: Server, light: LightWorker) -> None:
 
     assert isinstance(short, ResultTimeoutError)
     assert len(short.job_id) == 36
-    assert seconds < 0.4
+    assert seconds < 1.5
     assert isinstance(dropped, asyncio.CancelledError)
     assert float(kept[0, 0]) == pytest.approx(0.01)  # type: ignore[index]  # an array, or the test fails here
 

@@ -703,7 +703,7 @@ def test_a_place_that_becomes_free_is_filled_at_once(
         held[0].ack()
         connection.drain_events(timeout=5)
 
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 0.8  # it waits for 0.9 s
     assert [each.payload[0][0] for each in held] == ["a", "b"]
 
 
