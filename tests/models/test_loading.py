@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import AutoConfig, LlamaConfig
 from penstock.errors import ModelLoadError
 from penstock.settings import ModelSettings
 from penstock_workers.bundled import bundled_folder
-from penstock_workers.engines.device import left_to_groups_bytes
+from penstock_workers.engines.device import CARD_SWITCH_S, left_to_groups_bytes
 from penstock_workers.engines.embedding import Embedder
 from penstock_workers.engines.generation import Generator
 from penstock_workers.engines.memory import cache_bytes, check_memory, weights_bytes
@@ -149,3 +151,21 @@ def test_model_is_spread_over_devices(tmp_path: Path) -> None:
 
     prompt = spread.prepare(request(max_new_tokens=8))
     assert answers(spread, [prompt]) == answers(load(folder), [prompt])
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "switch_s"), [("cpu", 3, sys.getswitchinterval()), ("cuda", 1, CARD_SWITCH_S)]
+)
+def test_cores_are_for_torch_or_for_what_is_around_a_card(device: str, threads: int, switch_s: float) -> None:
+    """On a processor torch has the threads; beside a card it has one, and Python's take shorter turns."""
+    code = (
+        "import sys, torch; from penstock_workers.engines.device import share_cores\n"
+        f"share_cores(3, torch.device({device!r}))\n"
+        "print(torch.get_num_threads(), sys.getswitchinterval())"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    found_threads, found_s = done.stdout.split()
+    assert int(found_threads) == threads
+    assert float(found_s) == pytest.approx(switch_s)

@@ -126,10 +126,10 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
             device = None
             if any(model.engine != "remote" for model in models):
                 # torch, and the file that knows it, load here: the app itself imports without.
-                from penstock_workers.engines.device import choose_device, limit_threads
+                from penstock_workers.engines.device import choose_device, share_cores
 
                 device = choose_device(self._pool, pool.device)
-                limit_threads(n_threads, device)
+                share_cores(n_threads, device)
             told = str(device or "no device")
             self._heartbeat = Heartbeat(self._settings, self._serving, self._pool, told, self._names)
             self._heartbeat.start()

@@ -301,14 +301,14 @@ def _serve(
     from transformers.utils.logging import disable_progress_bar
 
     import penstock_workers.app  # noqa: F401
-    from penstock_workers.engines.device import choose_device, limit_threads
+    from penstock_workers.engines.device import choose_device, share_cores
     from penstock_workers.engines.embedding import Embedder
 
     # The parent shows how far it is.
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no types here
     try:
         device = choose_device(pool, getattr(settings.pools, pool).device)
-        limit_threads(layout.threads, device)
+        share_cores(layout.threads, device)
         subjects = {
             name: _Subject(settings.models[name], Embedder.load(name, settings.models[name], device), device)
             for name in names

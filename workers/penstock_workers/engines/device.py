@@ -2,11 +2,12 @@
 
 import os
 import platform
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
@@ -16,6 +17,8 @@ from penstock.settings import Dtype
 
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 
+CARD_SWITCH_S: Final = 0.0005
+"""After how long a thread lets another have the interpreter, beside a card; Python's own is 5 ms."""
 _of_thread = threading.local()
 
 
@@ -37,10 +40,15 @@ def choose_device(pool: PoolName, wanted: DeviceName) -> torch.device:
     )
 
 
-def limit_threads(n_threads: int, device: torch.device) -> None:
-    """Give torch this many threads, for a card one: its own default takes every core, in every process."""
+def share_cores(n_threads: int, device: torch.device) -> None:
+    """Give torch this many threads, for a card one: its own default takes every core, in every process.
+
+    Beside a card Python's threads take shorter turns: the model's gives its own up at each kernel.
+    """
     torch.set_num_threads(n_threads if device.type == "cpu" else 1)
     torch.set_num_interop_threads(1)
+    if device.type != "cpu":
+        sys.setswitchinterval(CARD_SWITCH_S)
 
 
 @contextmanager
