@@ -12,7 +12,7 @@ from penstock_workers.engines.attention import PACKED, Layout, packed, upload
 from penstock_workers.engines.tokenizing import Encoded, gather
 
 
-class Encoder(Protocol):
+class FusedEncoder(Protocol):
     """What computes a transformer in place of its own modules."""
 
     def hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: Layout) -> Tensor:
@@ -43,14 +43,14 @@ class Packed:
             raise NotImplementedError("it takes no positions")
         self._first = _first_position(self._transformer)
         self._n_batches = self._n_unsafe = 0
-        self._fused: Encoder | None = None
+        self._fused: FusedEncoder | None = None
         self._transformer.set_attn_implementation(PACKED)
 
     def undo(self) -> None:
         """Give the model its own attention back."""
         self._transformer.set_attn_implementation(self._before)
 
-    def fuse(self, make: Callable[[Any], Encoder]) -> Callable[[], None]:
+    def fuse(self, make: Callable[[Any], FusedEncoder]) -> Callable[[], None]:
         """Have the transformer computed otherwise from now on; returns what undoes it.
 
         Args:
