@@ -518,8 +518,8 @@ def _on_card(counts: Counts, name: str) -> Found:
         with Busy() as busy:
             again = statistics.fmean(ours() for _ in range(BUSY_ROUNDS))
         exact, _ = peer.embed(REFERENCE, texts[:EXACT_TEXTS])
-    n_tokens = statistics.fmean(corpus.lengths(texts))
-    flop, rate = flop_per_text(config, corpus.lengths(texts)), statistics.median(rates[1:])
+    lengths = corpus.lengths(texts)
+    flop, rate = flop_per_text(config, lengths), statistics.median(rates[1:])
     speed = {way: len(texts) / statistics.median(values) for way, values in seconds.items()}
     worst = {way: float(_cosines(vectors[way][:EXACT_TEXTS], exact).min()) for way in speed}
     label = f"card, {name}"
@@ -530,7 +530,9 @@ def _on_card(counts: Counts, name: str) -> Found:
     rows += [Row(way=f"{label}, {way}, smallest cosine", unit="", values=[c]) for way, c in worst.items()]
     rows += [
         Row(way=f"{label}, penstock while watched", unit="texts/s", values=[len(texts) / again]),
-        Row(way=f"{label}, penstock", unit="tokens/s", values=[n_tokens * speed["penstock"]]),
+        Row(
+            way=f"{label}, penstock", unit="tokens/s", values=[statistics.fmean(lengths) * speed["penstock"]]
+        ),
         Row(way=f"{label}, matrix products", unit="TFLOP/s", values=[rate / 1e12 for rate in rates[1:]]),
         Row(way=f"{label}, cost of a text", unit="GFLOP", values=[flop / 1e9]),
     ]

@@ -302,9 +302,8 @@ def test_a_card_gives_the_same_vectors(tmp_path: Path, kind: str, dtype: str) ->
     found = embed(engine, texts)
 
     assert engine.batching == "packed"
-    close = (
-        0.9999 if dtype == "float32" else 0.999
-    )  # the probe's texts are at 0.9999; attention is sharp here
+    # the probe is held to 0.9999; on these texts a decoder's sharp attention in bfloat16 is not
+    close = 0.999 if dtype == "float16" or (kind, dtype) == ("qwen3", "auto") else 0.9999
     assert (found * model.encode(texts, batch_size=1)).sum(axis=1).min() >= close
 
 

@@ -145,11 +145,15 @@ def choose_threads(
     if wanted.threads != AUTO:
         return int(wanted.threads)
     if on_cards(settings, pool):
-        return min(machine.cores, MAX_THREADS)
+        return share_of_cores(machine, 1)
     if all(model.task != "generate" or model.engine == "remote" for model in models):
         return 1
-    processes = GENERATING_PROCESSES if wanted.processes == AUTO else max(wanted.processes, 1)
-    return max(1, min(machine.cores // processes, MAX_THREADS))
+    return share_of_cores(machine, GENERATING_PROCESSES if wanted.processes == AUTO else wanted.processes)
+
+
+def share_of_cores(machine: Machine, processes: int) -> int:
+    """Return how many threads each of so many processes has, if none takes more than it can use."""
+    return max(1, min(machine.cores // max(processes, 1), MAX_THREADS))
 
 
 def choose_layouts(settings: Settings, machine: Machine) -> Mapping[PoolName, Layout]:
@@ -183,7 +187,7 @@ def _choose_layout(
         if wanted.processes == AUTO and cuda and _are_small(models):
             processes *= max(1, min(PER_CARD, machine.cores // (CORES_PER_REPLICA * len(cuda))))
         if wanted.threads == AUTO:
-            threads = max(1, min(machine.cores // max(processes, 1), threads))
+            threads = share_of_cores(machine, processes)
         return Layout(processes=processes, threads=threads, cards=cuda)
     if wanted.processes != AUTO:
         return Layout(processes=wanted.processes, threads=threads)

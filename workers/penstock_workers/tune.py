@@ -24,13 +24,13 @@ from penstock.request import EmbedRequest, PoolName
 from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching import Batcher
 from penstock_workers.layout import (
-    MAX_THREADS,
     Layout,
     find_cards,
     on_cards,
     process_bytes,
     pss_bytes,
     read_machine,
+    share_of_cores,
     thread_variables,
 )
 from penstock_workers.serving import batches_at_once, cut_texts
@@ -104,10 +104,7 @@ def candidates(settings: Settings, pool: PoolName, names: Sequence[str]) -> list
             raise ConfigError([f'pool {pool} finds no card; set pools.{pool}.device = "cpu" to try without'])
         cuda = () if cards == ("mps",) else cards
         numbers = [len(cards) * n for n in REPLICAS if n == 1 or (cuda and len(cards) * n <= machine.cores)]
-        return [
-            Layout(processes=n, threads=max(1, min(machine.cores // n, MAX_THREADS)), cards=cuda)
-            for n in numbers
-        ]
+        return [Layout(processes=n, threads=share_of_cores(machine, n), cards=cuda) for n in numbers]
     fit = machine.memory_bytes // process_bytes({name: settings.models[name] for name in names})
     return [
         Layout(processes=max(1, min(machine.cores // n, fit)), threads=n)
