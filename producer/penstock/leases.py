@@ -7,10 +7,8 @@ import atexit
 import base64
 import json
 import logging
-import os
 import re
 import secrets
-import socket
 import threading
 import time
 from collections import Counter, deque
@@ -26,6 +24,7 @@ import redis
 from redis.commands.core import Script
 
 from penstock.bucket import RETRIES, bucket_functions
+from penstock.identity import process_name
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +195,7 @@ class Leases:
         on_dead: OnDead | None = None,
         queue_of: Callable[[str], str] = str,
     ) -> None:
-        self.process = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.process = f"{process_name()}:{secrets.token_hex(4)}"  # of one process and one broker
         self.lease_s = lease_s
         self.is_healthy = True
         self._client, self._max_deliveries = client, max_deliveries

@@ -5,7 +5,6 @@ kombu; what becomes of a message once it is leased is the matter of `leases`.
 """
 
 import logging
-import os
 import sys
 import threading
 import time
@@ -29,6 +28,7 @@ from redis.retry import Retry
 
 from penstock.codec import TENANT_SEPARATOR
 from penstock.errors import ConfigError
+from penstock.identity import process_token
 from penstock.leases import (
     FEWEST_JOBS,
     LEASE_RANGE_S,
@@ -635,8 +635,8 @@ class SentinelTransport(kombu_redis.SentinelTransport):  # type: ignore[misc]  #
 
 def _leases_for(channel: Any) -> Leases:
     """Return this process' leases on the channel's broker; they stay when the channel closes."""
-    # The process id: a fork takes over neither leases nor their thread.
-    key = (os.getpid(), channel.connection.client.virtual_host, *channel.broker)
+    # The process: a fork takes over neither leases nor their thread.
+    key = (process_token(), channel.connection.client.virtual_host, *channel.broker)
     with _lock:
         if key not in _leases_of_process:
             leases = Leases(

@@ -14,12 +14,14 @@ from typing import Any, Final, cast
 
 import redis
 from celery import bootsteps
+from celery.app.trace import setup_worker_optimizations
 from celery.concurrency.thread import TaskPool as ThreadPool
-from celery.signals import worker_ready, worker_shutting_down
+from celery.signals import celeryd_init, worker_ready, worker_shutting_down
 
 from penstock.broker import connect_sync
 from penstock.codec import queue_name
 from penstock.errors import ConfigError, ModelLoadError
+from penstock.identity import process_name, process_token
 from penstock.registry import (
     BEAT,
     HEARTBEAT_S,
@@ -88,6 +90,21 @@ _WHY_THREADS: Final = (
     "a forked child cannot use CUDA or OpenMP that its parent has touched, and each would load the models "
     "again; use -P threads, and start more worker processes"
 )
+
+
+_OUR_NODE: Final = re.compile(r"celery|(cpu|gpu)-\d+")
+"""Names that nobody chose: Celery's own, and those of `penstock worker` and `penstock up`."""
+
+
+def name_node(instance: Any, **_arguments: object) -> None:
+    """Make a node name that nobody chose one that no other worker has; handles `celeryd_init`."""
+    name, _, host = instance.hostname.partition("@")
+    if _OUR_NODE.fullmatch(name):
+        instance.hostname = f"{name}-{process_token()}@{host}"
+        setup_worker_optimizations(instance.app, instance.hostname)  # tasks have heard the other one
+
+
+celeryd_init.connect(name_node)
 
 
 class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
@@ -170,7 +187,7 @@ class Heartbeat(threading.Thread):
         self._load_s: dict[str, float] = {}
         host, pid = socket.gethostname(), os.getpid()
         self._fields = {
-            "id": f"{pool}@{host}:{pid}",
+            "id": f"{pool}@{process_name()}",
             "host": host,
             "pid": pid,
             "pool": pool,

@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
+from penstock.identity import process_token
+
 logger = logging.getLogger(__name__)
 
 KEPT_S: Final = 7 * 86_400
@@ -56,7 +58,7 @@ def recall(key: str) -> dict[str, str]:
 def remember(key: str, choices: dict[str, str]) -> None:
     """Keep what was chosen, if there is a place for it."""
     file = _file(key)
-    draft = file.with_suffix(f".{os.getpid()}")
+    draft = file.with_suffix(f".{process_token()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps({"at": time.time(), "choices": choices}))

@@ -17,6 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from penstock.identity import process_token
 from penstock_workers.engines.measured import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def _write(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> None:
                 old.unlink()  # whoever has it mapped keeps it
     if 2 * sum(rooms) > shutil.disk_usage(file.parent).free:
         raise OSError(errno.ENOSPC, "they would take half of what is free", str(file.parent))
-    draft = file.with_suffix(f".{os.getpid()}")
+    draft = file.with_suffix(f".{process_token()}")
     try:
         with draft.open("wb") as to:
             for row, room in zip(rows, rooms, strict=True):
