@@ -51,7 +51,10 @@ class Server:
 
 
 class WorkerProcess:
-    """A worker as people start it, its log in a file."""
+    """A worker as people start it, its log in a file.
+
+    `under` is a command that runs it, `program` what runs Celery.
+    """
 
     def __init__(
         self,
@@ -61,6 +64,8 @@ class WorkerProcess:
         toml: str,
         queues: str,
         options: tuple[str, ...] = (),
+        under: tuple[str, ...] = (),
+        program: tuple[str, ...] = ("-m", "celery"),
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.config = folder / f"deployment-{free_port()}.toml"
@@ -76,7 +81,7 @@ class WorkerProcess:
             "NO_COLOR": "1",
             **(environment or {}),
         }
-        command = [sys.executable, "-m", "celery", "-A", "penstock_workers", "worker", "-Q", queues]
+        command = [*under, sys.executable, *program, "-A", "penstock_workers", "worker", "-Q", queues]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, "-n", f"{self.config.stem}@%h", "-l", "info", *options],

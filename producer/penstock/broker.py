@@ -27,6 +27,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.sentinel import Sentinel
 
 from penstock.bucket import RETRIES, take
+from penstock.clock import Clock, ticks
 from penstock.codec import queue_key
 from penstock.errors import BrokerRefusedError, BrokerUnavailableError, QueueDelayError, RateLimitError
 from penstock.leases import Limits, push_arguments, scripts
@@ -216,10 +217,14 @@ def redis_errors(url: str) -> Iterator[None]:
 
 
 class Broker:
-    """The Redis that holds the queues and the registry."""
+    """The Redis that holds the queues and the registry.
+
+    Attributes:
+        clock: of this server, as each look at the registry tells it.
+    """
 
     def __init__(self, url: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
-        self.url = url
+        self.url, self.clock = url, Clock()
         self._redis = connect(url, connect_timeout_s=connect_timeout_s)
         self._push = self._redis.register_script(scripts()["push"])
         self._load = self._redis.register_script(scripts()["load"])
@@ -231,8 +236,11 @@ class Broker:
                 for command in (("HGETALL", MODELS_KEY), ("HGETALL", WORKERS_KEY), ("GET", RESULTS_KEY)):
                     pipe.execute_command(*command)
                 pipe.time()
+                asked_at = ticks()
                 models, workers, results, (second, microsecond) = await pipe.execute()
-        return Registry.read(models, workers, results, second + microsecond / 1e6)
+        now_s = second + microsecond / 1e6
+        self.clock.learn(now_s, asked_at)
+        return Registry.read(models, workers, results, now_s)
 
     async def push(self, queue: str, lane: Lane, *messages: bytes, limits: Limits) -> None:
         """Put messages at the end of a queue, and wake idle workers: all in one step, or none.

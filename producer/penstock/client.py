@@ -6,7 +6,6 @@ import math
 import os
 import secrets
 import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypedDict, TypeVar, Unpack
@@ -14,6 +13,7 @@ from typing import Any, Final, NoReturn, Self, TypedDict, TypeVar, Unpack
 from tqdm import tqdm
 
 from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, forget_sent, record_sent
+from penstock.clock import ticks
 from penstock.codec import encode_message, queue_key, queue_name
 from penstock.delay import Estimate, Router, count_tokens, predict, queue_limits
 from penstock.errors import (
@@ -473,7 +473,8 @@ class AsyncClient:
 
     async def _again(self, wait: WaitPolicy | None, call: Callable[[], Awaitable[S]], request: Request) -> S:
         """Call, and again as `wait` says until the request's deadline."""
-        return await try_again(wait, call, deadline=request.deadline, ask=self._broker.ask_for_retry)
+        left_s = None if request.deadline is None else request.deadline - self._broker.clock.now()
+        return await try_again(wait, call, left_s=left_s, ask=self._broker.ask_for_retry)
 
     def _pace(
         self, texts: Iterable[str], model: str, timeout_s: float | None, options: EmbedOptions
@@ -484,15 +485,16 @@ class AsyncClient:
         """Check what can be known before anything is sent."""
         plain = {name: value for name, value in fields.items() if name not in _OF_SENDING}
         lane = Lane(_priority(fields.get("priority", "default")), _tenant(fields.get("tenant")))
-        now = time.time()
-        request = kind.parse(plain | {"sent_at": now, "deadline": _deadline(now, fields.get("deadline_s"))})
+        within_s = _deadline_s(fields.get("deadline_s"))
+        request = kind.parse(plain)
         model = await self._find_model(request.model, task)
         n_texts = _n_texts(request)
         if n_texts > model.max_texts:
             raise TooManyTextsError(n_texts, model.max_texts)
-        if request.deadline is None and model.deadline_s is not None:
-            request = request.model_copy(update={"deadline": now + model.deadline_s})
-        return request, lane
+        # By the broker's clock, which workers go by too: this machine's may be minutes off.
+        now, within_s = self._broker.clock.now(), model.deadline_s if within_s is None else within_s
+        deadline = None if within_s is None else now + within_s
+        return request.model_copy(update={"sent_at": now, "deadline": deadline}), lane
 
     async def _send(self, requests: Sequence[Request], lane: Lane, *, is_recorded: bool) -> list[AsyncJob[T]]:
         """Queue requests of one model, all together or none.
@@ -522,7 +524,7 @@ class AsyncClient:
             )
             for request, job, cost in zip(requests, jobs, n_tokens, strict=True)
         ]
-        limits = queue_limits(model, registry, pool, requests, n_tokens)
+        limits = queue_limits(model, registry, pool, requests, n_tokens, now_s=self._broker.clock.now())
         job_ids = [job.id for job in jobs]
         if is_recorded:
             await record_sent(store.redis, store.url, job_ids)
@@ -559,12 +561,12 @@ class AsyncClient:
         return model
 
     async def _read_registry(self, *, max_age_s: float = REGISTRY_TTL_S) -> Registry:
-        if self._registry is None or time.monotonic() - self._registry_read_at > max_age_s:
+        if self._registry is None or ticks() - self._registry_read_at > max_age_s:
             # One reading for all who want one now: they also go on together, and may share a job.
             if self._reading is None or self._reading.done():
                 self._reading = asyncio.create_task(self._broker.registry(), name="penstock-registry")
             self._registry = await asyncio.shield(self._reading)
-            self._registry_read_at = time.monotonic()
+            self._registry_read_at = ticks()
         return self._registry
 
     async def _open_store(self) -> ResultStore:
@@ -639,9 +641,10 @@ def _tenant(name: object) -> str:
     return name
 
 
-def _deadline(now: float, deadline_s: object) -> float | None:
-    if deadline_s is None:
+def _deadline_s(seconds: object) -> float | None:
+    if seconds is None:
         return None
-    if isinstance(deadline_s, bool) or not isinstance(deadline_s, int | float) or not deadline_s > 0:
-        raise InvalidOptionError("deadline_s", repr(deadline_s)[:80], "a number of seconds above 0")
-    return now + deadline_s
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not (is_number and 0 < seconds <= 1e300):  # type: ignore[operator]  # it is a number
+        raise InvalidOptionError("deadline_s", repr(seconds)[:80], "a number of seconds above 0")
+    return float(seconds)  # type: ignore[arg-type]  # it is a number

@@ -92,13 +92,21 @@ def predict(queue: str, load: list[int], registry: Registry) -> Estimate:
 
 
 def queue_limits(
-    model: ModelInfo, registry: Registry, pool: str, requests: Sequence[Request], n_tokens: Sequence[int]
+    model: ModelInfo,
+    registry: Registry,
+    pool: str,
+    requests: Sequence[Request],
+    n_tokens: Sequence[int],
+    *,
+    now_s: float,
 ) -> Limits:
-    """Return what the queue of a model takes of these requests, which cost so many tokens."""
-    now = time.time()
+    """Return what the queue of a model takes of these requests, which cost so many tokens.
+
+    `now_s` is by the clock of their deadlines, the broker's.
+    """
     speed = median(registry.speeds(model.name, pool) or [math.inf])
     waits = [
-        PART_TO_WAIT * (request.deadline - now) - cost / speed
+        PART_TO_WAIT * (request.deadline - now_s) - cost / speed
         for request, cost in zip(requests, n_tokens, strict=True)
         if request.deadline is not None
     ]

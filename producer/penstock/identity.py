@@ -28,4 +28,5 @@ def _draw() -> None:
     _token = secrets.token_hex(_TOKEN_BYTES)
 
 
-os.register_at_fork(after_in_child=_draw)
+if hasattr(os, "register_at_fork"):  # not everywhere
+    os.register_at_fork(after_in_child=_draw)

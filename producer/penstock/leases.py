@@ -24,6 +24,7 @@ import redis
 from redis.commands.core import Script
 
 from penstock.bucket import RETRIES, bucket_functions
+from penstock.clock import Clock
 from penstock.identity import process_name
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,7 @@ class Leases:
     Attributes:
         process: token of this process.
         lease_s: how long a lease lasts without being renewed, seconds.
+        clock: of the broker.
         is_healthy: whether `is_alive` said yes when it was last asked.
         suspect_at: a message with so many lost leases is a suspect: two more, and it is given up.
     """
@@ -193,10 +195,12 @@ class Leases:
         max_deliveries: int = MAX_DELIVERIES,
         is_alive: IsAlive | None = None,
         on_dead: OnDead | None = None,
+        clock: Clock | None = None,
         queue_of: Callable[[str], str] = str,
     ) -> None:
         self.process = f"{process_name()}:{secrets.token_hex(4)}"  # of one process and one broker
         self.lease_s = lease_s
+        self.clock = clock or Clock()
         self.is_healthy = True
         self._client, self._max_deliveries = client, max_deliveries
         self._is_alive, self._on_dead, self._queue_of = is_alive, on_dead, queue_of

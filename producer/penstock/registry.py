@@ -32,8 +32,11 @@ ALIVE_S: Final = 15.0
 WorkerState = Literal["loading", "ready", "stalled", "stopping"]
 
 # Redis' clock, not the workers': theirs may differ.  KEYS: workers.  ARGV: worker id, WorkerInfo.
+# Returns the time.
 BEAT: Final = """
-redis.call('HSET', KEYS[1], ARGV[1], redis.call('TIME')[1] .. '\\n' .. ARGV[2])
+local time = redis.call('TIME')
+redis.call('HSET', KEYS[1], ARGV[1], time[1] .. '\\n' .. ARGV[2])
+return time
 """
 
 
@@ -97,7 +100,7 @@ class WorkerInfo:
         device: the device in torch's words.
         state: `ready` takes jobs; `stalled` has a forward pass that does not end.
         models: names it serves.
-        started_at: Unix seconds.
+        started_at: Unix seconds on the broker's clock.
         load_s: how long each model took to load, seconds.
         memory_bytes: resident memory of the process.
         units_per_s: measured speed by model: tokens of texts, or of prompts and answers, per second.

@@ -311,8 +311,8 @@ class EmbedRequest(_Request):
         precision: `float32`, `float16`; `int8`: each dimension in 256 steps of the model's range
             (`ModelInfo.int8_ranges`); `ubinary`: signs, eight dimensions in each uint8, the first in the
             highest bit; `binary`: the same less 128, int8. Cut and normalised before.
-        sent_at: when the request left its sender, Unix seconds on its clock.
-        deadline: after this the request is not worth computing, Unix seconds.
+        sent_at: when the request left its sender, Unix seconds on the broker's clock.
+        deadline: after this the request is not worth computing, Unix seconds on the broker's clock.
     """
 
     texts: list[str]
@@ -362,8 +362,8 @@ class GenerateRequest(_Request, GenerationOptions):
         top_logprobs: also those of this many of the likeliest tokens at each place; needs `logprobs`.
         response_format: what the answer has to be; it alone then says where the answer ends, so a call that
             sets `stop` or `stop_token_ids` too is refused. What the model thinks before is not bound by it.
-        sent_at: when the request left its sender, Unix seconds on its clock.
-        deadline: after this the request is not worth computing, Unix seconds.
+        sent_at: when the request left its sender, Unix seconds on the broker's clock.
+        deadline: after this the request is not worth computing, Unix seconds on the broker's clock.
     """
 
     prompt: str | None = Field(default=None, min_length=1)
@@ -466,8 +466,8 @@ class RerankRequest(_Request):
         query: what is asked.
         documents: any number up to the model's limit.
         top_n: how many of the best are in the order; None takes all.
-        sent_at: when the request left its sender, Unix seconds on its clock.
-        deadline: after this the request is not worth computing, Unix seconds.
+        sent_at: when the request left its sender, Unix seconds on the broker's clock.
+        deadline: after this the request is not worth computing, Unix seconds on the broker's clock.
     """
 
     query: str = Field(min_length=1)

@@ -26,6 +26,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, ResponseError
 from redis.retry import Retry
 
+from penstock.clock import Clock, ticks
 from penstock.codec import TENANT_SEPARATOR
 from penstock.errors import ConfigError
 from penstock.identity import process_token
@@ -84,6 +85,7 @@ class _Hooks:
     is_alive: IsAlive | None = None
     on_dead: OnDead | None = None
     room: Room | None = None
+    clock: Clock | None = None
 
 
 _hooks = _Hooks()
@@ -92,7 +94,11 @@ _lock = threading.Lock()
 
 
 def install(
-    *, is_alive: IsAlive | None = None, on_dead: OnDead | None = None, room: Room | None = None
+    *,
+    is_alive: IsAlive | None = None,
+    on_dead: OnDead | None = None,
+    room: Room | None = None,
+    clock: Clock | None = None,
 ) -> None:
     """Take the place of kombu's Redis transports, under their own names.
 
@@ -102,6 +108,7 @@ def install(
             one message is possible, after the process of the first died in it.
         room: given a queue, tells how many tokens of its jobs this process may hold, apart from two jobs
             that it may hold in any case; None where only their number is bounded. It must not wait.
+        clock: is told the broker's time.
 
     Raises:
         ConfigError: kombu or Celery is of a version that this was not tested with.
@@ -116,7 +123,7 @@ def install(
         kombu.transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:{name}"
         kombu.transport._transport_cache.pop(scheme, None)  # whoever asked before us got kombu's own
     # No transport options: those are sent to whoever runs `celery inspect stats`.
-    _hooks.is_alive, _hooks.on_dead, _hooks.room = is_alive, on_dead, room
+    _hooks.is_alive, _hooks.on_dead, _hooks.room, _hooks.clock = is_alive, on_dead, room, clock
 
 
 def is_stopping() -> bool:
@@ -592,8 +599,14 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
 
     def _load_pop(self) -> None:
         if not self._pop_sha:
-            with self.conn_or_acquire() as client:
-                self._pop_sha = client.script_load(scripts()["pop"])
+            # The time, before the first job and where another server has taken over: whoever computes the job
+            # asks that clock whether it comes too late.
+            with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
+                pipe.script_load(scripts()["pop"])
+                pipe.time()
+                asked_at = ticks()
+                self._pop_sha, (second, microsecond) = pipe.execute()
+            self.leases.clock.learn(second + microsecond / 1e6, asked_at)
 
     def _check_options(self) -> None:
         options = self.connection.client.transport_options
@@ -645,6 +658,7 @@ def _leases_for(channel: Any) -> Leases:
                 max_deliveries=channel.max_deliveries,
                 is_alive=_hooks.is_alive,
                 on_dead=_hooks.on_dead,
+                clock=_hooks.clock,
                 queue_of=channel._queue_of,
             )
             leases.start()

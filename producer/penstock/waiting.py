@@ -53,14 +53,14 @@ def is_transient(error: BaseException) -> bool:
 
 
 async def try_again(
-    policy: WaitPolicy | None, call: Callable[[], Awaitable[T]], *, deadline: float | None, ask: Ask
+    policy: WaitPolicy | None, call: Callable[[], Awaitable[T]], *, left_s: float | None, ask: Ask
 ) -> T:
     """Call, and again while it fails for now.
 
     Args:
         policy: None calls once.
         call: what is tried.
-        deadline: no attempt begins after this, Unix seconds.
+        left_s: no attempt begins later than this from now, seconds; None where there is no deadline.
         ask: for a share of the budget, before each further attempt.
 
     Raises:
@@ -68,14 +68,14 @@ async def try_again(
     """
     if policy is None:
         return await call()
-    until = time.time() + policy.max_wait_s
-    until = until if deadline is None else min(until, deadline)
+    most_s = policy.max_wait_s if left_s is None else min(policy.max_wait_s, left_s)
+    until = time.monotonic() + most_s
     last: BaseException | None = None
 
     async def attempt() -> T:
         nonlocal last
         if last is not None:
-            wait_s = await ask(max(0.0, until - time.time()))
+            wait_s = await ask(max(0.0, until - time.monotonic()))
             if wait_s is None:
                 raise _BudgetSpentError
             await asyncio.sleep(wait_s)
@@ -89,7 +89,7 @@ async def try_again(
         return policy.pause_s(state.attempt_number, state.outcome.exception() if state.outcome else None)
 
     stop = stop_any(
-        stop_before_delay(max(0.0, until - time.time())),
+        stop_before_delay(max(0.0, most_s)),
         stop_never if policy.attempts is None else stop_after_attempt(policy.attempts),
     )
     retrying = AsyncRetrying(retry=retry_if_exception(is_transient), wait=pause_s, stop=stop, reraise=True)

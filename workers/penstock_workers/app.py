@@ -14,6 +14,7 @@ from penstock.errors import WorkerLostError
 from penstock.settings import Settings
 from penstock.transport import install
 from penstock_workers.cancelled import Cancelled
+from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.lifecycle import Lifecycle
 from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
 from penstock_workers.serving import Serving
@@ -52,7 +53,7 @@ def build_app(settings: Settings) -> Celery:
             error = WorkerLostError(job_id, n_deliveries)
             app.backend.mark_as_failure(job_id, error, request=sender, call_errbacks=False)
 
-    install(is_alive=is_alive, on_dead=tell, room=room)
+    install(is_alive=is_alive, on_dead=tell, room=room, clock=BROKER_CLOCK)
     return app
 
 

@@ -28,6 +28,7 @@ from penstock.errors import (
     PenstockError,
 )
 from penstock.request import Priority
+from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.turns import Turn
 
 logger = logging.getLogger(__name__)
@@ -156,10 +157,10 @@ def why_unwanted(
 
     Args:
         job_id: the job.
-        deadline: Unix seconds.
+        deadline: Unix seconds, on the broker's clock.
         is_unwanted: says whether it was cancelled.
     """
-    if deadline is not None and (late_s := time.time() - deadline) > 0:
+    if deadline is not None and (late_s := BROKER_CLOCK.now() - deadline) > 0:
         return DeadlineExceededError(job_id, late_s)
     return JobCancelledError(job_id) if is_unwanted() else None
 
@@ -430,10 +431,10 @@ class Batcher(ModelThread[I, A]):
         work: Work[I, A] = Work(job_id, items, deadline, is_unwanted, tenant, priority)
         with self._changed:
             if priority == Priority.INTERACTIVE:
-                self._urgent_until = time.time() + URGENT_S
+                self._urgent_until = BROKER_CLOCK.now() + URGENT_S
             # Parts of one bulk load go in their order: it is read in that, and done when its last is.
             stretch_s = 0.0 if priority == Priority.BATCH else stretch(work, self._works, self.tokens_per_s)
-            work.due = min(work.due, time.time() + PATIENCE_S[priority] + stretch_s)
+            work.due = min(work.due, BROKER_CLOCK.now() + PATIENCE_S[priority] + stretch_s)
             if items and self._death is None:
                 insort(self._works, work, key=lambda work: work.due)
                 self._changed.notify()
@@ -463,7 +464,7 @@ class Batcher(ModelThread[I, A]):
 
     def _take(self) -> list[Entry[I, A]]:
         with self._changed:
-            now = time.time()
+            now = BROKER_CLOCK.now()
             self._works = [work for work in self._works if not work.is_dropped()]
             self._drop_late(now)
             batch = self._next_batch(now) if self._works else []

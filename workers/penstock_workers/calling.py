@@ -26,6 +26,7 @@ from penstock.errors import (
 )
 from penstock.request import Priority
 from penstock_workers.batching import PATIENCE_S, HasTokens, ModelThread, TryLaterError, Work, stretch
+from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.upstream import Fault, Leave, Upstream
 
 logger = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ class Caller(ModelThread[I, A]):
         """
         work: Work[I, A] = Work(job_id, items, deadline, is_unwanted, tenant, priority)
         stretch_s = stretch(work, (job.work for job in list(self._jobs)), self.tokens_per_s)
-        work.due = min(work.due, time.time() + PATIENCE_S[priority] + stretch_s)
+        work.due = min(work.due, BROKER_CLOCK.now() + PATIENCE_S[priority] + stretch_s)
         job = _Job(work)
         with self._changed:
             if self._death is None:
@@ -471,7 +472,7 @@ class Caller(ModelThread[I, A]):
         work, now = job.work, time.monotonic()
         left_s = job.since + self._remote.patience_s - now
         if work.deadline is not None:
-            left_s = work.deadline - time.time()
+            left_s = work.deadline - BROKER_CLOCK.now()
         wait_s = max(0.0, self._leave_until - now)
         if (trouble := self.trouble) and not self._is_flying(work):
             error = UpstreamUnavailableError(self.name, self._remote.server, trouble, round(wait_s, 3))

@@ -20,6 +20,7 @@ from kombu.exceptions import ContentDisallowed
 
 from penstock.errors import InvalidMessageError, UpstreamError
 from penstock.transport import RefusedError
+from penstock_workers.clock import BROKER_CLOCK
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,13 @@ class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types
         self._argsrepr = "()"
         self._kwargsrepr = summarize(self._kwargs)
         self._request_dict.update(argsrepr=self._argsrepr, kwargsrepr=self._kwargsrepr)
+
+    def maybe_expire(self) -> bool:
+        """Say whether the message is past its `expires`, by the broker's clock."""
+        is_late = self.expires is not None and BROKER_CLOCK.now() > self.expires.timestamp()
+        if is_late:
+            state.revoked.add(self.id)
+        return is_late
 
     def on_retry(self, exc_info: Any) -> None:
         """Put the job off; Celery would send it anew, and acknowledge this one afterwards."""

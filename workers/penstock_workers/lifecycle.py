@@ -19,6 +19,7 @@ from celery.concurrency.thread import TaskPool as ThreadPool
 from celery.signals import celeryd_init, worker_ready, worker_shutting_down
 
 from penstock.broker import connect_sync
+from penstock.clock import ticks
 from penstock.codec import queue_name
 from penstock.errors import ConfigError, ModelLoadError
 from penstock.identity import process_name, process_token
@@ -35,6 +36,7 @@ from penstock.registry import (
 )
 from penstock.request import PoolName
 from penstock.settings import Settings
+from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.layout import choose_threads, read_machine, thread_variables
 from penstock_workers.serving import Serving, load_model
 
@@ -185,6 +187,7 @@ class Heartbeat(threading.Thread):
         self._wake = threading.Event()
         self._is_ready = False
         self._load_s: dict[str, float] = {}
+        self._started_ticks = ticks()
         host, pid = socket.gethostname(), os.getpid()
         self._fields = {
             "id": f"{pool}@{process_name()}",
@@ -193,7 +196,6 @@ class Heartbeat(threading.Thread):
             "pool": pool,
             "device": device,
             "models": tuple(names),
-            "started_at": time.time(),
         }
         worker_ready.connect(self._on_ready, weak=False)
         worker_shutting_down.connect(self._on_stopping, weak=False)
@@ -250,6 +252,7 @@ class Heartbeat(threading.Thread):
         info = WorkerInfo(
             **cast("dict[str, Any]", self._fields),
             state=state,
+            started_at=round(BROKER_CLOCK.now() - (ticks() - self._started_ticks), 1),
             load_s=dict(self._load_s),
             memory_bytes=_memory_bytes(),
             units_per_s=self._serving.speeds(),
@@ -260,7 +263,9 @@ class Heartbeat(threading.Thread):
             upstreams=self._serving.troubles(),
             note="a forward pass does not end" if state == "stalled" else "",
         )
-        self._redis.eval(BEAT, 1, WORKERS_KEY, info.id, info.to_json())
+        asked_at = ticks()
+        second, microsecond = self._redis.eval(BEAT, 1, WORKERS_KEY, info.id, info.to_json())
+        BROKER_CLOCK.learn(int(second) + int(microsecond) / 1e6, asked_at)
 
     def _on_ready(self, **_: object) -> None:
         models = {name: served.info.to_json() for name, served in self._serving.models.items()}

@@ -2,7 +2,6 @@
 
 import json
 import secrets
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,7 +37,8 @@ class QueueState:
         predicted_wait_s: until a job of the default priority that came now is computed; None if no worker of
             the queue has told its speed.
         spilled: jobs that came here so far because the wait in the model's preferred pool was longer.
-        oldest_s: age of the job that waits longest, seconds, by its sender's clock; None if it does not say.
+        oldest_s: age of the job that waits longest, seconds, by the broker's clock; None if its sender does
+            not say when it was sent.
     """
 
     queue: str
@@ -102,7 +102,8 @@ class Queues:
         with redis_errors(self._settings.redis.broker_url):
             second, microsecond = self._broker.time()
             hashes = self._hash(MODELS_KEY), self._hash(WORKERS_KEY)
-            registry = Registry.read(*hashes, None, second + microsecond / 1e6)
+            now_s = second + microsecond / 1e6
+            registry = Registry.read(*hashes, None, now_s)
             models = registry.models.values()
             names = {queue_name(pool, model.name) for model in models for pool in model.pools}
             for name, model in self._settings.models.items():
@@ -110,7 +111,7 @@ class Queues:
             held = Counter(_queue_of(lease.split(b"\n")[1]) for lease in self._hash(LEASES_KEY).values())
             delayed = Counter(_queue_of(_list_of(entry)) for entry in self._hash(DELAYED_KEY).values())
             dead = Counter(job.queue for job in self.dead())
-            return [self._state(name, registry, held, delayed, dead) for name in sorted(names)]
+            return [self._state(name, registry, held, delayed, dead, now_s) for name in sorted(names)]
 
     def dead(self) -> list[DeadJob]:
         """Return the jobs that were given up, oldest first."""
@@ -165,6 +166,7 @@ class Queues:
         held: Mapping[str, int],
         delayed: Mapping[str, int],
         dead: Mapping[str, int],
+        now_s: float,
     ) -> QueueState:
         load = self._run("load", keys=(queue_key(queue, Priority.DEFAULT),))
         keys = [queue_key(queue, priority) for priority in PRIORITIES]
@@ -175,7 +177,7 @@ class Queues:
                 pipe.llen(key)
                 pipe.lindex(key, -1)
             found = pipe.execute()
-        ages = [age for message in found[1::2] if message and (age := _age_s(message)) is not None]
+        ages = [age for message in found[1::2] if message and (age := _age_s(message, now_s)) is not None]
         return QueueState(
             queue=queue,
             waiting=sum(found[::2]) + sum(int(text.split()[0]) for text in sums if text),
@@ -218,10 +220,10 @@ def _list_of(entry: bytes) -> bytes:
     return rest[: int(digits)]
 
 
-def _age_s(message: bytes) -> float | None:
+def _age_s(message: bytes, now_s: float) -> float | None:
     try:
         body = json.loads(json.loads(message)["body"])
-        return max(0.0, time.time() - float(body[1]["sent_at"]))
+        return max(0.0, now_s - float(body[1]["sent_at"]))
     except (ValueError, KeyError, TypeError, IndexError):
         return None  # another sender's: it need not say
 

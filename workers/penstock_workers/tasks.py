@@ -26,6 +26,7 @@ from penstock_workers.batching import (
 )
 from penstock_workers.cache import Embedded
 from penstock_workers.calling import Caller
+from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.engines.formats import row_bytes
 from penstock_workers.engines.thinking import Thought
 from penstock_workers.serving import ServedEmbedder, ServedGenerator, ServedReranker, Serving
@@ -48,7 +49,7 @@ class Delivery:
         reply_to: whom to tell of its text while it is generated.
         streams: where that text goes.
         works: what the model was given of it.
-        arrived: Unix seconds.
+        arrived: Unix seconds, on the broker's clock.
         clock: the same moment, monotonic.
     """
 
@@ -59,7 +60,7 @@ class Delivery:
     reply_to: str | None
     streams: Streams
     works: list[Work[Any, Any]] = field(default_factory=list)
-    arrived: float = field(default_factory=time.time)
+    arrived: float = field(default_factory=BROKER_CLOCK.now)
     clock: float = field(default_factory=time.perf_counter)
 
 

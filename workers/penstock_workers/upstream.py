@@ -16,6 +16,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Final, Literal, NamedTuple
 
@@ -221,7 +222,7 @@ def read_delay(headers: Mapping[str, str], now: float | None = None) -> float | 
 
     Args:
         headers: of its answer, any case.
-        now: Unix seconds, for dates.
+        now: Unix seconds, for dates; None takes the server's own, where it tells it.
 
     Source: RFC 9110, section 10.2.3 (Retry-After, seconds or date); draft-ietf-httpapi-ratelimit-headers-09
     (RateLimit); platform.openai.com, Rate limits in headers (x-ratelimit, retry-after-ms).
@@ -237,7 +238,7 @@ def read_delay(headers: Mapping[str, str], now: float | None = None) -> float | 
         except ValueError:
             pass  # neither of the two: as if it had not been said
         else:
-            return max(0.0, date.timestamp() - (time.time() if now is None else now))
+            return max(0.0, date.timestamp() - (_now(found) if now is None else now))
     return read_spent(found)
 
 
@@ -257,17 +258,24 @@ def read_spent(headers: Mapping[str, str]) -> float | None:
             waits.append(_number(fields.get("t", fields.get("reset"))))
     for name, value in found.items():
         if (match := re.fullmatch(r"x-ratelimit-remaining((?:-\w+)*)", name)) and _number(value) == 0:
-            waits.append(_duration(found.get(f"x-ratelimit-reset{match[1]}", "")))
+            waits.append(_duration(found.get(f"x-ratelimit-reset{match[1]}", ""), _now(found)))
     return max((wait for wait in waits if wait is not None), default=None)
 
 
 _UNITS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-def _duration(text: str) -> float | None:
+def _now(headers: Mapping[str, str]) -> float:
+    """Return what the server's clock said: its dates are by that."""
+    with suppress(KeyError, ValueError):
+        return parsedate_to_datetime(headers["date"]).timestamp()
+    return time.time()
+
+
+def _duration(text: str, now: float) -> float | None:
     """Read `12ms`, `6m0s`, seconds, or a moment in Unix seconds."""
     if (seconds := _number(text)) is not None:
-        return max(0.0, seconds - time.time()) if seconds > 1e9 else seconds
+        return max(0.0, seconds - now) if seconds > 1e9 else seconds
     parts = re.findall(r"([\d.]+)(ms|[smhd])", text)
     if not parts or "".join(map("".join, parts)) != text:
         return None

@@ -144,13 +144,13 @@ async def patiently(
         PenstockError: of the last attempt.
     """
     limits = [limit_s for limit_s in (timeout_s, deadline_s) if limit_s is not None]
-    ends_at = time.time() + min(limits) if limits else None
+    ends_at = time.monotonic() + min(limits) if limits else None
 
     async def attempt() -> T:
-        left_s = None if ends_at is None else max(ends_at - time.time(), _LEAST_S)
+        left_s = None if ends_at is None else max(ends_at - time.monotonic(), _LEAST_S)
         return await call(**asked, timeout_s=left_s, deadline_s=left_s)
 
-    return await try_again(wait, attempt, deadline=ends_at, ask=client._broker.ask_for_retry)
+    return await try_again(wait, attempt, left_s=min(limits, default=None), ask=client._broker.ask_for_retry)
 
 
 async def generate(client: AsyncClient, *, tool_choice: object = None, **asked: Any) -> GenerateResult:
