@@ -5,6 +5,7 @@ token, which is read where it is sent from.
 """
 
 import difflib
+import json
 import os
 import re
 import tomllib
@@ -38,6 +39,7 @@ _SEPARATOR = "__"
 PROVIDER: Final = "provider:"
 """What a remote source begins with that is one of Hugging Face's Inference Providers."""
 _MODEL_NAME = re.compile(r"[a-z0-9]([a-z0-9-]|_(?!_)){0,63}")
+_QUEUE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 AUTO: Final = "auto"
 Count = int | Literal["auto"]
@@ -339,8 +341,19 @@ class WorkerSettings(_Section):
     """How long running jobs may take to end after SIGTERM, seconds."""
     reader_timeout_s: float = Field(default=30.0, gt=0)
     """A streamed answer that nobody has listened to for so long, in seconds, is not generated to its end."""
+    callback_queues: tuple[str, ...] = Field(default=(), max_length=64)
+    """Queues of other Celery apps that callbacks of jobs may go to, besides the models' own."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe log lines that are shown."""
+
+    @field_validator("callback_queues")
+    @classmethod
+    def _are_queues(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [name for name in names if not _QUEUE.fullmatch(name) or name.startswith("unacked")]:
+            raise ValueError(
+                f"names {wrong}: up to 64 of a-z A-Z 0-9 - _ . and not of keys that the broker has"
+            )
+        return names
 
 
 class FlowerSettings(_Section):
@@ -543,7 +556,8 @@ def _sample_section(path: str, section: _Section) -> Iterator[str]:
             yield from _sample_section(f"{path}.{name}", value)
         else:
             yield f"# {field.description}"
-            yield f"#{variable_name(f'{path}.{name}')}={'' if value is None else value}"
+            text = "" if value is None else json.dumps(value) if isinstance(value, tuple) else value
+            yield f"#{variable_name(f'{path}.{name}')}={text}"
 
 
 def _sources(

@@ -9,10 +9,11 @@ from celery.concurrency import ALIASES
 from kombu.connection import failover_strategies
 from kombu.serialization import register
 
-from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta, split_queue
+from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta, queue_name, split_queue
 from penstock.errors import WorkerLostError
 from penstock.settings import Settings
 from penstock.transport import install
+from penstock_workers.callbacks import Callbacks
 from penstock_workers.cancelled import Cancelled
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.lifecycle import Lifecycle
@@ -36,8 +37,17 @@ def build_app(settings: Settings) -> Celery:
     app.penstock_cancelled = Cancelled(_checked(settings.results_url))
     app.penstock_streams = Streams(_checked(settings.results_url), settings.worker.reader_timeout_s)
     app.conf.update(_configuration(settings))
+    models = settings.models.items()
+    app.penstock_callbacks = Callbacks(
+        ours=frozenset(queue_name(pool, name) for name, model in models for pool in model.pools),
+        allowed=frozenset(settings.worker.callback_queues),
+        default=app.conf.task_default_queue,
+    )
     app.steps["worker"].add(Lifecycle)
     register_tasks(app, serving, app.penstock_cancelled, app.penstock_streams)
+    app.finalize()
+    for name in [name for name in app.tasks if name.startswith("celery.")]:
+        del app.tasks[name]  # Celery's own send, unlock and try again whatever a message says
 
     def is_alive() -> bool:
         return not serving.is_stalled(settings.worker.stall_s)

@@ -18,8 +18,10 @@ from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.request import Request as CeleryRequest
 from kombu.exceptions import ContentDisallowed
 
+from penstock.codec import TASK_NAMES
 from penstock.errors import InvalidMessageError, UpstreamError
 from penstock.transport import RefusedError
+from penstock_workers.callbacks import EMBEDDED, CallbackError, awaited_ids
 from penstock_workers.clock import BROKER_CLOCK
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,13 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # Celery has no types
         self.first_connection_attempt = False
         return conn
 
+    def update_strategies(self) -> None:
+        """Take the tasks of an app of ours alone: not Celery's own, nor those that `-I` brings."""
+        super().update_strategies()
+        if hasattr(self.app, "penstock_callbacks"):
+            for name in self.strategies.keys() - set(TASK_NAMES.values()):
+                del self.strategies[name]
+
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], object]:
         """Return what takes a message; see Celery's own."""
         handle = super().create_task_handler(*args, **kwargs)
@@ -103,6 +112,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # Celery has no types
         if isinstance(exc, ContentDisallowed):
             self._refuse(message, f"content type {message.content_type} is not read here, only JSON")
         else:
+            self._refuse_followers(message, str(exc))
             self._refuse(message, str(exc))
 
     def on_unknown_message(self, body: object, message: Any) -> None:
@@ -114,6 +124,13 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # Celery has no types
         """Refuse a task that does not exist."""
         del body
         self._refuse(message, f"there is no task {str(exc)[:80]}")
+
+    def _refuse_followers(self, message: Any, problem: str) -> None:
+        body = message.payload
+        embedded = body[2] if isinstance(body, list) and len(body) > 2 else None
+        for job_id in awaited_ids(embedded):
+            error = InvalidMessageError(f"the job before it was refused: {problem}")
+            self.app.backend.mark_as_failure(job_id, error, call_errbacks=False)
 
     def _refuse(self, message: Any, problem: str) -> None:
         headers = message.headers or {}
@@ -140,6 +157,7 @@ class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types
             raise InvalidTaskError(f"body of another shape ({type(error).__name__})") from error
         if not isinstance(self._args, list | tuple) or not isinstance(self._kwargs, dict):
             raise InvalidTaskError("arguments are not a list and a mapping")
+        self._check_embedded()
         self._argsrepr = "()"
         self._kwargsrepr = summarize(self._kwargs)
         self._request_dict.update(argsrepr=self._argsrepr, kwargsrepr=self._kwargsrepr)
@@ -150,6 +168,24 @@ class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types
         if is_late:
             state.revoked.add(self.id)
         return is_late
+
+    def _check_embedded(self) -> None:
+        """Refuse, before it is computed, what could not be sent or kept after that."""
+        embedded, headers = self._payload[2] or {}, self._request_dict
+        # Celery reads them from the headers too, and any other name would replace what the headers say.
+        if not isinstance(embedded, dict) or not embedded.keys() <= set(EMBEDDED):
+            raise InvalidTaskError(f"the third part of its body holds more than {', '.join(EMBEDDED)}")
+        if named := [name for name in EMBEDDED if headers.get(name) is not None]:
+            raise InvalidTaskError(f"its headers hold {', '.join(named)}, which are part of its body")
+        if any(limit is not None for limit in self.time_limits):
+            raise InvalidTaskError(
+                "it has a time limit; none is kept here, since a thread cannot be ended: send a deadline"
+            )
+        if any(value is not None for value in embedded.values()):
+            try:
+                self._app.penstock_callbacks.check(embedded)
+            except CallbackError as error:
+                raise InvalidTaskError(str(error)) from None
 
     def on_retry(self, exc_info: Any) -> None:
         """Put the job off; Celery would send it anew, and acknowledge this one afterwards."""

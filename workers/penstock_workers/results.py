@@ -67,9 +67,14 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no types
         record: bytes | None = self._writer.put("GET", record_key(job_id)).result()
         return record is not None and record.decode() in states.READY_STATES
 
-    def on_chord_part_return(self, *args: Any, **options: Any) -> None:
-        """Count a part of a chord, again if Redis was away: a chord waits for ever for a part not counted."""
-        self._ensure_retryable(super().on_chord_part_return, *args, **options)
+    def on_chord_part_return(self, request: Any, state: str, result: object, **options: Any) -> None:
+        """Count a part of a chord, again if Redis was away: a chord waits for ever for a part not counted.
+
+        A body that takes no results gets none: they would be stored once more, and read by the last part.
+        """
+        if state == states.SUCCESS and request.chord.get("immutable"):
+            result = None
+        self._ensure_retryable(super().on_chord_part_return, request, state, result, **options)
 
     def mark_as_retry(self, *args: object, **options: object) -> None:
         """Store nothing: a job that is put off has no result yet, and its caller waits on."""
