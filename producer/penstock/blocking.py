@@ -23,6 +23,7 @@ from penstock.registry import ModelInfo, Registry
 from penstock.request import PriorityName
 from penstock.result import GenerateResult, RerankResult, Timings, Usage, Vectors
 from penstock.stream import OnRestart, Piece
+from penstock.urls import checked_url
 
 S = TypeVar("S")
 
@@ -88,7 +89,9 @@ class Client:
         results_url: str | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
-        self._url, self._results_url, self._connect_timeout_s = url, results_url, connect_timeout_s
+        self._url = checked_url("url", url)
+        self._results_url = None if results_url is None else checked_url("results_url", results_url)
+        self._connect_timeout_s = connect_timeout_s
         self._lock = threading.Lock()
         self._pid = 0
         self._loop: asyncio.AbstractEventLoop | None = None

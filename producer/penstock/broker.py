@@ -31,10 +31,11 @@ from penstock.clock import Clock, ticks
 from penstock.codec import queue_key
 from penstock.errors import BrokerRefusedError, BrokerUnavailableError, QueueDelayError, RateLimitError
 from penstock.leases import Limits, push_arguments, scripts
-from penstock.registry import MODELS_KEY, RESULTS_KEY, WORKERS_KEY, Registry, mask_url
+from penstock.registry import MODELS_KEY, RESULTS_KEY, WORKERS_KEY, Registry
 from penstock.request import Lane
 from penstock.sentinel import SentinelUrl, is_sentinel
 from penstock.store import RECORD_TTL_S, SENT, record_key
+from penstock.urls import mask_url
 
 CONNECT_TIMEOUT_S: Final = 5.0
 ANSWER_TIMEOUT_S: Final = 10.0
@@ -62,6 +63,8 @@ def connect(url: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> aiored
         "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
     }
     if not is_sentinel(url):
+        if url.startswith("unix:"):
+            del options["socket_keepalive"]  # of TCP alone
         return aioredis.Redis.from_pool(_Pool.from_url(url, **options))
     found = SentinelUrl.parse(url)
     sentinels = AsyncSentinel(found.sentinels, sentinel_kwargs=found.sentinel_options)  # type: ignore[no-untyped-call]  # redis-py's own gap
@@ -156,7 +159,7 @@ class _Pool(aioredis.BlockingConnectionPool):
             await self.disconnect(inuse_connections=False)
 
 
-class _PatientConnection(aioredis.Connection):
+class _PatientConnection(AbstractConnection):
     """A connection whose time limit is one of silence: a large reply may take as long as it flows.
 
     redis-py's asyncio connections, unlike its others, limit the whole reply.
@@ -165,7 +168,7 @@ class _PatientConnection(aioredis.Connection):
     _limit: asyncio.Timeout | None = None
 
     async def _connect(self) -> None:
-        await super()._connect()  # type: ignore[no-untyped-call]  # redis-py's own gap
+        await super()._connect()  # type: ignore[safe-super, no-untyped-call]  # before a class that has it
         assert self._reader is not None
         feed = self._reader.feed_data
 

@@ -29,7 +29,7 @@ from penstock.inbox import Inbox
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, ResultStore, T
 from penstock.joining import Joiner
 from penstock.pacing import Pacer
-from penstock.registry import ModelInfo, Registry, locate_results
+from penstock.registry import ModelInfo, Registry
 from penstock.request import (
     TENANT,
     EmbedRequest,
@@ -50,6 +50,7 @@ from penstock.request import (
 )
 from penstock.result import GenerateResult, RerankResult, Vectors
 from penstock.stream import OnRestart, Piece
+from penstock.urls import checked_url, locate_results
 from penstock.waiting import WaitPolicy, try_again
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
@@ -149,8 +150,10 @@ class AsyncClient:
         results_url: str | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
-        self._url, self._results_url, self._connect_timeout_s = url, results_url, connect_timeout_s
-        self._broker = Broker(url, connect_timeout_s=connect_timeout_s)
+        self._url = checked_url("url", url)
+        self._results_url = None if results_url is None else checked_url("results_url", results_url)
+        self._connect_timeout_s = connect_timeout_s
+        self._broker = Broker(self._url, connect_timeout_s=connect_timeout_s)
         self._id = new_job_id()
         self._origin = f"penstock-{os.getpid()}@{socket.gethostname()}"
         self._store: ResultStore | None = None

@@ -11,15 +11,15 @@ A model stays known when its workers are gone: its jobs are accepted and wait.
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, Final, Literal, Self
-from urllib.parse import urlsplit, urlunsplit
 
 from penstock.request import PoolName, Task
-from penstock.sentinel import SentinelUrl, is_sentinel
+from penstock.urls import announce_results as announce_results
+from penstock.urls import locate_results as locate_results
+from penstock.urls import mask_url as mask_url
 
 MODELS_KEY: Final = "penstock:models"
 WORKERS_KEY: Final = "penstock:workers"
@@ -142,7 +142,7 @@ class Registry:
     Attributes:
         models: by name, also those whose workers are gone.
         workers: all that announced themselves, with the seconds since their last heartbeat.
-        results: where results are kept, see `locate_results`; None before the first worker.
+        results: where results are kept, see `urls.locate_results`; None before the first worker.
     """
 
     models: Mapping[str, ModelInfo]
@@ -203,77 +203,6 @@ class Registry:
     def choose_pool(self, model: ModelInfo) -> PoolName:
         """Return the preferred pool that has a live worker, else the preferred one: the job waits there."""
         return next((pool for pool in model.pools if self.ready_workers(model.name, pool)), model.pools[0])
-
-
-def announce_results(broker_url: str, results_url: str) -> str:
-    """Return where results are kept as clients are told: no credentials, and relative where it can be.
-
-    Relative, because a client may reach the same server under another name than the workers do. Without
-    certificate files too: their paths are of the worker's machine.
-    """
-    results = urlsplit(results_url)
-    if _server(broker_url) == _server(results_url):
-        return results.path or "/0"
-    query = _items(results.query, lambda name: not _is_secret(name) and not _is_file(name))
-    return urlunsplit(results._replace(netloc=results.netloc.rpartition("@")[2], query=query))
-
-
-def locate_results(broker_url: str, announced: str) -> str:
-    """Return the result store's URL for a client that reaches the broker at `broker_url`.
-
-    Credentials and certificate files are the broker's.
-    """
-    broker = urlsplit(broker_url)
-    if announced.startswith("/"):
-        return urlunsplit(broker._replace(path=announced))
-    results = urlsplit(announced)
-    credentials, at, _ = broker.netloc.rpartition("@")
-    both_sentinel = is_sentinel(broker_url) and is_sentinel(announced)
-    both_tls = broker.scheme == results.scheme == "rediss" or both_sentinel
-    own = _items(
-        broker.query, lambda name: (both_sentinel and _is_secret(name)) or (both_tls and _is_file(name))
-    )
-    query = "&".join(filter(None, (_items(results.query, lambda name: not _is_file(name)), own)))
-    return urlunsplit(results._replace(netloc=f"{credentials}{at}{results.netloc}", query=query))
-
-
-def mask_url(url: str) -> str:
-    """Return `url` without its password; of a list with semicolons, as Celery knows it, without any."""
-    return ";".join(_mask(part) for part in re.split(r";(?=\w+://)", url))
-
-
-def _mask(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "(not a URL)"  # whatever it holds, it may hold a password
-    parts = parts._replace(query=re.sub(r"(password=)[^&]*", r"\1***", parts.query))
-    if not parts.password:
-        return urlunsplit(parts)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
-
-
-def _server(url: str) -> tuple[object, ...]:
-    """Return what tells the server of `url` from others."""
-    if is_sentinel(url):
-        return SentinelUrl.parse(url).server
-    parts = urlsplit(url)
-    return (parts.hostname, parts.port or 6379)
-
-
-def _items(query: str, is_wanted: Callable[[str], bool]) -> str:
-    """Return some items of a URL's query, by their names."""
-    return "&".join(item for item in query.split("&") if is_wanted(item.partition("=")[0]))
-
-
-def _is_secret(name: str) -> bool:
-    return name.endswith("password")
-
-
-def _is_file(name: str) -> bool:
-    """Tell parameters that name files of one machine: redis-py's `ssl_ca_certs` and its like."""
-    return name in ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 
 
 def _rows(values: Sequence[Sequence[float]] | None) -> tuple[tuple[float, ...], ...] | None:

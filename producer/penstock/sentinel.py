@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Self
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 EXAMPLE: Final = "sentinel://HOST:26379,HOST2:26379/0?master_name=NAME"
 DEFAULT_PORT: Final = 26379
@@ -70,6 +70,19 @@ class SentinelUrl:
         except ValueError:
             pass  # its text may hold the password
         raise ValueError(f"a URL like {EXAMPLE}")
+
+    @property
+    def url(self) -> str:
+        """The URL again."""
+        login = quote(self.username or "", safe="")
+        if self.password:
+            login += f":{quote(self.password, safe='')}"
+        names = ((f"[{host}]" if ":" in host else host, port) for host, port in self.sentinels)
+        hosts = (name if port == DEFAULT_PORT else f"{name}:{port}" for name, port in names)
+        options = {"master_name": self.master_name}
+        if self.sentinel_password:
+            options["sentinel_password"] = self.sentinel_password
+        return f"sentinel://{login}{'@' if login else ''}{','.join(hosts)}/{self.db}?{urlencode(options)}"
 
     @property
     def server(self) -> tuple[object, ...]:

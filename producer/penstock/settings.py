@@ -28,9 +28,8 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from penstock.errors import ConfigError
-from penstock.registry import mask_url
 from penstock.request import TENANT, GenerationOptions, PoolName, Task
-from penstock.sentinel import SentinelUrl, is_sentinel
+from penstock.urls import mask_url, plain_url
 
 PREFIX = "PENSTOCK_"
 ARGUMENT = "argument"
@@ -85,17 +84,7 @@ class RedisSettings(_Section):
     @field_validator("broker_url", "results_url")
     @classmethod
     def _is_redis(cls, url: str) -> str:
-        if is_sentinel(url):
-            SentinelUrl.parse(url)
-            return url
-        wanted = ValueError("a URL like redis://HOST:6379/0 or rediss://HOST:6379/0")
-        try:
-            parts = urlsplit(url)
-            if parts.scheme not in ("redis", "rediss") or not parts.hostname or parts.port == 0:
-                raise wanted
-        except ValueError:
-            raise wanted from None
-        return url
+        return plain_url(url)
 
     def with_password(self, url: str) -> str:
         """Return `url` with the configured password, if it has none of its own."""

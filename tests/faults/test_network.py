@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import redis
 
-from penstock import AsyncClient, BrokerUnavailableError, Client, JobState
+from penstock import AsyncClient, BrokerUnavailableError, Client, ConfigError, JobState
 from penstock.broker import ANSWER_TIMEOUT_S
 from penstock.inbox import LOOK_AGAIN_S
 from penstock.store import record_key
@@ -160,10 +160,16 @@ def test_cut_connections_lose_no_note(own: Server, tmp_path: Path) -> None:
 
 
 def test_results_may_be_kept_elsewhere(own: Server, tmp_path: Path) -> None:
-    """With results on a server of their own a client still needs the broker's URL only."""
+    """Results may have a server of their own; a client has to name it, and is told so."""
     with Server(free_port()).running() as other:
         worker = LightWorker(tmp_path, own, results_url=other.results_url)
-        with worker.running(), Client(own.broker_url) as client:
+        with (
+            worker.running(),
+            Client(own.broker_url, results_url=other.results_url) as client,
+            Client(own.broker_url) as untold,
+        ):
+            with pytest.raises(ConfigError, match="name it, with its login"):
+                untold.embed(["a 0"], model=MODEL, timeout_s=20)
             vectors = client.embed(["a 0", "b 0"], model=MODEL, timeout_s=20)
             waiting = client.submit_embed(["c 5"], model=MODEL)
 

@@ -118,7 +118,7 @@ def test_config_env_is_accepted_as_it_is_printed(monkeypatch: pytest.MonkeyPatch
         ("worker.jobs_in_flight=4", "worker.jobs_in_flight", 4),
         ("worker.stall_s=1.5", "worker.stall_s", 1.5),
         ("worker.log_level=debug", "worker.log_level", "debug"),
-        ("redis.broker_url=redis://r/0?a=b", "redis.broker_url", "redis://r/0?a=b"),
+        ("redis.broker_url=redis://r/0?protocol=3", "redis.broker_url", "redis://r/0?protocol=3"),
         ("flower.address=0.0.0.0", "flower.address", "0.0.0.0"),
         ("worker.heartbeat_file=/run/ready", "worker.heartbeat_file", "/run/ready"),
         ("worker.heartbeat_file=2024", "worker.heartbeat_file", "2024"),

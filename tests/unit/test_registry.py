@@ -3,6 +3,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from penstock.errors import ConfigError
 from penstock.registry import (
     ALIVE_S,
     ModelInfo,
@@ -148,9 +149,14 @@ def test_results_are_announced_without_credentials(broker: str, results: str, an
         ("redis://127.0.0.1:7000/0", "/1", "redis://127.0.0.1:7000/1"),
         ("rediss://me:pw@tunnel:7000/0", "/1", "rediss://me:pw@tunnel:7000/1"),
         ("redis://r", "/1", "redis://r/1"),
-        ("redis://r:6379/0", "redis://other:6380/2", "redis://other:6380/2"),
-        ("redis://me:pw@r:6379/0", "redis://other:6380/2", "redis://me:pw@other:6380/2"),
-        ("redis://:p%40w@[::1]:6379/0", "rediss://[::2]:6379/0", "rediss://:p%40w@[::2]:6379/0"),
+        ("redis://:p%40w@[::1]:6379/0", "/7", "redis://:p%40w@[::1]:6379/7"),
+        (
+            "rediss://me:pw@r:6379/0?ssl_ca_certs=/ca.pem",
+            "/1",
+            "rediss://me:pw@r:6379/1?ssl_ca_certs=/ca.pem",
+        ),
+        ("unix://:pw@/run/redis.sock?db=0", "/1", "unix://:pw@/run/redis.sock?db=1"),
+        ("rediss://me:pw@r:6379/0", "redis://R:6379/2", "rediss://me:pw@r:6379/2"),
     ],
 )
 def test_clients_find_results_with_their_own_credentials(broker: str, announced: str, located: str) -> None:
@@ -188,9 +194,26 @@ def test_certificate_files_are_not_announced() -> None:
     announced = announce_results("rediss://broker:6379/0?ssl_ca_certs=/worker/ca.pem", results)
 
     assert announced == "rediss://results:6379/1?ssl_cert_reqs=required"
-    assert locate_results("rediss://me:mine@broker:6379/0?ssl_ca_certs=/client/ca.pem", announced) == (
-        "rediss://me:mine@results:6379/1?ssl_cert_reqs=required&ssl_ca_certs=/client/ca.pem"
-    )
-    assert locate_results("redis://broker:6379/0?ssl_ca_certs=/client/ca.pem", "redis://results:6379/1") == (
-        "redis://results:6379/1"
-    )
+
+
+@pytest.mark.parametrize(
+    "announced",
+    [
+        "redis://other:6380/2",
+        "redis://r:6380/2",
+        "rediss://other/0?ssl_cert_reqs=none&ssl_check_hostname=false",
+        "sentinel://r:6379/0?master_name=main",
+        "unix:///run/other.sock",
+        "/1?ssl_cert_reqs=none",
+        "/../2",
+        "//other/1",
+        "",
+        "nonsense",
+    ],
+)
+def test_another_server_has_to_be_named_by_the_client(announced: str) -> None:
+    """A login goes to the broker's own server alone; the error says how another one is named."""
+    with pytest.raises(ConfigError, match=r"results_url: .*Client\(url, results_url=...\)") as caught:
+        locate_results("redis://me:hush@r:6379/0", announced)
+
+    assert "hush" not in str(caught.value)

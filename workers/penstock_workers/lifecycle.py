@@ -32,10 +32,10 @@ from penstock.registry import (
     WORKERS_KEY,
     WorkerInfo,
     WorkerState,
-    announce_results,
 )
 from penstock.request import PoolName
 from penstock.settings import Settings
+from penstock.urls import announce_results
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.layout import choose_threads, read_machine, thread_variables
 from penstock_workers.serving import Serving, load_model

@@ -8,7 +8,7 @@ from pathlib import Path
 import redis
 
 from penstock.errors import BrokerRefusedError, BrokerUnavailableError, ConfigError
-from penstock.registry import mask_url
+from penstock.urls import mask_url
 
 _POLL_S = 0.05
 _ANSWER_S = 1.0

@@ -62,6 +62,11 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no types
         self._room = threading.Condition()
         self._pending_bytes = 0
 
+    def _params_from_url(self, url: str, defaults: dict[str, Any]) -> Any:
+        if url.startswith("socket:"):  # keepalive is TCP's alone, and a socket's connections do not take it
+            defaults = {name: value for name, value in defaults.items() if name != "socket_keepalive"}
+        return super()._params_from_url(url, defaults)
+
     def is_ended(self, job_id: str) -> bool:
         """Whether the job was cancelled, or answered by an earlier delivery."""
         record: bytes | None = self._writer.put("GET", record_key(job_id)).result()
