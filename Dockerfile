@@ -19,6 +19,7 @@ FROM python:3.11-slim-trixie
 # A process uses one thread, as `penstock up` sets it, and many processes share a machine. Only what is read
 # before torch can be told is set here; `pools.cpu.threads` then decides.
 ENV PYTHONUNBUFFERED=1 \
+    PYTHONSAFEPATH=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore \
     OMP_NUM_THREADS=1 \

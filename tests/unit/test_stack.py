@@ -233,7 +233,7 @@ def test_worker_command_is_celerys_own() -> None:
 
     command = worker_command(settings, ["cpu.a", "cpu.b"], "cpu-1")
 
-    assert command[:6] == [sys.executable, "-m", "celery", "-A", "penstock_workers", "worker"]
+    assert command[:6] == [sys.executable, "-m", "penstock_workers", "-A", "penstock_workers", "worker"]
     assert option(command, "-Q") == "cpu.a,cpu.b"
     assert option(command, "-P") == "threads"
     assert option(command, "-l") == "debug"

@@ -20,6 +20,7 @@ from penstock_workers.lifecycle import Lifecycle
 from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
 from penstock_workers.serving import Serving
 from penstock_workers.streams import Streams
+from penstock_workers.surroundings import new_app
 from penstock_workers.tasks import register_tasks
 
 POOL: Final = "penstock_workers.pool:TaskPool"
@@ -31,7 +32,7 @@ def build_app(settings: Settings) -> Celery:
     ALIASES["threads"] = POOL  # `-P threads` means ours too
     # By name: a function in the settings would leave `celery inspect stats` without an answer.
     failover_strategies["first"] = first_url
-    app = Celery("penstock", broker=celery_url(_checked(settings.broker_url)))
+    app = new_app("penstock", broker_url=celery_url(_checked(settings.broker_url)))
     serving = Serving()
     app.penstock_settings, app.penstock_serving = settings, serving
     app.penstock_cancelled = Cancelled(_checked(settings.results_url))

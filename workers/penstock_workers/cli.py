@@ -29,6 +29,7 @@ from penstock_workers.queues import DeadJob, Queues, table
 from penstock_workers.stack import has_engines, plan_stack, require_engines, worker_command, worker_queues
 from penstock_workers.status import read_status
 from penstock_workers.supervisor import Supervisor
+from penstock_workers.variables import refuse_variables
 
 DATA_FOLDER: Final = Path(".penstock")
 
@@ -110,6 +111,7 @@ def worker(
     Further options are Celery's own.
     """
     require_engines()
+    refuse_variables(os.environ)
     deployment = Deployment(config, assignments)
     name = cast("PoolName", pool)
     queues = worker_queues(deployment.loaded.settings, name, models)
@@ -303,6 +305,8 @@ def _supervisor(children: Any, deployment: Deployment) -> Supervisor:
 
 def main() -> None:
     """Run the command line; one line and a non-zero exit for what is wrong."""
+    # For whatever is started from here: no module of the folder one stands in is taken for an installed one.
+    os.environ["PYTHONSAFEPATH"] = "1"
     try:
         cli()
     except ConfigError as error:

@@ -39,6 +39,7 @@ from penstock.urls import announce_results
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.layout import choose_threads, read_machine, thread_variables
 from penstock_workers.serving import Serving, load_model
+from penstock_workers.surroundings import refuse_options_from_variables
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
     def create(self, worker: Any) -> "Lifecycle":
         """Refuse what cannot work before anything is started."""
         with _or_exit():
+            refuse_options_from_variables()
             refuse_forks(worker.pool_cls, sys.argv[1:])
             if worker.autoscale:
                 raise ConfigError(["--autoscale changes nothing here: start more worker processes instead"])

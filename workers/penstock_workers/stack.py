@@ -1,6 +1,7 @@
 """The processes of `penstock up`: a Redis where none is given, the workers, and Flower."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import closing
@@ -17,6 +18,7 @@ from penstock_workers.forkserver import Preload
 from penstock_workers.layout import Layout, choose_layouts, on_cards, read_machine, thread_variables
 from penstock_workers.local_redis import free_port, is_ready, local_redis_command
 from penstock_workers.supervisor import Child
+from penstock_workers.variables import refuse_variables
 
 DEFAULT_PORT: Final = 6379
 _ENGINES: Final = {
@@ -62,9 +64,10 @@ def plan_stack(
         with_flower: start the monitoring page too.
 
     Raises:
-        ConfigError: no models, no processes, or no Redis to start.
+        ConfigError: no models, no processes, no Redis to start, or variables that would win over settings.
     """
     require_engines()
+    refuse_variables(os.environ)  # the children have them too
     settings = loaded.settings
     variables = dict(environment) | ({CONFIG_VARIABLE: str(config.resolve())} if config else {})
     layouts = choose_layouts(settings, read_machine())
@@ -140,7 +143,8 @@ def require_engines() -> None:
 
 def worker_command(settings: Settings, queues: list[str], node: str) -> list[str]:
     """Return Celery's command line for a worker process."""
-    command = [sys.executable, "-m", "celery", "-A", "penstock_workers", "worker", "-Q", ",".join(queues)]
+    command = [sys.executable, "-m", "penstock_workers", "-A", "penstock_workers", "worker"]
+    command += ["-Q", ",".join(queues)]
     # Gossip and mingle exchange what our workers do not use, at each start and for each worker.
     options = ["-P", "threads", "-n", f"{node}@%h", "-l", settings.worker.log_level]
     return [*command, *options, "--without-gossip", "--without-mingle"]
@@ -185,12 +189,17 @@ def _card(layout: Layout, number: int) -> Mapping[str, str]:
 def _flower(settings: Settings, variables: Mapping[str, str]) -> list[Child]:
     if settings.flower.port == 0 or importlib.util.find_spec("flower") is None:
         return []
-    options = [f"--address={settings.flower.address}", f"--port={settings.flower.port}"]
+    address, port = settings.flower.address, str(settings.flower.port)
+    # Flower would run a `flowerconfig.py` of the current folder.
+    file = os.environ.get("FLOWER_CONF") or os.devnull
+    options = [f"--address={address}", f"--port={port}", f"--conf={file}"]
+    # Kubernetes sets FLOWER_PORT=tcp://... beside a service of that name, and Flower ends with a traceback.
+    own = {"FLOWER_ADDRESS": address, "FLOWER_PORT": port, "FLOWER_UNIX_SOCKET": ""}
     return [
         Child(
             name="flower",
-            command=[sys.executable, "-m", "celery", "-A", "penstock_workers", "flower", *options],
-            environment=variables,
+            command=[sys.executable, "-m", "penstock_workers", "-A", "penstock_workers", "flower", *options],
+            environment={**variables, **own},
             stage=2,
         )
     ]

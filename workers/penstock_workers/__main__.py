@@ -1,0 +1,11 @@
+"""`python -m penstock_workers`: Celery's command line, with our app found where it is installed.
+
+`celery -A penstock_workers` is the same, but looks for the package in the current folder first.
+"""
+
+from celery.__main__ import main
+
+import penstock_workers.celery  # noqa: F401  Celery then finds it in memory
+
+if __name__ == "__main__":
+    main()
