@@ -29,7 +29,7 @@ from penstock.inbox import Inbox
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, ResultStore, T
 from penstock.joining import Joiner
 from penstock.pacing import Pacer
-from penstock.registry import ModelInfo, Registry
+from penstock.registry import HEARTBEAT_S, ModelInfo, Registry
 from penstock.request import (
     TENANT,
     EmbedRequest,
@@ -55,6 +55,7 @@ from penstock.waiting import WaitPolicy, try_again
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
 REGISTRY_TTL_S: Final = 5.0
+_LOOK_AGAIN_S: Final = 0.25
 
 _OF_SENDING: Final = ("priority", "tenant", "deadline_s", "wait")
 
@@ -160,6 +161,7 @@ class AsyncClient:
         self._opening = asyncio.Lock()
         self._registry: Registry | None = None
         self._registry_read_at = 0.0
+        self._known: set[str] = set()  # models that were ever served here
         self._reading: asyncio.Task[Registry] | None = None
         self._router = Router(self._estimate)
         self._joiner = Joiner(self._send_unrecorded, self._n_workers)
@@ -505,8 +507,8 @@ class AsyncClient:
         A job whose id the caller is told is recorded, and before it is queued: an error then means that
         nothing runs. Where nobody can ask, that round trip is saved.
         """
+        model = await self._find_model(requests[0].model)
         store, registry = await self._open_store(), await self._read_registry()
-        model = registry.models[requests[0].model]
         pool = await self._router.choose(model, registry, lane)
         queue = queue_name(pool, model.name)
         n_tokens = [count_tokens(request, registry, model) for request in requests]
@@ -556,6 +558,11 @@ class AsyncClient:
         registry = await self._read_registry()
         if name not in registry.models:
             registry = await self._read_registry(max_age_s=0)
+        ends_at = ticks() + 2 * HEARTBEAT_S
+        while name not in registry.models and name in self._known and ticks() < ends_at:
+            # The server has lost it, and the next heartbeat of its workers tells it again.
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            registry = await self._read_registry(max_age_s=0)
         model = registry.models.get(name)
         if model is None:
             raise UnknownModelError(name, sorted(registry.models))
@@ -570,6 +577,7 @@ class AsyncClient:
                 self._reading = asyncio.create_task(self._broker.registry(), name="penstock-registry")
             self._registry = await asyncio.shield(self._reading)
             self._registry_read_at = ticks()
+            self._known |= self._registry.models.keys()
         return self._registry
 
     async def _open_store(self) -> ResultStore:

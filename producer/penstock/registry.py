@@ -6,13 +6,17 @@
 | `penstock:workers` | hash | worker id -> time of its last heartbeat, newline, `WorkerInfo` |
 | `penstock:results` | string | where results are kept, without credentials |
 | `penstock:tenants` | hash | tenant -> its share, and its tokens per second or 0 |
+| `penstock:announced` | hash | `model:<name>`, `tenant:<name>`, `results` -> version, when it was last seen |
 
-A model stays known when its workers are gone: its jobs are accepted and wait.
+A model stays known when its workers are gone: its jobs are accepted and wait. It is forgotten a week after
+the last worker in whose settings it was, a tenant a minute after, while other workers live.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib.resources import files
 from statistics import fmean
 from typing import Any, Final, Literal, Self
 
@@ -25,19 +29,17 @@ MODELS_KEY: Final = "penstock:models"
 WORKERS_KEY: Final = "penstock:workers"
 RESULTS_KEY: Final = "penstock:results"
 TENANTS_KEY: Final = "penstock:tenants"
+ANNOUNCED_KEY: Final = "penstock:announced"
 HEARTBEAT_S: Final = 2.0
 ALIVE_S: Final = 15.0
 """A worker that was silent for longer counts as gone."""
 
+_UNREADABLE: Final = (AttributeError, RecursionError, TypeError, ValueError)
+
 WorkerState = Literal["loading", "ready", "stalled", "stopping"]
 
-# Redis' clock, not the workers': theirs may differ.  KEYS: workers.  ARGV: worker id, WorkerInfo.
-# Returns the time.
-BEAT: Final = """
-local time = redis.call('TIME')
-redis.call('HSET', KEYS[1], ARGV[1], time[1] .. '\\n' .. ARGV[2])
-return time
-"""
+BEAT: Final = files("penstock").joinpath("beat.lua").read_text(encoding="utf-8")
+"""A sign of life of a worker, and with it what is said above; the script tells how."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +138,39 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """What one worker knows of all that is told once.
+
+    Attributes:
+        values: by entry, as the script `BEAT` names them: `results`, `model:<name>`, `tenant:<name>`.
+        others: models of its settings that it does not serve.
+        queues: that it takes jobs from.
+    """
+
+    values: Mapping[str, str]
+    others: Collection[str]
+    queues: Collection[str]
+
+    def keys(self) -> list[str]:
+        """Return the keys of `BEAT`."""
+        tables = [
+            f"{prefix}.{queue}"
+            for queue in self.queues
+            for prefix in ("_kombu.binding", "_kombu.binding_permanent")
+        ]
+        return [WORKERS_KEY, MODELS_KEY, RESULTS_KEY, TENANTS_KEY, ANNOUNCED_KEY, *tables]
+
+    def arguments(self, worker: "WorkerInfo", version: str, *, with_values: bool) -> list[str | int]:
+        """Return the arguments of `BEAT`; without values, they can be asked for."""
+        told: list[str | int] = [worker.id, worker.to_json(), version]
+        for entry, value in self.values.items():
+            told += [entry, len(value.encode()), value if with_values else ""]
+        for name in self.others:
+            told += [f"model:{name}", "", ""]
+        return told
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Registry:
     """One look at what is served.
 
@@ -157,13 +192,17 @@ class Registry:
         results: bytes | None,
         now_s: float,
     ) -> Self:
-        """Build it from the three keys and Redis' time."""
-        found = {name.decode(): ModelInfo.from_json(text) for name, text in models.items()}
+        """Build it from the three keys and Redis' time, without entries that cannot be read."""
+        found = {}
+        for name, text in models.items():
+            with suppress(*_UNREADABLE):
+                found[name.decode()] = ModelInfo.from_json(text)
         beats = []
         for entry in workers.values():
-            second, _, text = entry.partition(b"\n")
-            worker = WorkerInfo(**_known(WorkerInfo, json.loads(text), models=tuple))
-            beats.append((worker, now_s - float(second)))
+            with suppress(*_UNREADABLE):
+                second, _, text = entry.partition(b"\n")
+                worker = WorkerInfo(**_known(WorkerInfo, json.loads(text), models=tuple))
+                beats.append((worker, now_s - float(second)))
         beats.sort(key=lambda beat: (beat[0].pool, beat[0].host, beat[0].pid))
         return cls(models=found, workers=tuple(beats), results=results.decode() if results else None)
 

@@ -73,6 +73,10 @@ BYTES_PER_TOKEN: Final = 4
 
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
+_REPLIES: Final = ".reply.celery.pidbox"
+_REPLIES_KEPT_MS: Final = 60_000
+"""Answers to `celery inspect` that nobody has fetched."""
+
 _OPTIONS = ("lease_s", "max_deliveries")
 
 
@@ -336,6 +340,8 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         with self.conn_or_acquire() as client:
             client.register_script(scripts()["push"])(keys=keys, args=arguments)
             self._maybe_update_queues_expire(client, queue)
+            if queue.endswith(_REPLIES):
+                client.pexpire(key, _REPLIES_KEPT_MS)  # whoever asked may be gone
 
     def _size(self, queue: str) -> int:
         """Count what waits, tenants' messages too."""
@@ -348,6 +354,16 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         """Drop what waits, tenants' messages too; returns how many."""
         with self.conn_or_acquire() as client:
             return int(client.register_script(scripts()["purge"])(keys=self._lists([queue])))
+
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
+        """Bind a queue; a fanout exchange is a channel, and needs no table that keeps all who were killed."""
+        if self.typeof(exchange).type == "fanout":
+            self._fanout_queues[queue] = (exchange, routing_key.replace("#", "*"))
+        else:
+            super()._queue_bind(exchange, routing_key, pattern, queue)
+
+    def _refresh_bindings(self, queues: list[str]) -> None:
+        super()._refresh_bindings([queue for queue in queues if queue not in self._fanout_queues])
 
     # Taking
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import redis
 from celery import bootsteps
@@ -26,10 +26,8 @@ from penstock.identity import process_name, process_token
 from penstock.registry import (
     BEAT,
     HEARTBEAT_S,
-    MODELS_KEY,
-    RESULTS_KEY,
-    TENANTS_KEY,
     WORKERS_KEY,
+    Announcement,
     WorkerInfo,
     WorkerState,
 )
@@ -191,7 +189,7 @@ class Heartbeat(threading.Thread):
         self._load_s: dict[str, float] = {}
         self._started_ticks = ticks()
         host, pid = socket.gethostname(), os.getpid()
-        self._fields = {
+        self._fields: dict[str, Any] = {
             "id": f"{pool}@{process_name()}",
             "host": host,
             "pid": pid,
@@ -199,6 +197,9 @@ class Heartbeat(threading.Thread):
             "device": device,
             "models": tuple(names),
         }
+        self._script = self._redis.register_script(BEAT)
+        self._announcing = threading.Lock()
+        self._version, self._told = "0", self._announcement()
         worker_ready.connect(self._on_ready, weak=False)
         worker_shutting_down.connect(self._on_stopping, weak=False)
 
@@ -250,9 +251,26 @@ class Heartbeat(threading.Thread):
         return "ready" if self._is_ready else "loading"
 
     def _announce(self, state: WorkerState) -> None:
+        is_new = self._version == "new"
+        is_asked = self._beat(self._info(state), with_values=is_new)
+        if is_asked:
+            logger.warning("the broker had lost what is served: it is told again")
+            self._beat(self._info(state), with_values=True)
+
+    def _beat(self, info: WorkerInfo, *, with_values: bool) -> bool:
+        """Show life; returns whether the broker lacks what this process has announced."""
+        with self._announcing:
+            told, asked_at = self._told, ticks()
+            arguments = told.arguments(info, self._version, with_values=with_values)
+            second, microsecond, version, is_asked = self._script(keys=told.keys(), args=arguments)
+            self._version = version.decode()
+        BROKER_CLOCK.learn(int(second) + int(microsecond) / 1e6, asked_at)
+        return bool(is_asked)
+
+    def _info(self, state: WorkerState) -> WorkerInfo:
         costs = self._serving.costs()
-        info = WorkerInfo(
-            **cast("dict[str, Any]", self._fields),
+        return WorkerInfo(
+            **self._fields,
             state=state,
             started_at=round(BROKER_CLOCK.now() - (ticks() - self._started_ticks), 1),
             load_s=dict(self._load_s),
@@ -265,18 +283,24 @@ class Heartbeat(threading.Thread):
             upstreams=self._serving.troubles(),
             note="a forward pass does not end" if state == "stalled" else "",
         )
-        asked_at = ticks()
-        second, microsecond = self._redis.eval(BEAT, 1, WORKERS_KEY, info.id, info.to_json())
-        BROKER_CLOCK.learn(int(second) + int(microsecond) / 1e6, asked_at)
+
+    def _announcement(self) -> Announcement:
+        """Return what this process has to tell of its models and settings; before they are loaded, names."""
+        settings, models = self._settings, self._serving.models
+        results = announce_results(settings.redis.broker_url, settings.redis.results_url)
+        told = {f"model:{name}": served.info.to_json() for name, served in models.items()}
+        tenants = {f"tenant:{name}": tenant.terms() for name, tenant in settings.tenants.items()}
+        return Announcement(
+            values={"results": results, **told, **tenants},
+            others=settings.models.keys() - models.keys(),
+            queues=[queue_name(self._fields["pool"], name) for name in self._fields["models"]],
+        )
 
     def _on_ready(self, **_: object) -> None:
-        models = {name: served.info.to_json() for name, served in self._serving.models.items()}
-        results = announce_results(self._settings.redis.broker_url, self._settings.redis.results_url)
+        with self._announcing:
+            self._told, self._version = self._announcement(), "new"
         try:
-            self._redis.hset(MODELS_KEY, mapping=models)  # type: ignore[arg-type]  # str keys are fine
-            self._redis.set(RESULTS_KEY, results)
-            if tenants := {name: tenant.terms() for name, tenant in self._settings.tenants.items()}:
-                self._redis.hset(TENANTS_KEY, mapping=tenants)  # type: ignore[arg-type]  # str keys are fine
+            self._announce("ready")  # before the file says so
         except (redis.RedisError, OSError) as error:
             logger.warning("registry out of reach: %s", type(error).__name__)
         self._is_ready = True
