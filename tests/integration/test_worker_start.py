@@ -14,6 +14,7 @@ from penstock_workers.bundled import bundled_folder
 from penstock_workers.lifecycle import EXIT_CONFIG
 from tests.deployment import BUNDLED, ROOT, Server, WorkerProcess
 from tests.eventually import eventually
+from tests.models.odd_models import drop_weights
 
 MODEL = '[models.broken]\ntask = "embed"\nsource = "{}"\n'
 
@@ -51,9 +52,22 @@ def not_there(folder: Path) -> str:
     return MODEL.format("bundled:gigantic")
 
 
+def headless(folder: Path) -> str:
+    return MODEL.format("bundled:minilm").replace("embed", "rerank")
+
+
+def full_of_holes(folder: Path) -> str:
+    target = folder / "holes"
+    shutil.copytree(bundled_folder("minilm"), target)
+    drop_weights(target, lambda key: "layer.4." in key)
+    return MODEL.format(target)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (headless, "2 weights are missing in its files, the first is classifier.bias"),
+        (full_of_holes, "16 weights are missing in its files, the first is encoder.layer.4."),
         (missing, "does not exist"),
         (empty, "is empty"),
         (truncated, "broken"),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from penstock.errors import ModelLoadError, UnknownModelError, WrongTaskError
+from penstock.errors import ConfigError, ModelLoadError, UnknownModelError, WrongTaskError
 from penstock.registry import ModelInfo
 from penstock.request import Request, Task
 from penstock.result import Usage
@@ -13,6 +13,7 @@ from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching import Batcher, Cut, cut_by_tokens
 from penstock_workers.cache import VectorCache
 from penstock_workers.calling import Caller
+from penstock_workers.engines.source import explain_failure
 from penstock_workers.scheduling import Scheduler
 from penstock_workers.turns import Device, Turn
 
@@ -191,6 +192,15 @@ def load_model(
     Raises:
         ModelLoadError: one line that says why.
     """
+    try:
+        return _load(name, settings, device, turn)
+    except (ConfigError, ModelLoadError):
+        raise
+    except Exception as error:  # of foreign code on foreign files: the next start would meet it again
+        raise explain_failure(name, error) from error
+
+
+def _load(name: str, settings: Settings, device: "torch.device | None", turn: Turn | None) -> Served:
     model = settings.models[name]
     if model.engine == "remote":
         return _load_remote(name, model, settings)

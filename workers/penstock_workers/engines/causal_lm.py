@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from penstock.errors import ModelLoadError
 from penstock.settings import ModelSettings
 from penstock_workers.engines.cache import Part, RowCache, order_without
+from penstock_workers.engines.checkpoint import check_files, reading
 from penstock_workers.engines.device import has_fast_bfloat16, torch_dtype
 from penstock_workers.engines.memory import cache_bytes, check_memory, weights_bytes
 
@@ -41,7 +42,8 @@ def load_causal_lm(
             model has not.
         Exception: whatever transformers raises for files that it cannot use.
     """
-    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    where: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    options = check_files(name, source, model)
     tokenizer = AutoTokenizer.from_pretrained(source, **where)
     config = AutoConfig.from_pretrained(source, **where)
     is_quantised = getattr(config, "quantization_config", None) is not None
@@ -57,13 +59,10 @@ def load_causal_lm(
             placed = {"": str(device)}
         else:
             check_memory(name, weights, [torch.device("cpu")])  # the way there
-    auto: Any = AutoModelForCausalLM  # its annotations know neither the report nor the model's class
-    loaded, report = auto.from_pretrained(
-        source, dtype=dtype, device_map=placed, output_loading_info=True, **where
-    )
-    # transformers fills what is missing with random numbers, and warns.
-    if missing := sorted(report["missing_keys"]):
-        raise ModelLoadError(name, f"{len(missing)} weights are missing, the first is {missing[0]}")
+    auto: Any = AutoModelForCausalLM  # its annotations do not know the model's class
+    with reading(name) as found:
+        loaded = auto.from_pretrained(source, dtype=dtype, device_map=placed, **options, **where)
+    found.check_all(name)
     n_rows = loaded.get_input_embeddings().weight.shape[0]
     if not 0 < tokenizer.vocab_size <= n_rows:
         raise ModelLoadError(name, f"the tokenizer has {tokenizer.vocab_size} tokens, the model {n_rows}")

@@ -1,5 +1,6 @@
 """Text to vectors: sentence-transformers' semantics, batches of our own."""
 
+import bisect
 import hashlib
 import logging
 import math
@@ -12,13 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from penstock.errors import EngineError, InvalidOptionError, ModelLoadError, OutOfMemoryError, PenstockError
 from penstock.request import EmbedRequest
 from penstock.result import Vectors
 from penstock.settings import ModelSettings
-from penstock_workers.engines.attention import download, upload
+from penstock_workers.engines.attention import download
+from penstock_workers.engines.checkpoint import Weights, check_files, reading
+from penstock_workers.engines.collating import check_vocabulary, choose_collator, set_padding
 from penstock_workers.engines.device import has_fast_bfloat16, name_device, own_stream
 from penstock_workers.engines.formats import are_unit, choose_ranges, form, read_ranges
 from penstock_workers.engines.fused import Fused
@@ -28,6 +32,7 @@ from penstock_workers.engines.measured import machine_key, recall, remember
 from penstock_workers.engines.memory import check_memory, weights_bytes
 from penstock_workers.engines.openvino import Compiled, is_installed
 from penstock_workers.engines.packed import Packed
+from penstock_workers.engines.positions import fit_positions
 from penstock_workers.engines.products import use_bfloat16
 from penstock_workers.engines.source import explain_failure, resolve_source
 from penstock_workers.engines.tokenizing import FOREIGN, Encoded, TextTokenizer
@@ -59,6 +64,14 @@ PROBE: Final = (
     "x = 3.14159; " * 120,
 )
 
+LEAST_TOKENS: Final = 8
+"""A model that fails at shorter texts fails for another reason than their length."""
+N_PADDED: Final = 4
+"""Texts of the probe in a batch that is padded."""
+N_OWN_WORDS: Final = 32
+"""Words of a tokenizer that has no special tokens, which may know none of the probe's."""
+UNBOUNDED_TOKENS: Final = 1 << 31
+"""A limit above is none: tokenizers without one say 10**30."""
 CARD_TOKENIZERS: Final = 4
 """Jobs that are tokenized at once beside a card."""
 CARD_PROBES: Final = 16
@@ -85,16 +98,21 @@ class Embedder:
         config = getattr(getattr(model[0], "auto_model", None), "config", None)
         self.n_heads: int | None = getattr(config, "num_attention_heads", None)
         self._packed: Packed | None = None
+        self._is_one_by_one = False
         self._compiled: Compiled | None = None
         self._undo_bfloat16: Callable[[], None] = lambda: None
         self.dim = int(model.get_embedding_dimension() or 0)
-        self.max_tokens = model.max_seq_length
+        self.max_tokens = _max_tokens(model)
         self.dtype = "float32"
         self.int8_ranges: NDArray[np.float32] | None = None
         self._has_int8 = False
         self.fingerprint = ""
+        self._n_rows = check_vocabulary(name, model)  # where its tokenizer knows more than that
         # A card's model thread leaves the processors to them.
-        self._tokenizer = TextTokenizer(model, PROBE, 1 if model.device.type == "cpu" else CARD_TOKENIZERS)
+        n_at_once = 1 if model.device.type == "cpu" else CARD_TOKENIZERS
+        self._collator = choose_collator(model)
+        self._texts = (*PROBE, *_own_words(model.tokenizer))
+        self._tokenizer = TextTokenizer(model, self._texts, n_at_once, self._collator.preprocess)
 
     @classmethod
     def load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:
@@ -103,13 +121,17 @@ class Embedder:
         Raises:
             ModelLoadError: one line that says why.
         """
-        engine = cls(name, _load(name, model, device))
+        loaded, weights = _load(name, model, device)
+        engine = cls(name, loaded)
         if model.cache is not None:
             engine.fingerprint = _fingerprint(engine._model, model)
         if model.dtype == "float16":
             engine._model.half()
             engine.dtype = "float16"
-        plain = engine._probe()
+        plain = engine._probe_first(device)
+        if not np.isfinite(plain).all():
+            weights.check_all(name)
+            raise ModelLoadError(name, "it gives vectors that are not finite")
         engine._choose_ranges(model, plain)
         engine._choose_ways(model, plain, device)
         return engine
@@ -157,7 +179,10 @@ class Embedder:
         """
         groups: dict[int | None, list[int]] = {}
         for index, text in enumerate(batch):
-            if text.n_tokens:
+            if self._n_rows is not None and text.n_tokens and text.part("input_ids").max() >= self._n_rows:
+                # would end the whole batch, and on a card all that follow
+                yield index, EngineError(self.name, "a text holds a token that the model lacks")
+            elif text.n_tokens:
                 groups.setdefault(text.prompt_length, []).append(index)
             else:
                 yield index, EngineError(self.name, "its tokenizer finds no token in a text")
@@ -181,7 +206,7 @@ class Embedder:
         Returns:
             With them the seconds that one takes; None if not even the smallest fits.
         """
-        (text,) = self.prepare(EmbedRequest(model=self.name, texts=[max(PROBE, key=len)]))
+        text = self._longest()
         text = text.of_length(min(TYPICAL_TOKENS, text.n_tokens))
         speeds: dict[int, float] = {}
         for n_tokens in BATCH_TOKENS:
@@ -222,7 +247,9 @@ class Embedder:
                 if self._compiled is not None:
                     vectors = self._compiled.embed(self._pad(texts), extra)
                 elif self._packed is None:
-                    vectors = self._model({**self._pad(texts), **extra})["sentence_embedding"]
+                    groups = [[text] for text in texts] if self._is_one_by_one else [texts]
+                    parts = [self._model({**self._pad(group), **extra}) for group in groups]
+                    vectors = torch.cat([part["sentence_embedding"] for part in parts])
                 else:
                     vectors = self._packed.embed(texts, extra)
                 found: NDArray[np.float32] = download(vectors.float()).numpy()  # (n_texts, dim)
@@ -232,18 +259,7 @@ class Embedder:
             raise OutOfMemoryError(self.name, max(text.n_tokens for text in texts)) from error
 
     def _pad(self, texts: Sequence[Encoded]) -> dict[str, Tensor]:
-        padding = {"input_ids": self._model.tokenizer.pad_token_id or 0}
-        return {
-            key: upload(
-                nn.utils.rnn.pad_sequence(
-                    [torch.from_numpy(text.part(key)) for text in texts],
-                    True,
-                    padding_value=padding.get(key, 0),
-                ),
-                self._model.device,
-            )
-            for key in texts[0].rows
-        }
+        return self._collator.collate(texts, self._model.device)
 
     def _choose_ranges(self, model: ModelSettings, plain: NDArray[np.float32]) -> None:
         """Settle what int8 vectors mean, for as long as the model is the same."""
@@ -268,19 +284,25 @@ class Embedder:
             f"{model.engine} {'' if kernels is None else kernels.version}",
         )
         known = recall(key)
+        has_products = any(isinstance(module, nn.Linear) for module in self._model.modules())
         is_bfloat16 = model.dtype == "bfloat16" or (
-            model.dtype == "auto" and has_fast_bfloat16(device) and known.get("dtype") != "float32"
+            model.dtype == "auto"
+            and has_products
+            and has_fast_bfloat16(device)
+            and known.get("dtype") != "float32"
         )
         may_compile = device.type == "cpu" and model.dtype != "float16" and is_installed()
         compiled = None
         if model.engine == "openvino" or (
-            model.engine == "auto" and may_compile and known.get("engine") != "torch"
+            model.engine == "auto" and may_compile and has_products and known.get("engine") != "torch"
         ):
             compiled = self._compile(model, plain, device, is_bfloat16=is_bfloat16)
         if compiled is not None and "openvino" in (model.engine, known.get("engine")):
             self._compiled, self.dtype = compiled, "bfloat16" if is_bfloat16 else "float32"
             return
         self._pack(plain)
+        if self._packed is None:
+            self._check_padded(plain)
         products = "torch"
         if is_bfloat16:
             products = self._reduce(plain, is_forced=model.dtype == "bfloat16", known=known)
@@ -306,10 +328,20 @@ class Embedder:
         self._packed = None
         return logger.warning("batches are padded: %s", reason, extra={"model": self.name})
 
+    def _check_padded(self, plain: NDArray[np.float32]) -> None:
+        """Embed texts one by one from now on, if padding changes their vectors."""
+        try:
+            reason = self._compare(plain)
+        except FOREIGN as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        if reason is not None:
+            self._is_one_by_one = True
+            logger.warning("texts are embedded one by one: %s", reason, extra={"model": self.name})
+
     def _compare(self, plain: NDArray[np.float32]) -> str | None:
         """Return why what is in use now must not be, or None."""
-        together = self._probe()
-        among_others = self._probe(is_odd_reversed=True)
+        together = self._probe(is_padded=self.is_padded)
+        among_others = self._probe(is_padded=self.is_padded, is_odd_reversed=True)
         worst = _worst_cosine(plain, together)
         if self._compiled is not None:  # traced with two texts
             worst = min(worst, _worst_cosine(plain, self._probe(is_alone=True)))
@@ -373,7 +405,7 @@ class Embedder:
 
     def _timed_race(self) -> float:
         """Return seconds for a pass over batches such as the batcher cuts, best of three."""
-        (text,) = self.prepare(EmbedRequest(model=self.name, texts=[max(PROBE, key=len)]))
+        text = self._longest()
         batches = [
             [text.of_length(longest - i * (longest // 8) // n_texts) for i in range(n_texts)]
             for longest, n_texts in ((min(n, text.n_tokens), n_texts) for n, n_texts in RACE)
@@ -477,45 +509,124 @@ class Embedder:
             self._forward(batch, batch[0].prompt_length)
         return time.perf_counter() - start
 
-    def _probe(self, *, is_odd_reversed: bool = False, is_alone: bool = False) -> NDArray[np.float32]:
-        """Embed the probe; shape (n_texts, dim)."""
-        batches = self._probe_batches(is_odd_reversed=is_odd_reversed, is_alone=is_alone)
-        return np.concatenate([self._forward(batch, batch[0].prompt_length) for batch in batches])
+    def _probe_first(self, device: torch.device) -> NDArray[np.float32]:
+        """Embed the probe by the model's own modules; finds out how long a text may be, if it says too much.
 
-    def _probe_batches(self, *, is_odd_reversed: bool = False, is_alone: bool = False) -> list[list[Encoded]]:
-        """Return the probe, as one batch if texts may see neighbours they should not."""
-        texts = self.prepare(EmbedRequest(model=self.name, texts=list(PROBE)))
-        texts = [text for text in texts if text.n_tokens]
+        Raises:
+            ModelLoadError: it cannot embed.
+        """
+        try:
+            texts = self._probed()
+            if not texts:
+                raise ModelLoadError(self.name, "its tokenizer finds no token in any text of the probe")
+            return self._probe()
+        except FOREIGN as error:
+            # a card does not go on after an index that is out of its table
+            limit = self._find_limit(texts) if device.type == "cpu" else 0
+            if not limit:
+                raise explain_failure(self.name, error) from error
+            logger.warning("model %s: texts are cut at %d tokens, longer ones fail", self.name, limit)
+        self._model.max_seq_length = self.max_tokens = limit
+        self._tokenizer = TextTokenizer(self._model, self._texts, 1, self._collator.preprocess)
+        return self._probe()
+
+    def _find_limit(self, texts: Sequence[Encoded]) -> int:
+        """Return the length of the longest text that can be embedded; 0 if not even short ones can."""
+        longest = max(texts, key=lambda text: text.n_tokens)
+
+        def fails(n_tokens: int) -> bool:
+            try:
+                self._forward([longest.of_length(n_tokens)], longest.prompt_length)
+            except FOREIGN:
+                return True
+            return False
+
+        n_tokens = bisect.bisect_left(range(1, longest.n_tokens + 1), True, key=fails)
+        return n_tokens if n_tokens >= LEAST_TOKENS else 0
+
+    def _probed(self) -> list[Encoded]:
+        """Return the probe's texts, those without a token left out."""
+        found = self.prepare(EmbedRequest(model=self.name, texts=list(self._texts)))
+        return [text for text in found if text.n_tokens]
+
+    def _longest(self) -> Encoded:
+        return max(self._probed(), key=lambda text: text.n_tokens)
+
+    def _probe(
+        self, *, is_odd_reversed: bool = False, is_alone: bool = False, is_padded: bool = False
+    ) -> NDArray[np.float32]:
+        """Embed the probe; shape (n_texts, dim)."""
+        texts = self._probed()
         if is_odd_reversed:
             texts = [text.reversed() if i % 2 else text for i, text in enumerate(texts)]
-        is_alone = is_alone or (self._packed is None and self._compiled is None)
-        return [[text] for text in texts] if is_alone else [texts]
+        order = list(range(len(texts)))
+        if self._compiled is None and is_padded:  # texts of similar length: padding costs time
+            order.sort(key=lambda i: texts[i].n_tokens)
+            groups = [order[i : i + N_PADDED] for i in range(0, len(order), N_PADDED)]
+        else:
+            groups = [[i] for i in order] if is_alone or self._is_plain else [order]
+        found = [self._forward([texts[i] for i in group], texts[0].prompt_length) for group in groups]
+        return np.concatenate(found)[np.argsort([i for group in groups for i in group])]
+
+    @property
+    def _is_plain(self) -> bool:
+        return self._packed is None and self._compiled is None
+
+    def _probe_batches(self) -> list[list[Encoded]]:
+        """Return the probe as it is timed."""
+        texts = self._probed()
+        return [[text] for text in texts] if self._is_plain else [texts]
 
 
-def _load(name: str, model: ModelSettings, device: torch.device) -> SentenceTransformer:
+def _load(name: str, model: ModelSettings, device: torch.device) -> tuple[SentenceTransformer, Weights]:
     source = resolve_source(name, model)
+    options = check_files(name, source, model)
     weights = weights_bytes(source, model.revision, torch.float32)
     for place in dict.fromkeys((torch.device("cpu"), device)):  # they are read there first
         check_memory(name, weights, [place])
-    try:
-        return SentenceTransformer(
+    with reading(name) as found:
+        loaded = SentenceTransformer(
             source,
             device=str(device),
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
-            model_kwargs={"dtype": torch.float32},
+            model_kwargs={"dtype": torch.float32, **options},
         )
-    except Exception as error:  # whatever the library meets in foreign files, the start fails in one line
-        raise explain_failure(name, error) from error
+        set_padding(loaded.tokenizer)
+        fit_positions(name, loaded)
+    found.blank()
+    return loaded, found
+
+
+def _max_tokens(model: SentenceTransformer) -> int | None:
+    """Return how many tokens of a text are read; None for all of them."""
+    found = model.max_seq_length
+    return None if found is None or not 0 < found < UNBOUNDED_TOKENS else int(found)
+
+
+def _own_words(tokenizer: object) -> Iterator[str]:
+    """Yield texts of what one tokenizer knows: its special tokens, as if somebody typed them, and words."""
+    special = getattr(tokenizer, "all_special_tokens", None)
+    if special:
+        yield f"a {' gate '.join(dict.fromkeys(special))} water"
+        return
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    known = inner.get_vocab() if isinstance(inner, Tokenizer) else getattr(inner, "vocab", ())
+    yield " ".join(list(known)[:N_OWN_WORDS])
 
 
 def _fingerprint(model: SentenceTransformer, settings: ModelSettings) -> str:
     """Hash what was loaded; takes less than a second for a gigabyte of weights."""
     # The files' names are not enough: a folder's model may be trained further in place.
-    tokenizer = getattr(getattr(model, "tokenizer", None), "backend_tokenizer", None)
+    tokenizer: Any = model.tokenizer
+    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
     parts = (settings.source, settings.revision, settings.dtype, model.max_seq_length, model)
     found = hashlib.sha256(repr(parts).encode())
-    found.update(tokenizer.to_str().encode() if tokenizer is not None else b"")
+    if isinstance(tokenizer, Tokenizer):
+        found.update(tokenizer.to_str().encode())
+    elif model.transformers_model is None:  # words, and what each weighs
+        first: Any = model[0]
+        found.update(repr((getattr(tokenizer, "vocab", None), first.get_config_dict())).encode())
     for key, value in model.state_dict().items():
         found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

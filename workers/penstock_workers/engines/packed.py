@@ -9,6 +9,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from penstock_workers.engines.attention import PACKED, Layout, packed, upload
+from penstock_workers.engines.positions import first_position
 from penstock_workers.engines.tokenizing import Encoded, gather
 
 
@@ -41,7 +42,7 @@ class Packed:
         self._accepts = set(inspect.signature(self._transformer.forward).parameters)
         if "position_ids" not in self._accepts:
             raise NotImplementedError("it takes no positions")
-        self._first = _first_position(self._transformer)
+        self._first = first_position(self._transformer)
         self._n_batches = self._n_unsafe = 0
         self._fused: FusedEncoder | None = None
         self._transformer.set_attn_implementation(PACKED)
@@ -90,20 +91,34 @@ class Packed:
         # A model with scores beyond the quick exponentials' range soon goes without them.
         is_exact = self._n_unsafe * 4 > self._n_batches
         layout = Layout(lengths, device, is_exact=is_exact)
-        row = {key: upload(gather(texts, key), device) for key in texts[0].rows if key != "attention_mask"}
-        found = self._embed(row, layout, extra)
+        rows = {key: gather(texts, key) for key in texts[0].rows if key != "attention_mask"}
+        positions = self._positions(rows.get("input_ids"), lengths)
+        row = {key: upload(value, device) for key, value in rows.items()}
+        found = self._embed(row, positions, layout, extra)
         self._n_batches += 1
         if not layout.is_safe():
             self._n_unsafe += 1
-            found = self._embed(row, Layout(lengths, device, is_exact=True), extra)
+            found = self._embed(row, positions, Layout(lengths, device, is_exact=True), extra)
         back = torch.empty(len(order), dtype=torch.int64)
         back[order] = torch.arange(len(order))
         return found[upload(back, device)]
 
-    def _embed(self, row: Mapping[str, Tensor], layout: Layout, extra: Mapping[str, Any]) -> Tensor:
-        lengths = torch.tensor(layout.lengths)
-        starts = lengths.cumsum(0) - lengths - self._first
-        positions = torch.arange(layout.n_tokens) - starts.repeat_interleave(lengths)
+    def _positions(self, ids: Tensor | None, lengths: Sequence[int]) -> Tensor:
+        """Return each token's position in its text, as the model's own code counts; on the processor."""
+        each = torch.tensor(lengths)
+        starts = each.cumsum(0) - each
+        padding = self._first - 1
+        if ids is not None and padding >= 0 and bool((is_padding := ids == padding).any()):
+            # Padding that stands in a text has the padding's position, and is not counted.
+            real = (~is_padding).long()
+            counted = real.cumsum(0)
+            before = (counted - real)[starts]
+            return (counted - before.repeat_interleave(each)) * real + padding
+        return torch.arange(int(each.sum())) - (starts - self._first).repeat_interleave(each)
+
+    def _embed(
+        self, row: Mapping[str, Tensor], positions: Tensor, layout: Layout, extra: Mapping[str, Any]
+    ) -> Tensor:
         if self._fused is not None:
             hidden = self._fused.hidden(row, positions, layout)
         else:
@@ -133,14 +148,3 @@ class Packed:
         if not layout.n_calls:
             raise NotImplementedError("its attention does not come by the registry")
         return hidden
-
-
-def _first_position(transformer: nn.Module) -> int:
-    # RoBERTa and its kin count from one past the padding's id.
-    for module in transformer.modules():
-        padding = getattr(module, "padding_idx", None)
-        if isinstance(padding, int) and isinstance(
-            getattr(module, "position_embeddings", None), nn.Embedding
-        ):
-            return padding + 1
-    return 0

@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import CrossEncoder
-from torch import Tensor, nn
 
 from penstock.errors import EngineError, ModelLoadError, OutOfMemoryError, PenstockError
 from penstock.request import RerankRequest
 from penstock.settings import ModelSettings
-from penstock_workers.engines.attention import upload
+from penstock_workers.engines.checkpoint import Weights, check_files, reading
+from penstock_workers.engines.collating import Padded, check_vocabulary, set_padding
+from penstock_workers.engines.positions import fit_positions
 from penstock_workers.engines.products import use_bfloat16
 from penstock_workers.engines.source import explain_failure, resolve_source
-from penstock_workers.engines.tokenizing import AT_ONCE, FOREIGN, Encoded, unpad
+from penstock_workers.engines.tokenizing import AT_ONCE, FOREIGN, Encoded
 
 PROBE: Final = RerankRequest(
     model="probe", query="What is a penstock?", documents=["A pipe.", "A long one. " * 9]
@@ -45,6 +46,9 @@ class Reranker:
         self.name, self._model = name, model.eval()
         self.n_heads: int | None = getattr(getattr(model.model, "config", None), "num_attention_heads", None)
         self.max_tokens = model.max_seq_length
+        # A decoder is read at its last token, so its padding is on the left.
+        self._collator = Padded(model, model.tokenizer.padding_side)
+        self._n_rows = check_vocabulary(name, model)  # where its tokenizer knows more than that
         self.dtype = "float32"
         self._tokenizing = threading.Lock()  # fast tokenizers refuse two threads that change their settings
 
@@ -55,7 +59,8 @@ class Reranker:
         Raises:
             ModelLoadError: one line that says why.
         """
-        engine = cls(name, _load(name, model, device))
+        loaded, weights = _load(name, model, device)
+        engine = cls(name, loaded)
         if (n_labels := engine._model.num_labels) != 1:
             raise ModelLoadError(name, f"it gives {n_labels} numbers for a pair; to rerank takes one")
         if model.dtype == "float16":
@@ -67,6 +72,8 @@ class Reranker:
             scores = engine._forward(engine.prepare(PROBE))
         except FOREIGN as error:
             raise explain_failure(name, error) from error
+        if scores.shape == (2,) and not np.isfinite(scores).all():
+            weights.check_all(name)
         if scores.shape != (2,) or not np.isfinite(scores).all():
             raise ModelLoadError(name, "it gives no finite score for a pair")
         return engine
@@ -78,8 +85,7 @@ class Reranker:
         encoded: list[Encoded] = []
         for start in range(0, len(pairs), AT_ONCE):
             with self._tokenizing:
-                padded = self._model.preprocess(pairs[start : start + AT_ONCE], prompt=prompt)
-            encoded += unpad(padded)
+                encoded += self._collator.preprocess(pairs[start : start + AT_ONCE], prompt)
         return encoded
 
     def run(self, batch: Sequence[Encoded]) -> Iterator[tuple[int, float | PenstockError] | None]:
@@ -88,7 +94,14 @@ class Reranker:
         Raises:
             OutOfMemoryError: the batch did not fit; the engine stays usable.
         """
-        for index, score in enumerate(self._forward(batch).tolist()):
+        known = list(range(len(batch)))
+        if self._n_rows is not None:
+            known = [i for i in known if batch[i].part("input_ids").max(initial=0) < self._n_rows]
+            for index in set(range(len(batch))) - set(known):
+                yield index, EngineError(self.name, "a pair holds a token that the model lacks")
+            if not known:
+                return
+        for index, score in zip(known, self._forward([batch[i] for i in known]).tolist(), strict=True):
             if np.isfinite(score):
                 yield index, score
             else:
@@ -98,40 +111,28 @@ class Reranker:
     def _forward(self, pairs: Sequence[Encoded]) -> NDArray[np.float32]:
         """Return shape (n_pairs,)."""
         try:
-            scores = self._model.activation_fn(self._model(self._pad(pairs))["scores"].float())
+            scores = self._model.activation_fn(
+                self._model(self._collator.collate(pairs, self._model.device))["scores"].float()
+            )
             found: NDArray[np.float32] = scores.cpu().numpy().reshape(len(pairs))
             return found
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfMemoryError(self.name, max(pair.n_tokens for pair in pairs)) from error
 
-    def _pad(self, pairs: Sequence[Encoded]) -> dict[str, Tensor]:
-        # A decoder is read at its last token, so its padding is on the left.
-        padding = {"input_ids": self._model.tokenizer.pad_token_id or 0}
-        return {
-            key: upload(
-                nn.utils.rnn.pad_sequence(
-                    [torch.from_numpy(pair.part(key)) for pair in pairs],
-                    True,
-                    padding_value=padding.get(key, 0),
-                    padding_side=self._model.tokenizer.padding_side,
-                ),
-                self._model.device,
-            )
-            for key in pairs[0].rows
-        }
 
-
-def _load(name: str, model: ModelSettings, device: torch.device) -> CrossEncoder:
+def _load(name: str, model: ModelSettings, device: torch.device) -> tuple[CrossEncoder, Weights]:
     source = resolve_source(name, model)
-    options: dict[str, Any] = {"model_kwargs": {"dtype": torch.float32}}
-    try:
-        return CrossEncoder(
+    options: dict[str, Any] = {"model_kwargs": {"dtype": torch.float32, **check_files(name, source, model)}}
+    with reading(name) as weights:
+        loaded = CrossEncoder(
             source,
             device=str(device),
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             **options,
         )
-    except Exception as error:  # whatever the library meets in foreign files, the start fails in one line
-        raise explain_failure(name, error) from error
+        set_padding(loaded.tokenizer)
+        fit_positions(name, loaded)
+    weights.blank()
+    return loaded, weights

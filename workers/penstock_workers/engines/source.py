@@ -1,6 +1,8 @@
 """Where a model's files are: a folder, a hub id, or one that ships with Penstock."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from penstock.errors import ModelLoadError
 from penstock.settings import ModelSettings
@@ -37,6 +39,37 @@ def resolve_source(name: str, model: ModelSettings) -> str:
 
 def _is_commit(revision: str | None) -> bool:
     return revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
+
+
+def read_json(source: str, file: str, revision: str | None) -> Any:
+    """Return what a model's JSON file holds; None where there is no such file.
+
+    Raises:
+        ValueError: it holds no JSON.
+        OSError: the hub does not answer, and the file is not at hand.
+    """
+    path = find_file(source, file, revision)
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} holds no JSON: {error}") from None
+
+
+def find_file(source: str, file: str, revision: str | None) -> Path | None:
+    """Return where a model's file is, downloaded if need be; None where there is none of that name.
+
+    Raises:
+        OSError: the hub does not answer, and the file is not at hand.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return path if (path := folder / file).is_file() else None
+    from transformers.utils.hub import cached_file  # takes seconds to import
+
+    found = cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def explain_failure(name: str, error: Exception) -> ModelLoadError:

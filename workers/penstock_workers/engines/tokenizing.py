@@ -1,7 +1,7 @@
 """Texts to tokens as a sentence-transformers model takes them, without padding."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from itertools import accumulate, chain
@@ -73,13 +73,21 @@ class TextTokenizer:
         model: whose tokens they are.
         probe: texts that both ways are compared on.
         n_at_once: how many threads may tokenize at the same time.
+        preprocess: see `Collator.preprocess`; None takes the model's with its padding taken off.
 
     Attributes:
         is_straight: whether nothing stands between.
     """
 
-    def __init__(self, model: SentenceTransformer, probe: Sequence[str], n_at_once: int = 1) -> None:
-        self._model, self._n_at_once = model, n_at_once
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        probe: Sequence[str],
+        n_at_once: int = 1,
+        preprocess: Callable[[Sequence[Any], str | None], list[Encoded]] | None = None,
+    ) -> None:
+        self._n_at_once = n_at_once
+        self._ask = preprocess or (lambda texts, prompt: unpad(model.preprocess(list(texts), prompt=prompt)))
         self._places = threading.Semaphore(n_at_once)
         self._taking_all = threading.Lock()
         self._prompt_length = lru_cache(maxsize=32)(self._find_prompt_length)  # a prompt may be long
@@ -138,7 +146,7 @@ class TextTokenizer:
 
     def _preprocess(self, texts: list[str], prompt: str | None) -> list[Encoded]:
         with self._alone():
-            found = unpad(self._model.preprocess(texts, prompt=prompt))
+            found = self._ask(texts, prompt)
             if isinstance(self._tokenizer, Tokenizer):
                 self._tokenizer.no_padding()
             return found

@@ -1,0 +1,134 @@
+"""Batches as a model's first module takes them: taken apart into texts, and put together from texts."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from penstock.errors import ModelLoadError
+from penstock_workers.engines.attention import upload
+from penstock_workers.engines.tokenizing import Encoded, gather, unpad
+
+
+class Collator(Protocol):
+    """What one kind of first module wants."""
+
+    def preprocess(self, texts: Sequence[Any], prompt: str | None) -> list[Encoded]:
+        """Return what the module's own `preprocess` makes of each text, or pair."""
+
+    def collate(self, texts: Sequence[Encoded], device: torch.device) -> dict[str, Tensor]:
+        """Return a batch of texts that have the same features."""
+
+
+class Padded:
+    """Rectangles of tokens: transformers and tables of words."""
+
+    def __init__(self, model: SentenceTransformer | CrossEncoder, padding_side: str = "right") -> None:
+        self._model, self._side = model, padding_side
+        self._padding = {"input_ids": getattr(model.tokenizer, "pad_token_id", None) or 0}
+        self._wants_lengths = False
+
+    def preprocess(self, texts: Sequence[Any], prompt: str | None) -> list[Encoded]:
+        """See `Collator.preprocess`."""
+        found = self._model.preprocess(texts, prompt=prompt)
+        self._wants_lengths = "sentence_lengths" in found
+        return unpad(found)
+
+    def collate(self, texts: Sequence[Encoded], device: torch.device) -> dict[str, Tensor]:
+        """See `Collator.collate`."""
+        batch = {
+            key: upload(
+                nn.utils.rnn.pad_sequence(
+                    [torch.from_numpy(text.part(key)) for text in texts],
+                    True,
+                    padding_value=self._padding.get(key, 0),
+                    padding_side=self._side,
+                ),
+                device,
+            )
+            for key in texts[0].rows
+        }
+        if self._wants_lengths:
+            batch["sentence_lengths"] = torch.tensor([text.n_tokens for text in texts])
+        return batch
+
+
+class Bags:
+    """Tokens end to end, and where each text begins: static embeddings."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self._model = model
+
+    def preprocess(self, texts: Sequence[Any], prompt: str | None) -> list[Encoded]:
+        """See `Collator.preprocess`."""
+        found = self._model.preprocess(list(texts), prompt=prompt)
+        row = {"input_ids": found["input_ids"].numpy()}
+        starts = found["offsets"].tolist()
+        ends = [*starts[1:], len(row["input_ids"])]
+        return [Encoded(row, start, end - start, None) for start, end in zip(starts, ends, strict=True)]
+
+    def collate(self, texts: Sequence[Encoded], device: torch.device) -> dict[str, Tensor]:
+        """See `Collator.collate`."""
+        lengths = torch.tensor([text.n_tokens for text in texts])
+        return {
+            "input_ids": upload(gather(texts, "input_ids"), device),
+            "offsets": upload(lengths.cumsum(0) - lengths, device),
+        }
+
+
+class Counts:
+    """Vectors that count words, made outside of any layer: bags of words."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self._module: Any = model[0]
+
+    def preprocess(self, texts: Sequence[Any], prompt: str | None) -> list[Encoded]:
+        """See `Collator.preprocess`."""
+        rows = [
+            np.array(self._module.tokenizer.tokenize((prompt or "") + text), dtype=np.int64) for text in texts
+        ]
+        return [Encoded({"input_ids": row}, 0, len(row), None) for row in rows]
+
+    def collate(self, texts: Sequence[Encoded], device: torch.device) -> dict[str, Tensor]:
+        """See `Collator.collate`."""
+        found = self._module.get_sentence_features([text.part("input_ids").tolist() for text in texts])
+        return {key: upload(value, device) for key, value in found.items()}
+
+
+def choose_collator(model: SentenceTransformer) -> Collator:
+    """Return what suits a model."""
+    if hasattr(model[0], "get_sentence_features"):
+        return Counts(model)
+    return Bags(model) if "offsets" in model.preprocess(["a"]) else Padded(model)
+
+
+def set_padding(tokenizer: object) -> None:
+    """Give a tokenizer a padding token that has none; masks say where padding is, so any will do."""
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.pad_token is None:
+        tokenizer.pad_token = (
+            tokenizer.eos_token or tokenizer.unk_token or str(tokenizer.convert_ids_to_tokens(0))
+        )
+
+
+def check_vocabulary(name: str, model: SentenceTransformer | CrossEncoder) -> int | None:
+    """Return how many tokens a model has, if its tokenizer adds some that it has not.
+
+    Raises:
+        ModelLoadError: they are of its tokenizer's own vocabulary.
+    """
+    transformer, tokenizer = model.transformers_model, model.tokenizer
+    if transformer is None or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return None
+    table = transformer.get_input_embeddings()
+    if not isinstance(table, nn.Embedding):
+        return None
+    if tokenizer.vocab_size > table.num_embeddings:
+        raise ModelLoadError(
+            name, f"the tokenizer has {tokenizer.vocab_size} tokens, the model {table.num_embeddings}"
+        )
+    last = max(len(tokenizer) - 1, *tokenizer.added_tokens_decoder, 0)
+    return table.num_embeddings if last >= table.num_embeddings else None
