@@ -21,14 +21,15 @@ import redis
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
-from kombu.utils.json import dumps, loads
+from kombu.utils.json import dumps
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, ResponseError
 from redis.retry import Retry
 
 from penstock.clock import Clock, ticks
 from penstock.codec import TENANT_SEPARATOR
-from penstock.errors import ConfigError
+from penstock.envelope import EntryError, open_entry, show
+from penstock.errors import ConfigError, InvalidMessageError
 from penstock.identity import process_token
 from penstock.leases import (
     FEWEST_JOBS,
@@ -395,7 +396,11 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
             while found := pop(*self._pop_arguments(token, [queue], is_asked_for_one=True)):
                 ((lease, raw),) = self._leases_in(found, token)
                 self.leases.hold(lease)
-                if (message := self._open(lease, raw)) is not None:
+                message = self._open(lease, raw)
+                if message is not None and message.errors:
+                    reason = f"refused: {message.errors[0][1].problem}"
+                    self.leases.bury(lease.id, raw, reason, must_tell=False)
+                elif message is not None:
                     self.qos.append(message, lease.id)
                     return message
         return None
@@ -527,11 +532,12 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         except (redis.RedisError, OSError):
             self.qos.reject(lease.id, requeue=True)
             raise
-        except RefusedError as error:
-            self._bury(lease, raw, f"refused: {error}", must_tell=False)
+        except (RefusedError, InvalidMessageError) as error:
+            problem = error.problem if isinstance(error, InvalidMessageError) else str(error)
+            self._bury(lease, raw, f"refused: {problem}", must_tell=False)
         except _MALFORMED as error:
             # Celery's own would end the worker, and the next one that gets it.
-            logger.exception("message refused", extra={"tag": lease.tag})
+            logger.exception("message refused", extra={"tag": show(lease.tag)})
             self._bury(lease, raw, f"refused: {type(error).__name__}", must_tell=True)
 
     def _bury(self, lease: Lease, raw: bytes, reason: str, *, must_tell: bool) -> None:
@@ -539,27 +545,54 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         self.leases.bury(lease.id, raw, reason, must_tell=must_tell)
 
     def _open(self, lease: Lease, raw: bytes) -> Any:
-        """Return kombu's message; None if it is none, or not due yet."""
+        """Return kombu's message; None if it is none, or not due yet.
+
+        One that is refused, and whose sender can be told so, comes with its error in kombu's own `errors`:
+        the consumer's `on_decode_error` hears of it, and it holds nothing but id and reply channel.
+        """
         try:
-            payload = loads(bytes_to_str(raw))
-            properties = payload["properties"]
-            # Unique to the delivery: an acknowledgement is then of this one, whoever has the message now.
-            properties["delivery_tag"] = lease.id
-            if lease.n_lost is not None:
-                properties.setdefault("delivery_info", {})["redelivered"] = True
-            if lease.n_tries:
-                payload["headers"]["retries"] = lease.n_tries  # Celery's own header
-            due_at = due_time(payload.get("headers"))
+            payload = open_entry(raw)
+        except EntryError as error:
+            return self._refused(lease, raw, error)
+        headers, properties = payload["headers"], payload["properties"]
+        # Unique to the delivery: an acknowledgement is then of this one, whoever has the message now.
+        properties["delivery_tag"] = lease.id
+        if lease.n_lost is not None:
+            properties["delivery_info"] = {**(properties.get("delivery_info") or {}), "redelivered": True}
+        if lease.n_tries:
+            headers["retries"] = lease.n_tries  # Celery's own header
+        due_at = due_time(headers)
+        try:
             message = self.Message(payload, channel=self)
-        except _MALFORMED:
-            logger.error("queue entry is not a message", extra={"queue": lease.queue, "n_bytes": len(raw)})
-            self.leases.bury(lease.id, raw, "not a message", must_tell=False)
-            return None
+        except _MALFORMED:  # a body that is no base64
+            return self._refused(lease, raw, EntryError("not a message", is_message=False))
         if due_at is not None:
             if due_at > self._now():
                 self.leases.postpone(lease.id, due_at)
                 return None
             message.headers["eta"] = None  # by Redis' clock; the worker's may be slow, and it would hold it
+        return message
+
+    def _refused(self, lease: Lease, raw: bytes, refusal: EntryError) -> Any:
+        """Bury an entry that is no message, or that nobody can be told of; return a stand-in for others."""
+        if refusal.sender is None:
+            logger.error(
+                "queue entry refused: %s",
+                refusal.problem,
+                extra={"queue": show(lease.queue), "n_bytes": len(raw)},
+            )
+            reason = f"refused: {refusal.problem}" if refusal.is_message else "not a message"
+            self.leases.bury(lease.id, raw, reason, must_tell=False)
+            return None
+        sender = refusal.sender
+        payload = {
+            "body": "",
+            "headers": {"id": sender.job_id},
+            "properties": {"delivery_tag": lease.id, "reply_to": sender.reply_to},
+        }
+        message = self.Message(payload, channel=self)
+        error = InvalidMessageError(refusal.problem)
+        message.errors.append((InvalidMessageError, error, None))
         return message
 
     def _now(self) -> float:

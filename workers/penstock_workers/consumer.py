@@ -103,7 +103,11 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # Celery has no types
         return on_message
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        """Refuse a body that is not what its content type says."""
+        """Refuse a message that the transport refuses, or a body that is not what its content type says."""
+        if isinstance(exc, RefusedError):
+            raise exc  # kombu asks again about what this function itself has raised
+        if isinstance(exc, InvalidMessageError):
+            self._refuse(message, exc.problem)
         self._refuse(message, f"body is not {message.content_type} ({type(exc).__name__})")
 
     def on_invalid_task(self, body: object, message: Any, exc: Exception) -> None:
