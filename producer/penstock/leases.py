@@ -23,8 +23,10 @@ from typing import Any, Final
 import redis
 from redis.commands.core import Script
 
+from penstock.background import Background
 from penstock.bucket import RETRIES, bucket_functions
 from penstock.clock import Clock
+from penstock.envelope import MAX_ENTRY_BYTES, MAX_POP_BYTES, show
 from penstock.identity import process_name
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ def scripts() -> Mapping[str, str]:
     _, *sections = re.split(r"^-- script: (\w+)( allow-oom)?$", text, flags=re.MULTILINE)
     names, flags, bodies = sections[::3], sections[1::3], sections[2::3]
     shared, buckets = bodies[0], bucket_functions()
+    limits = f"local MAX_ENTRY_BYTES, MAX_POP_BYTES = {MAX_ENTRY_BYTES}, {MAX_POP_BYTES}"
+    shared = f"{limits}\n{shared}"
     return {
         name: f"#!lua flags={(flag or '').strip()}\n{shared}\n{buckets if name in _TAKING else ''}\n{body}"
         for name, flag, body in zip(names[1:], flags[1:], bodies[1:], strict=True)
@@ -149,7 +153,7 @@ class Lease:
     """The right to one message.
 
     Attributes:
-        tag: its name in Redis.
+        tag: its name in Redis; bytes that are no UTF-8 are surrogates.
         token: of the pop that took it.
         queue: where it waited, without the priority.
         level: its priority there, as kombu numbers them; lower goes first.
@@ -165,6 +169,11 @@ class Lease:
     tokens: int
     n_lost: int | None
     n_tries: int = 0
+
+    @property
+    def key(self) -> bytes:
+        """The tag as Redis has it: whatever bytes a sender chose."""
+        return self.tag.encode(errors="surrogateescape")
 
     @property
     def id(self) -> str:
@@ -221,12 +230,13 @@ class Leases:
         self._chores: deque[tuple[str, Sequence[str], Sequence[Value]]] = deque()
         self._to_tell: SimpleQueue[bytes | None] = SimpleQueue()
         self._wake, self._closing = threading.Event(), threading.Event()
+        self._backoff_s = 0.0
         # What is done now and then: when it is due, on this process' monotonic clock.
         self._duties: dict[Callable[[], float], float] = dict.fromkeys(
             (self._renew, self._take_over, self._move_due, self._claim_untold), 0.0
         )
-        self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
-        self._teller = threading.Thread(target=self._tell, name="dead-letters", daemon=True)
+        self._thread = Background("leases", self._look_after)
+        self._teller = Background("dead-letters", self._tell)
 
     def start(self) -> None:
         """Start the thread."""
@@ -241,6 +251,8 @@ class Leases:
         if self._thread.is_alive() and not self._closing.is_set():
             self.hand_back_all()
             self._closing.set()
+            self._thread.end()
+            self._teller.end()
             self._wake.set()
             self._to_tell.put(None)
             self._thread.join(1.0)
@@ -325,7 +337,7 @@ class Leases:
         if lease is not None:
             n_deliveries = (lease.n_lost or 0) + lease.n_tries + 1
             entry = dead_letter(message, queue=lease.queue, reason=reason, n_deliveries=n_deliveries)
-            self._do("bury", lease.tag, lease.token, entry, int(must_tell), 2 * self.lease_s)
+            self._do("bury", lease.key, lease.token, entry, int(must_tell), 2 * self.lease_s)
         return lease
 
     def postpone(self, lease_id: str, due_at: float) -> Lease | None:
@@ -333,7 +345,7 @@ class Leases:
         with self._lock:
             lease = self._release(lease_id)
         if lease is not None:
-            self._do("postpone", lease.tag, lease.token, due_at)
+            self._do("postpone", lease.key, lease.token, due_at)
         return lease
 
     def retry(self, lease_id: str, pause_s: float) -> Lease | None:
@@ -342,7 +354,7 @@ class Leases:
             lease = self._release(lease_id)
         if lease is not None:
             bucket = (RETRIES.rate, RETRIES.burst)
-            self._do("retry", lease.tag, lease.token, pause_s, *bucket, keys=(RETRIES.key,))
+            self._do("retry", lease.key, lease.token, pause_s, *bucket, keys=(RETRIES.key,))
         return lease
 
     def reclaim(self, token: str) -> None:
@@ -366,7 +378,7 @@ class Leases:
         for start in range(0, len(leases), _BATCH):
             batch = leases[start : start + _BATCH]
             theirs = set(self._call("renew", self.lease_s, *_pairs(batch)))
-            self._forget(lease for lease in batch if lease.tag.encode() in theirs)
+            self._forget(lease for lease in batch if lease.key in theirs)
 
     def settle(self, within_s: float = SETTLE_S) -> bool:
         """Wait until Redis knows of everything that was asked for; False if it does not in time."""
@@ -392,7 +404,7 @@ class Leases:
                 # Acknowledged meanwhile, by the other thread: then it was ours.
                 was_ours = self._release(lease.id) or self._acks.pop(lease.id, None)
             if was_ours:
-                logger.warning("lease was taken over by another process", extra={"tag": lease.tag})
+                logger.warning("lease was taken over by another process", extra={"tag": show(lease.tag)})
 
     def _do(self, script: str, *arguments: Value, keys: Sequence[str] = ()) -> None:
         self._chores.append((script, keys, arguments))
@@ -401,17 +413,16 @@ class Leases:
     def _call(self, script: str, *arguments: Value, keys: Sequence[str] = ()) -> Any:
         return self._scripts[script](keys=keys, args=arguments)
 
-    def _run(self) -> None:
-        backoff_s = 0.0
-        while not self._closing.is_set():
-            self._wake.wait(max(0.0, min(self._duties.values()) - time.monotonic()))
-            self._wake.clear()
-            if self._round():
-                backoff_s, self._is_away = 0.0, False
-            else:
-                backoff_s = min(max(2 * backoff_s, _BACKOFF_S[0]), _BACKOFF_S[1], self.lease_s / 6)
-                self._closing.wait(backoff_s)
-                self._wake.set()
+    def _look_after(self) -> None:
+        self._wake.wait(max(0.0, min(self._duties.values()) - time.monotonic()))
+        self._wake.clear()
+        if self._round():
+            self._backoff_s, self._is_away = 0.0, False
+        else:
+            backoff_s = max(2 * self._backoff_s, _BACKOFF_S[0])
+            self._backoff_s = min(backoff_s, _BACKOFF_S[1], self.lease_s / 6)
+            self._closing.wait(self._backoff_s)
+            self._wake.set()
 
     def _round(self) -> bool:
         """Do what there is to do; False if some of it failed."""
@@ -432,15 +443,14 @@ class Leases:
             if not self._is_away:
                 self._is_away = True
                 logger.warning("broker out of reach: %s", type(error).__name__)
-        except Exception:
-            # Without this thread the process' leases would run out under its running jobs.
-            logger.exception("looking after leases failed")
+        except Exception as error:  # noqa: BLE001  the other duties must not wait for this one
+            self._thread.failed(error)
         return None
 
     def _flush(self) -> float:
         while batch := self._some_acks():
             theirs = set(self._call("ack", *_pairs(batch)))
-            self._forget(lease for lease in batch if lease.tag.encode() in theirs)
+            self._forget(lease for lease in batch if lease.key in theirs)
             with self._settled:
                 for lease in batch:
                     self._acks.pop(lease.id, None)
@@ -512,13 +522,14 @@ class Leases:
             self._to_tell.put(entry)
 
     def _tell(self) -> None:
-        """Call `on_dead`, in a thread of its own: renewing must not wait for it."""
-        while (entry := self._to_tell.get()) is not None:
-            try:
-                self._tell_of(entry)
-            except Exception:
-                # The mark stays, so whoever comes by after it lapses tries again.
-                logger.exception("telling of a dead letter failed")
+        """Call `on_dead` for one of them, in a thread of its own: renewing must not wait for it."""
+        if (entry := self._to_tell.get()) is None:
+            return
+        try:
+            self._tell_of(entry)
+        except Exception:
+            # The mark stays, so whoever comes by after it lapses tries again.
+            logger.exception("telling of a dead letter failed")
 
     def _tell_of(self, entry: bytes) -> None:
         assert self._on_dead is not None
@@ -558,8 +569,8 @@ def _decoded(message: bytes | str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _pairs(leases: Iterable[Lease]) -> list[str]:
-    return [value for lease in leases for value in (lease.tag, lease.token)]
+def _pairs(leases: Iterable[Lease]) -> list[Value]:
+    return [value for lease in leases for value in (lease.key, lease.token)]
 
 
 def _rows(flat: Sequence[Any]) -> Iterable[tuple[Any, ...]]:

@@ -100,7 +100,7 @@ class WorkerInfo:
         pid: its process id there.
         pool: what hardware it works on.
         device: the device in torch's words.
-        state: `ready` takes jobs; `stalled` has a forward pass that does not end.
+        state: `ready` takes jobs; `stalled` has a forward pass without end, or lost a background thread.
         models: names it serves.
         started_at: Unix seconds on the broker's clock.
         load_s: how long each model took to load, seconds.

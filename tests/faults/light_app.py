@@ -1,12 +1,15 @@
 """Penstock's own worker with an engine that needs no torch: `nap 0.5` takes half a second.
 
-`gate inf` takes until the book has a key `gate`; `hang 2` shows no sign of life for two seconds.
+`gate inf` takes until the book has a key `gate`; `hang 2` shows no sign of life for two seconds;
+`end-leases 0` ends the background thread `leases`.
 
 Everything around the engine is the real one: app, transport, pool, tasks, batcher, results, registry.
 """
 
+import ctypes
 import math
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -67,6 +70,8 @@ class Engine:
             name, seconds = item.text.split()
             WRITE_DOWN(args=[f"{name} {os.getpid()} {uuid.uuid4()}"])
             end = time.monotonic() + float(seconds)
+            if name.startswith("end-"):
+                end_thread(name.removeprefix("end-"))
             if name == "hang":
                 time.sleep(float(seconds))
             while (rest_s := end - time.monotonic()) > 0 and not (rest_s == math.inf and BOOK.exists(name)):
@@ -78,6 +83,13 @@ class Engine:
         """See `Embedder.finish`; shape (n_texts, DIM)."""
         del request
         return np.stack(vectors)
+
+
+def end_thread(name: str) -> None:
+    """Raise in a thread of this process what none of its handlers takes for an error."""
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == name]
+    assert thread.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
 
 
 INFO = ModelInfo(

@@ -9,6 +9,7 @@ from celery.concurrency import ALIASES
 from kombu.connection import failover_strategies
 from kombu.serialization import register
 
+from penstock.background import lost
 from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta, queue_name, split_queue
 from penstock.errors import WorkerLostError
 from penstock.settings import Settings
@@ -16,7 +17,7 @@ from penstock.transport import install
 from penstock_workers.callbacks import Callbacks
 from penstock_workers.cancelled import Cancelled
 from penstock_workers.clock import BROKER_CLOCK
-from penstock_workers.lifecycle import Lifecycle
+from penstock_workers.lifecycle import Lifecycle, end_process
 from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
 from penstock_workers.serving import Serving
 from penstock_workers.streams import Streams
@@ -51,7 +52,10 @@ def build_app(settings: Settings) -> Celery:
         del app.tasks[name]  # Celery's own send, unlock and try again whatever a message says
 
     def is_alive() -> bool:
-        return not serving.is_stalled(settings.worker.stall_s)
+        ended = lost()
+        if "heartbeat" in ended:  # which would end this process for all others
+            end_process("the heartbeat has ended; this process ends, others take its jobs over")
+        return not ended and not serving.is_stalled(settings.worker.stall_s)
 
     def room(queue: str) -> float | None:
         _, model = split_queue(queue)

@@ -1,14 +1,16 @@
 """Which jobs their callers have cancelled: heard of, so that no job has to ask."""
 
 import logging
-import threading
+import time
 from collections.abc import Iterable
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import redis
-from tenacity import Retrying, retry_if_exception_type, wait_random_exponential
+from redis.backoff import ExponentialWithJitterBackoff
 
+from penstock.background import Background
 from penstock.broker import connect_sync
+from penstock.envelope import is_clean
 from penstock.store import CANCELLED_KEY, MAX_CANCELLED
 
 logger = logging.getLogger(__name__)
@@ -17,53 +19,73 @@ SILENCE_S: Final = 5.0
 """After this a connection is asked for a sign of life, and after as much again it is given up."""
 
 
-class Cancelled(threading.Thread):
+class Cancelled(Background):
     """The ids of cancelled jobs, as far as this process has heard; `job_id in cancelled` costs nothing.
 
     What it misses while Redis is away it reads when it is back. A job that is computed all the same wastes
-    a forward pass and no more: the result store keeps the first ending.
+    a forward pass and no more: the result store keeps the first ending. Whoever may cancel can write anything
+    into set and channel: what cannot be an id is passed by.
     """
 
     def __init__(self, url: str) -> None:
-        super().__init__(name="cancelled", daemon=True)
+        super().__init__("cancelled", self._listen)
         self._url = url
         self._ids: dict[str, None] = {}  # in the order heard
+        self._redis: redis.Redis | None = None
+        self._pubsub: Any = None
+        self._is_asked = False
+        self._n_failures_of_redis = 0
+        self._backoff = ExponentialWithJitterBackoff(cap=2.0, base=0.05)
 
     def __contains__(self, job_id: object) -> bool:
         return job_id in self._ids
 
-    def run(self) -> None:
-        """Listen until the process ends."""
-        self._redis = connect_sync(self._url)
-        Retrying(
-            retry=retry_if_exception_type((redis.RedisError, OSError)),
-            wait=wait_random_exponential(multiplier=0.05, max=2.0),
-        )(self._listen_again)
-
-    def _listen_again(self) -> None:
+    def _listen(self) -> None:
+        """Hear of one job, or begin to."""
         try:
-            self._listen()
+            if self._pubsub is None:
+                self._begin()
+            else:
+                self._hear()
+            self._n_failures_of_redis = 0
         except (redis.RedisError, OSError) as error:
-            logger.warning("cancelled jobs are not heard of: %s", type(error).__name__)
+            self._hang_up()
+            if not self._n_failures_of_redis:
+                logger.warning("cancelled jobs are not heard of: %s", type(error).__name__)
+            self._n_failures_of_redis = min(
+                self._n_failures_of_redis + 1, 32
+            )  # above 1,000 a pause overflows
+            time.sleep(self._backoff.compute(self._n_failures_of_redis))
+        except Exception:
+            self._hang_up()
             raise
 
-    def _listen(self) -> None:
-        with self._redis.pubsub() as pubsub:  # type: ignore[no-untyped-call]  # redis-py's own gap
-            pubsub.subscribe(CANCELLED_KEY)
-            pubsub.get_message(timeout=SILENCE_S)  # confirmed: from here on nothing is missed
-            self._add(cast("list[bytes]", self._redis.zrange(CANCELLED_KEY, 0, -1)))
-            is_asked = False
-            while True:
-                message = pubsub.get_message(timeout=SILENCE_S)
-                if message is None and is_asked:
-                    raise redis.ConnectionError("no sign of life")
-                is_asked = message is None
-                if message is None:
-                    pubsub.ping()
-                elif message["type"] == "message":
-                    self._add([message["data"]])
+    def _begin(self) -> None:
+        self._redis = self._redis or connect_sync(self._url)
+        self._is_asked = False
+        self._pubsub = self._redis.pubsub()  # type: ignore[no-untyped-call]  # redis-py's own gap
+        self._pubsub.subscribe(CANCELLED_KEY)
+        self._pubsub.get_message(timeout=SILENCE_S)  # confirmed: from here on nothing is missed
+        # The latest ones: others may have put more into the set than our clients keep there.
+        self._add(cast("list[bytes]", self._redis.zrange(CANCELLED_KEY, -MAX_CANCELLED, -1)))
+
+    def _hear(self) -> None:
+        message = self._pubsub.get_message(timeout=SILENCE_S)
+        if message is None and self._is_asked:
+            raise redis.ConnectionError("no sign of life")
+        self._is_asked = message is None
+        if message is None:
+            self._pubsub.ping()
+        elif message["type"] == "message":
+            self._add([message["data"]])
+
+    def _hang_up(self) -> None:
+        pubsub, self._pubsub = self._pubsub, None
+        if pubsub is not None:
+            pubsub.close()
 
     def _add(self, ids: Iterable[bytes]) -> None:
-        self._ids.update(dict.fromkeys(job_id.decode() for job_id in ids))
+        found = (job_id.decode(errors="surrogateescape") for job_id in ids)
+        self._ids.update(dict.fromkeys(job_id for job_id in found if is_clean(job_id)))
         while len(self._ids) > MAX_CANCELLED:
             del self._ids[next(iter(self._ids))]

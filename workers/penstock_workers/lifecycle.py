@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import redis
 from celery import bootsteps
@@ -18,6 +18,7 @@ from celery.app.trace import setup_worker_optimizations
 from celery.concurrency.thread import TaskPool as ThreadPool
 from celery.signals import celeryd_init, worker_ready, worker_shutting_down
 
+from penstock.background import Background, lost
 from penstock.broker import connect_sync
 from penstock.clock import ticks
 from penstock.codec import queue_name
@@ -171,7 +172,7 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
             self._heartbeat.stop()
 
 
-class Heartbeat(threading.Thread):
+class Heartbeat(Background):
     """Announces this process and its models in the registry, and touches the readiness file.
 
     Redis out of reach does not make a worker unhealthy: restarting it would help nobody.
@@ -180,10 +181,9 @@ class Heartbeat(threading.Thread):
     def __init__(
         self, settings: Settings, serving: Serving, pool: PoolName, device: str, names: Sequence[str]
     ) -> None:
-        super().__init__(name="heartbeat", daemon=True)
+        super().__init__("heartbeat", self._show_life)
         self._settings, self._serving = settings, serving
         self._redis = connect_sync(settings.broker_url, answer_timeout_s=5)
-        self._stopping = threading.Event()
         self._wake = threading.Event()
         self._is_ready = False
         self._load_s: dict[str, float] = {}
@@ -207,24 +207,22 @@ class Heartbeat(threading.Thread):
         """Note that a model was loaded."""
         self._load_s[name] = round(seconds, 3)
 
-    def run(self) -> None:
-        """Beat until the process ends."""
-        while not self._stopping.is_set():
-            state = self._state()
-            if state == "stalled":
-                self._give_up()
-            if state == "ready" and self._settings.worker.heartbeat_file is not None:
-                self._settings.worker.heartbeat_file.touch()
-            try:
-                self._announce(state)
-            except (redis.RedisError, OSError) as error:
-                logger.warning("registry out of reach: %s", type(error).__name__)
-            self._wake.wait(HEARTBEAT_S)
-            self._wake.clear()
+    def _show_life(self) -> None:
+        state = self._state()
+        if state == "stalled":
+            self._give_up()
+        if state == "ready" and self._settings.worker.heartbeat_file is not None:
+            self._settings.worker.heartbeat_file.touch()
+        try:
+            self._announce(state)
+        except (redis.RedisError, OSError) as error:
+            logger.warning("registry out of reach: %s", type(error).__name__)
+        self._wake.wait(HEARTBEAT_S)
+        self._wake.clear()
 
     def stop(self) -> None:
         """Take the process out of the registry, and its file away."""
-        self._stopping.set()
+        self.end()
         self._wake.set()
         self.join(HEARTBEAT_S + 10)  # a beat that is under way would put the file and the entry back
         if self._settings.worker.heartbeat_file is not None:
@@ -235,18 +233,20 @@ class Heartbeat(threading.Thread):
             logger.warning("registry out of reach; the entry of this process expires by itself")
 
     def _give_up(self) -> None:
-        """End a process whose model hangs: its leases, which it no longer renews, go to others."""
+        """End a process that cannot work: its leases, which it no longer renews, go to others."""
         try:
             self._announce("stalled")
-        except (redis.RedisError, OSError):
-            logger.warning("registry out of reach")
-        logger.critical("a model thread hangs or has died; this process ends, others take its jobs over")
-        self._stopping.wait(HAND_BACK_S)
-        logging.shutdown()
-        os._exit(os.EX_SOFTWARE)
+        except Exception as error:  # noqa: BLE001  whatever it is, the process has to end
+            logger.warning("registry out of reach: %s", type(error).__name__)
+        why = self._trouble_of_threads() or "a model thread hangs or has died"
+        end_process(f"{why}; this process ends, others take its jobs over")
+
+    def _trouble_of_threads(self) -> str:
+        threads = lost()
+        return f"background threads have ended or fail for ever: {', '.join(threads)}" if threads else ""
 
     def _state(self) -> WorkerState:
-        if self._serving.is_stalled(self._settings.worker.stall_s):
+        if lost() or self._serving.is_stalled(self._settings.worker.stall_s):
             return "stalled"
         return "ready" if self._is_ready else "loading"
 
@@ -281,7 +281,7 @@ class Heartbeat(threading.Thread):
             cache_hits={name: cache.n_hits for name, cache in self._serving.caches().items()},
             cache_misses={name: cache.n_misses for name, cache in self._serving.caches().items()},
             upstreams=self._serving.troubles(),
-            note="a forward pass does not end" if state == "stalled" else "",
+            note=(self._trouble_of_threads() or "a forward pass does not end") if state == "stalled" else "",
         )
 
     def _announcement(self) -> Announcement:
@@ -309,6 +309,14 @@ class Heartbeat(threading.Thread):
     def _on_stopping(self, **_: object) -> None:
         self._is_ready = False
         self._wake.set()
+
+
+def end_process(why: str) -> NoReturn:
+    """End a process that a supervisor should start anew, after a moment for jobs on their way back."""
+    logger.critical("%s", why)
+    time.sleep(HAND_BACK_S)
+    logging.shutdown()
+    os._exit(os.EX_SOFTWARE)
 
 
 class _or_exit:  # noqa: N801  reads as part of its `with` statement

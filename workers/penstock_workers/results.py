@@ -29,6 +29,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from penstock.background import Background
 from penstock.codec import MAX_RESULT_BYTES
 from penstock.errors import JobCancelledError, ResultTooLargeError
 from penstock.store import END_JOB, end_job_arguments, record_key
@@ -49,6 +50,7 @@ _REFUSES_ALL: Final = (OutOfMemoryError, ReadOnlyError, NoPermissionError)
 _REFUSES_ALL_WORDS: Final = ("MISCONF", "NOREPLICAS", "BUSY")
 _LIMIT: Final = "proto-max-bulk-len"
 _MIN_LIMIT_BYTES: Final = 1 << 20  # the smallest that Redis lets it be
+_MOST_FAILURES: Final = 32  # that a pause is computed from: above 1,000 it overflows
 _HANGUPS: Final = 3  # on one result, by a server that answers: no accident any more
 
 
@@ -70,7 +72,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no types
     def is_ended(self, job_id: str) -> bool:
         """Whether the job was cancelled, or answered by an earlier delivery."""
         record: bytes | None = self._writer.put("GET", record_key(job_id)).result()
-        return record is not None and record.decode() in states.READY_STATES
+        return record is not None and record.decode(errors="replace") in states.READY_STATES
 
     def on_chord_part_return(self, request: Any, state: str, result: object, **options: Any) -> None:
         """Count a part of a chord, again if Redis was away: a chord waits for ever for a part not counted.
@@ -146,7 +148,7 @@ class _Order:
         n_hangups: how often Redis answered a ping, and then hung up on this command.
     """
 
-    command: tuple[str | bytes | int, ...]
+    command: tuple[bytes, ...]
     n_bytes: int
     n_hangups: int = 0
     given_at: float = field(default_factory=time.monotonic)
@@ -164,15 +166,21 @@ class Writer:
     def __init__(self, connect: Callable[[], redis.Redis], patience_s: float) -> None:
         self._connect, self._patience_s = connect, patience_s
         self._orders: SimpleQueue[_Order] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: Background | None = None
         self._starting = threading.Lock()
         self._backoff = ExponentialWithJitterBackoff(cap=1.0, base=0.02)
 
     def put(self, *command: str | bytes | int, n_bytes: int = 0) -> Future[Any]:
-        """Take a command; the future gets Redis' answer."""
+        """Take a command; the future gets Redis' answer, or why this one command cannot be sent."""
+        try:
+            # Here and not in the batch: one that cannot be encoded fails alone.
+            order = _Order(command=tuple(map(_encoded, command)), n_bytes=n_bytes)
+        except (TypeError, UnicodeEncodeError) as error:
+            refused: Future[Any] = Future()
+            refused.set_exception(BackendStoreError(f"no command for Redis: {type(error).__name__}"))
+            return refused
         if self._thread is None:
             self._start()
-        order = _Order(command=command, n_bytes=n_bytes)
         self._orders.put(order)
         return order.answer
 
@@ -180,20 +188,19 @@ class Writer:
         with self._starting:
             if self._thread is None:
                 self._redis = self._connect()
-                self._thread = threading.Thread(target=self._run, name="results", daemon=True)
+                self._thread = Background("results", self._answer_some)
                 self._thread.start()
 
-    def _run(self) -> None:
-        while True:
-            orders = self._next_batch()
-            try:
-                self._carry_out(orders)
-            except Exception as error:
-                # A bug, or a server that is no Redis; nobody may wait for ever for an answer.
-                logger.exception("results are not stored")
-                for order in orders:
-                    if not order.answer.done():
-                        order.answer.set_exception(error)
+    def _answer_some(self) -> None:
+        orders = self._next_batch()
+        try:
+            self._carry_out(orders)
+        except Exception as error:
+            # A bug, or a server that is no Redis; nobody may wait for ever for an answer.
+            for order in orders:
+                if not order.answer.done():
+                    order.answer.set_exception(error)
+            raise
 
     def _next_batch(self) -> list[_Order]:
         batch = [self._orders.get()]
@@ -220,7 +227,7 @@ class Writer:
             if n_failures == 1:
                 logger.warning("results wait for Redis: %s", error)
             self._redis.connection_pool.disconnect()  # the name may stand for another server by now
-            time.sleep(self._backoff.compute(n_failures))
+            time.sleep(self._backoff.compute(min(n_failures, _MOST_FAILURES)))
 
     def _attempt(self, orders: list[_Order], *, is_retry: bool = False) -> Exception | None:
         """Send the orders and answer those that can be; return why others cannot."""
@@ -270,6 +277,14 @@ class Writer:
         except (RedisError, OSError, KeyError):  # administrators may forbid the question
             limit = MAX_RESULT_BYTES
         return ResultTooLargeError(n_bytes, min(limit, n_bytes - 1))
+
+
+def _encoded(value: object) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if type(value) is int or isinstance(value, str):
+        return str(value).encode()
+    raise TypeError(f"a {type(value).__name__} in a command")
 
 
 def _refuses_all(error: ResponseError) -> bool:

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import redis
 
+from penstock.background import Background
 from penstock.broker import connect_sync
 from penstock.store import is_reply_channel
 from penstock.stream import APPEND, MAX_PIECES, STREAM_TTL_S, Part, stream_key
@@ -24,7 +25,10 @@ class Stream:
     """The text of one job, as far as it is there. Made by `Streams.open`."""
 
     def __init__(self, job_id: str, channel: str, streams: "Streams") -> None:
-        self.job_id, self.channel, self._streams = job_id, channel, streams
+        # Bytes: what one stream is called must not keep those of other jobs from being written.
+        self.job_id, self.channel = _encoded(job_id), _encoded(channel)
+        self.key = _encoded(stream_key(job_id))
+        self._streams = streams
         self.run = uuid4().hex[:12]  # tells a reader that another worker begins again
         self.n_sent: dict[Part, int] = {}
         self._unread_since: float | None = None
@@ -47,7 +51,7 @@ class Stream:
             self._unread_since = time.monotonic()
 
 
-class Streams(threading.Thread):
+class Streams(Background):
     """Writes the pieces of all jobs of a process, in one round trip at a time.
 
     Redis out of reach: pieces wait and become one. What was sent and not answered is sent again, readers know
@@ -59,11 +63,13 @@ class Streams(threading.Thread):
     """
 
     def __init__(self, url: str, reader_timeout_s: float) -> None:
-        super().__init__(name="streams", daemon=True)
+        super().__init__("streams", self._write_some)
         self._url, self.reader_timeout_s = url, reader_timeout_s
         self._lock = threading.Lock()
         self._waiting: dict[tuple[Stream, Part], str] = {}
         self._wake = threading.Event()
+        self._redis: redis.Redis | None = None
+        self._is_away = False
 
     @contextmanager
     def open(self, job_id: str, reply_to: str | None) -> Iterator[Stream]:
@@ -83,37 +89,42 @@ class Streams(threading.Thread):
             self._waiting[stream, part] = self._waiting.get((stream, part), "") + piece
         self._wake.set()
 
-    def run(self) -> None:
-        """Write until the process ends."""
-        self._redis = connect_sync(self._url)
-        is_away = False
-        while True:
-            self._wake.wait()
-            self._wake.clear()
-            try:
-                self._send()
-                is_away = False
-            except (redis.RedisError, OSError) as error:
-                if not is_away:
-                    logger.warning("streamed text waits for Redis: %s", type(error).__name__)
-                is_away = True
-                self._wake.set()
-                time.sleep(1.0)
-            time.sleep(COALESCE_S)
+    def _write_some(self) -> None:
+        self._wake.wait()
+        self._wake.clear()
+        try:
+            self._send()
+            self._is_away = False
+        except (redis.RedisError, OSError) as error:
+            if not self._is_away:
+                logger.warning("streamed text waits for Redis: %s", type(error).__name__)
+            self._is_away = True
+            self._wake.set()
+            time.sleep(1.0)
+        except Exception:
+            self._wake.set()
+            raise
+        time.sleep(COALESCE_S)
 
     def _send(self) -> None:
+        self._redis = self._redis or connect_sync(self._url)
         with self._lock:
             pieces = dict(self._waiting)
         with self._redis.pipeline(transaction=False) as pipe:
             for (stream, part), piece in pieces.items():
-                arguments = (stream.run, stream.n_sent.get(part, 0), piece, MAX_PIECES, STREAM_TTL_S)
-                note = (stream.channel, stream.job_id)
-                pipe.eval(APPEND, 1, stream_key(stream.job_id), *arguments, *note, part)
+                text = piece.encode(errors="replace")  # a tokenizer may give half of a surrogate pair
+                arguments = (stream.run, stream.n_sent.get(part, 0), text, MAX_PIECES, STREAM_TTL_S)
+                pipe.eval(APPEND, 1, stream.key, *arguments, stream.channel, stream.job_id, part)
             answers = pipe.execute(raise_on_error=False)
-        failures = [answer for answer in answers if isinstance(answer, Exception)]
+        failures = []
         with self._lock:
             for ((stream, part), piece), n_readers in zip(pieces.items(), answers, strict=True):
                 if isinstance(n_readers, Exception):
+                    # Somebody has put something else at its key: its reader gets all with the result.
+                    if str(n_readers).startswith("WRONGTYPE"):
+                        self._waiting.pop((stream, part), None)
+                    else:
+                        failures.append(n_readers)
                     continue
                 stream.sent(part, len(piece), n_readers)
                 if rest := self._waiting.get((stream, part), "")[len(piece) :]:
@@ -122,3 +133,7 @@ class Streams(threading.Thread):
                     self._waiting.pop((stream, part), None)
         if failures:
             raise failures[0]
+
+
+def _encoded(name: str) -> bytes:
+    return name.encode(errors="backslashreplace")
