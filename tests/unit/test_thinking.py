@@ -4,20 +4,42 @@ from typing import Any
 
 import pytest
 
+from penstock_workers.engines.detokenizing import Detokenizer
 from penstock_workers.engines.thinking import Marks, Speech, Stage, Thought
+
+
+class Mark(str):
+    """An added token."""
+
+    __slots__ = ()
+    special = False
 
 
 class Letters:
     """A tokenizer of letters; two tokens are marks."""
 
-    added_tokens_decoder: dict[int, str] = {1: "<think>", 2: "</think>"}  # noqa: RUF012  as transformers has it
+    added_tokens_decoder: dict[int, Mark] = {  # noqa: RUF012  as transformers has it
+        1: Mark("<think>"),
+        2: Mark("</think>"),
+    }
+
+    def __len__(self) -> int:
+        return 128
 
     def decode(self, ids: list[int], **_: Any) -> str:
         """Return the text of tokens."""
-        return "".join(self.added_tokens_decoder.get(i) or chr(i) for i in ids)
+        return "".join(self.convert_ids_to_tokens(ids))
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        """Return the names of tokens."""
+        return [self.added_tokens_decoder.get(i) or chr(i) for i in ids]
+
+    def convert_tokens_to_ids(self, _: str) -> None:
+        """Know no names."""
 
 
 LETTERS = Letters()
+DETOKENIZER = Detokenizer(LETTERS)  # type: ignore[arg-type]  # all that is asked of it
 
 
 def speak(
@@ -25,7 +47,7 @@ def speak(
 ) -> tuple[str | None, str]:
     """Return reasoning and text of an answer; what was told piece by piece has to be the same."""
     told: list[str] = []
-    speech = Speech(LETTERS.decode, Marks(LETTERS), stage, stop, told.append)  # type: ignore[arg-type]  # all that is asked of it
+    speech = Speech(DETOKENIZER, Marks(LETTERS), stage, stop, told.append)  # type: ignore[arg-type]  # all that is asked of it
     text = next((t for token in said if (t := speech.add(token)) is not None), None)
     if text is None:
         text = speech.end(is_cut_off=is_cut_off)

@@ -3,38 +3,24 @@ import pytest
 from penstock_workers.engines.wording import Wording
 
 
-def decode(ids: list[int]) -> str:
-    """Turn tokens into text: each token is a byte."""
-    return bytes(ids).decode(errors="replace")
-
-
-def say(text: str | bytes, *stop: str, limit: int | None = None) -> tuple[str, list[str]]:
-    """Return the text that comes of these bytes, one token each, and its pieces."""
+def say(text: str, *stop: str, trims: str = "") -> tuple[str, list[str]]:
+    """Return the text that comes of these letters, one by one, and its pieces."""
     pieces: list[str] = []
-    wording = Wording(decode, stop, pieces.append)
-    for token in (text.encode() if isinstance(text, str) else text)[:limit]:
-        if (found := wording.add(token)) is not None:
-            break
-    else:
-        found = wording.end(is_cut_off=limit is not None)
+    wording = Wording(stop, pieces.append, trims=trims)
+    found = next((t for letter in text if (t := wording.add(letter)) is not None), None)
+    if found is None:
+        found = wording.end()
     wording.tell_rest(found)
     return found, pieces
 
 
 @pytest.mark.parametrize("text", ["", "plain words", "Größe 日本語 🙂 und Gefälle " * 9, "naïve\ufffd!"])
 def test_pieces_are_the_text(text: str) -> None:
-    """Put together, the pieces are the text; each is of whole characters."""
+    """Put together, the pieces are the text; none is empty."""
     found, pieces = say(text, "never")
 
     assert found == "".join(pieces) == text
     assert all(pieces)
-
-
-def test_pieces_come_with_their_tokens() -> None:
-    """Without a stop string nothing is held back but half a character."""
-    _, pieces = say("aé日")
-
-    assert pieces == ["a", "é", "日"]
 
 
 def test_stop_string_ends_the_text() -> None:
@@ -53,28 +39,59 @@ def test_beginning_of_a_stop_string_is_held_back() -> None:
     assert pieces[-1] == "STO"
 
 
-def test_stop_string_of_half_characters() -> None:
-    """A stop string is found over the tokens of its last character."""
-    assert say("eins 日本 zwei", "本") == ("eins 日", ["e", "i", "n", "s", " ", "日"])
-
-
-def test_limit_inside_a_character() -> None:
-    """Half a character at the end is left out, of the text and of the pieces."""
-    assert say("a日", limit=3) == ("a", ["a"])
-
-
 def test_earliest_of_several_stop_strings() -> None:
-    """Of two that end at the same token the text is cut before the one that begins first."""
+    """Of two that end at the same letter the text is cut before the one that begins first."""
     assert say("xx abc", "bc", "abc")[0] == "xx "
 
 
+def test_what_is_behind_a_stop_string_is_kept_apart() -> None:
+    """It is no text, and whoever stopped there can go on with it."""
+    wording = Wording(["</x>"])
+
+    assert wording.add("a</x>b") == "a"
+    assert wording.rest == "b"
+
+
+def test_trimmed_characters_are_in_no_piece() -> None:
+    """Line breaks at the end are left out, those inside are not."""
+    found, pieces = say("\na\n\nb\n\n", trims="\n")
+
+    assert found == "".join(pieces) == "\na\n\nb"
+
+
+def test_halves_of_characters_go_where_the_text_was_cut_off() -> None:
+    """They are in no piece before something follows; else the text has them."""
+    pieces: list[str] = []
+    wording = Wording((), pieces.append, loose="\ufffd")
+
+    wording.add("a\ufffd")
+    wording.add("b\ufffd")
+
+    assert pieces == ["a", "\ufffdb"]
+    assert wording.end(is_cut_off=True) == "a\ufffdb"
+    assert wording.end() == "a\ufffdb\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"), [("<x>", "a b"), ("b<x>", "a "), ("b<x>c", "a "), ("<x>c", "a b"), ("bc", "a bc")]
+)
+def test_what_is_no_text_can_be_part_of_a_stop_string(stop: str, text: str) -> None:
+    """A token that is not shown ends the text where a stop string names it, alone or beside text."""
+    pieces: list[str] = []
+    wording = Wording([stop], pieces.append)
+
+    parts = [("a ", True), ("b", True), ("<x>", False), ("c", True)]
+    found = next(
+        (t for part, is_seen in parts if (t := wording.add(part, is_seen=is_seen)) is not None), None
+    )
+    found = wording.end() if found is None else found
+    wording.tell_rest(found)
+
+    assert found == "".join(pieces) == text
+
+
 def test_nobody_listens() -> None:
-    """Without stop strings and pieces, text is decoded once, at the end."""
-    calls: list[int] = []
-    wording = Wording(lambda ids: calls.append(1) or decode(ids), ())  # type: ignore[func-returns-value]  # append
-
-    for token in b"abc":
-        wording.add(token)
-
-    assert calls == []
-    assert wording.end(is_cut_off=False) == "abc"
+    """Without stop strings and listener nothing depends on when text comes."""
+    assert Wording(()).is_deaf
+    assert not Wording(["a"]).is_deaf
+    assert not Wording((), print).is_deaf

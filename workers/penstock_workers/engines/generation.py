@@ -4,7 +4,8 @@ import bisect
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Self
 from uuid import uuid4
 
@@ -32,6 +33,7 @@ from penstock_workers.engines.causal_lm import (
 )
 from penstock_workers.engines.chat import Chat
 from penstock_workers.engines.decoding import Decoding, Row
+from penstock_workers.engines.detokenizing import Detokenizer
 from penstock_workers.engines.device import free_bytes
 from penstock_workers.engines.grammar import Grammar, Grammars
 from penstock_workers.engines.sampling import Sampling, Trail, own_options
@@ -54,8 +56,10 @@ class Prompt:
         ids: tokens of the whole conversation, the start of the answer included.
         sampling: how tokens are drawn.
         max_new_tokens: fits into the context window together with `ids`.
+        context: its last tokens that are text, where the answer goes on from it; else a text begins.
         stop: strings that end the answer.
-        stop_token_ids: tokens that do, besides the model's own.
+        stop_marks: of tokens that are no text, those that stand in `stop`, and their names.
+        stop_token_ids: tokens that end the answer, besides the model's own.
         grammar: what the text has to follow, at its beginning; it alone then says where the answer ends.
         stage: what the answer begins with.
         tools: that the model may call.
@@ -68,6 +72,8 @@ class Prompt:
     sampling: Sampling
     max_new_tokens: int
     stop: tuple[str, ...]
+    context: tuple[int, ...] = ()
+    stop_marks: Mapping[int, str] = field(default_factory=dict)
     stop_token_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None
     stage: Stage = "text"
@@ -120,6 +126,7 @@ class Generator:
         context_window: prompt and answer together, tokens.
         dtype: number format of the weights.
         sharing: how its requests share forward passes.
+        marks: around what it thinks.
     """
 
     def __init__(
@@ -138,8 +145,11 @@ class Generator:
         self._end_ids = _end_ids(model, tokenizer)
         self._grammars = Grammars(tokenizer, self._n_vocab, self._end_ids)
         self.marks = Marks(tokenizer)
-        self._hidden_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._hidden_ids -= {self.marks.open_id, self.marks.close_id}
+        self._hidden = {
+            i: str(token)
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special and i not in (self.marks.open_id, self.marks.close_id)
+        }
         if self._defaults.enable_thinking is not None:
             try:
                 self._chat.find_switch(self._defaults.enable_thinking)
@@ -153,6 +163,11 @@ class Generator:
         self.sharing = sharing
         level = logging.INFO if sharing.joins else logging.WARNING
         logger.log(level, "requests to model %s share forward passes: %s", name, sharing)
+
+    @cached_property
+    def detokenizer(self) -> Detokenizer:
+        """What its tokens say."""
+        return Detokenizer(self._tokenizer)
 
     @classmethod
     def load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:
@@ -207,12 +222,17 @@ class Generator:
                 len(request.history), "or one before it holds a token that the model lacks"
             )
         grammar = self._grammars.compile(request.response_format) if request.response_format else None
+        # A default that cut an answer short would break its format.
+        stop = () if grammar else (*(options.stop or ()), *(self._chat.stop if is_chat else ()))
+        # A chat's answer begins a text, and what it goes on from is not shown with it.
+        goes_on = not is_chat or grammar is not None
         return Prompt(
             ids=tuple(ids),
             sampling=Sampling.resolve(options),
             max_new_tokens=min(wanted, window - len(ids)),
-            # A default that cut an answer short would break its format.
-            stop=() if grammar else (*(options.stop or ()), *(self._chat.stop if is_chat else ())),
+            context=self.detokenizer.context(ids, must=grammar is not None) if goes_on else (),
+            stop=stop,
+            stop_marks=self._marks_in(stop),
             stop_token_ids=frozenset(() if grammar else options.stop_token_ids or ()),
             grammar=grammar,
             stage=self._begin(ids, grammar) if is_chat and self._chat.marks_thinking else "text",
@@ -321,11 +341,6 @@ class Generator:
         best = bisect.bisect_left(starts, True, key=lambda start: len(ids_from(start)) <= limit)
         return ids_from(starts[min(best, len(starts) - 1)]) if starts else []
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of tokens, special ones left out."""
-        # Cleaning up spaces would change text, such as " ." in code.
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
     def ends(self, token: int) -> bool:
         """Say whether a token ends the model's answers."""
         return token in self._end_ids
@@ -346,9 +361,15 @@ class Generator:
             return known
         return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False)).encode()
 
+    def _marks_in(self, stop: Sequence[str]) -> dict[int, str]:
+        """Return the tokens that are no text, and that a stop string names all the same."""
+        if not stop:
+            return {}
+        return {i: name for i, name in self._hidden.items() if any(name in string for string in stop)}
+
     def shows(self, token: int) -> bool:
         """Say whether a token is text, or a mark of reasoning."""
-        return token not in self._hidden_ids
+        return token not in self._hidden
 
     def tool_calls(self, prompt: Prompt, tokens: list[int]) -> Sequence[ToolCall] | None:
         """Read the calls out of an answer; None where there are none, or nobody says how to read them."""
@@ -376,11 +397,12 @@ class _Answering:
         )
         self._generator, self._prompt = generator, prompt
         self._speech = Speech(
-            generator.decode,
+            generator.detokenizer,
             generator.marks,
             prompt.stage,
             prompt.stop,
             on_piece,
+            context=prompt.context,
             is_exact=self._grammar is not None,
         )
         self._bind()
@@ -401,7 +423,7 @@ class _Answering:
             self._grammar.take(token)
         if self._generator.ends(token) or (is_text and token in self._prompt.stop_token_ids):
             return self._answer(self._speech.end(is_cut_off=False), "stop", n_tokens - 1)
-        if self._generator.shows(token) and (text := self._speech.add(token)) is not None:
+        if (text := self._read(token)) is not None:
             return self._answer(text, "stop", n_tokens)
         if self._grammar and self._grammar.is_over:
             return self._answer(self._speech.end(is_cut_off=False), "stop", n_tokens)
@@ -409,6 +431,13 @@ class _Answering:
             return self._answer(self._speech.end(is_cut_off=True), "length", n_tokens)
         self._bind()
         return None
+
+    def _read(self, token: int) -> str | None:
+        """Let a token be heard; return the whole text if a stop string is now complete."""
+        if self._generator.shows(token):
+            return self._speech.add(token)
+        name = self._prompt.stop_marks.get(token)
+        return None if name is None else self._speech.add_mark(name)
 
     def _bind(self) -> None:
         """Let the next token follow the format, if it is one of the text."""

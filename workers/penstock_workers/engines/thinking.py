@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
+from penstock_workers.engines.detokenizing import HALF_CHARACTER, Detokenizer
 from penstock_workers.engines.wording import Wording
 
 if TYPE_CHECKING:  # the tasks import this file, and transformers loads with the first model
@@ -48,11 +49,12 @@ class Speech:
     """Reasoning and text of one answer.
 
     Args:
-        decode: turns tokens into text.
+        detokenizer: of the model.
         marks: of the model's tokenizer.
         stage: what the first token is of.
         stop: strings that end the text before them.
         on_piece: called with each new piece: of the reasoning, a `Thought`, or of the text.
+        context: the last tokens of a prompt whose text goes on; without, a text begins.
         is_exact: the text is all that comes behind the reasoning, line breaks too.
 
     Attributes:
@@ -62,39 +64,47 @@ class Speech:
 
     def __init__(
         self,
-        decode: Callable[[list[int]], str],
+        detokenizer: Detokenizer,
         marks: Marks,
         stage: Stage,
         stop: Sequence[str],
         on_piece: Callable[[str], None] | None,
         *,
+        context: Sequence[int] = (),
         is_exact: bool = False,
     ) -> None:
         self.stage: Stage = stage
         self.reasoning: str | None = None
-        self._decode, self._marks, self._stop, self._on_piece = decode, marks, stop, on_piece
+        self._detokenizer, self._marks, self._stop, self._on_piece = detokenizer, marks, stop, on_piece
         self._is_exact = is_exact
-        self._held: list[int] = []
+        self._spelling = detokenizer.begin(context)
+        self._waiting: list[int] = []  # tokens that nobody has to read yet
+        self._held = ""  # what may become an opening mark
         self._is_blank = False  # line breaks that come now are neither's
-        self._words = Wording(decode, stop, on_piece)
+        self._words = Wording(stop, on_piece, loose=HALF_CHARACTER)
         if stage == "reasoning":
             self._think("")
 
     def add(self, token: int) -> str | None:
         """Take a token; return the whole text if a stop string is now complete."""
-        if self.stage == "either":
-            return self._begin(token)
+        if self.stage == "text" and self._words.is_deaf:
+            self._waiting.append(token)
+            return None
         if self.stage == "reasoning" and token == self._marks.close_id:
-            self._speak(self._words.end(is_cut_off=False), "")
+            self._hear(self._spelling.end())
+            return self._speak(self._words.end(), "") if self.stage == "reasoning" else None
+        if self.stage == "either" and token == self._marks.open_id:
+            self._think("")
             return None
-        if self._is_blank and not self._decode([token]).strip(_BREAKS):
+        return self._hear(self._spelling.add((token,)))
+
+    def add_mark(self, content: str) -> str | None:
+        """Take a token that is no text, and part of a stop string; else as `add`."""
+        if self.stage == "reasoning":
             return None
-        self._is_blank = False
-        said = self._words.add(token)
-        if said is None or self.stage == "text":
-            return said
-        self._speak(said, self._words.whole.partition(CLOSE)[2])
-        return None
+        if self.stage == "either" and (text := self._begin_text()) is not None:
+            return text
+        return self._words.add(content, is_seen=False)
 
     def speak(self) -> None:
         """Take what comes for the text, whatever it is."""
@@ -102,41 +112,58 @@ class Speech:
 
     def end(self, *, is_cut_off: bool) -> str:
         """Return the whole text; what was cut off may end in half a character, which is left out."""
+        rest = self._spelling.add(self._waiting) + self._spelling.end()
+        self._waiting = []
+        if (text := self._hear(rest)) is not None:
+            return text
         if self.stage == "reasoning":
             self._speak(self._words.end(is_cut_off=is_cut_off), "")
-        held, self._held = self._held, []
-        for token in held:
-            if (text := self._words.add(token)) is not None:
-                return text
+        if self.stage == "either" and (text := self._begin_text()) is not None:
+            return text
         return self._words.end(is_cut_off=is_cut_off)
 
     def tell_rest(self, text: str) -> None:
         """Pass on what of the final text was not yet passed on."""
         self._words.tell_rest(text)
 
-    def _begin(self, token: int) -> str | None:
-        self._held.append(token)
-        began = OPEN if token == self._marks.open_id else self._decode(self._held).lstrip()
-        if began.startswith(OPEN):
-            self._held = []
-            self._think(began.removeprefix(OPEN))
-        elif not OPEN.startswith(began):
-            held, self._held, self.stage = self._held, [], "text"
-            for one in held:
-                if (text := self._words.add(one)) is not None:
-                    return text
-        return None
+    def _hear(self, text: str) -> str | None:
+        """Take what tokens say."""
+        if self._is_blank:
+            text = text.lstrip(_BREAKS)
+        if not text:
+            return None
+        self._is_blank = False
+        if self.stage == "either":
+            return self._begin(text)
+        said = self._words.add(text)
+        if said is None or self.stage == "text":
+            return said
+        return self._speak(said, self._words.rest)
 
-    def _think(self, lead: str) -> None:
+    def _begin(self, text: str) -> str | None:
+        self._held += text
+        began = self._held.lstrip()
+        if began.startswith(OPEN):
+            return self._think(began.removeprefix(OPEN))
+        return None if OPEN.startswith(began) else self._begin_text()
+
+    def _begin_text(self) -> str | None:
+        held, self._held, self.stage = self._held, "", "text"
+        return self._words.add(held)
+
+    def _think(self, lead: str) -> str | None:
         on_piece = self._on_piece
         tell = None if on_piece is None else (lambda piece: on_piece(Thought(piece)))
-        lead = lead.lstrip(_BREAKS)
-        self.stage, self._is_blank = "reasoning", not lead
-        self._words = Wording(self._decode, [CLOSE], tell, lead=lead, trims=_BREAKS)
+        self.stage, self._is_blank, self._held = "reasoning", True, ""
+        self._words = Wording([CLOSE], tell, trims=_BREAKS, loose=HALF_CHARACTER)
+        return self._hear(lead)
 
-    def _speak(self, reasoning: str, lead: str) -> None:
+    def _speak(self, reasoning: str, lead: str) -> str | None:
         self._words.tell_rest(reasoning)
+        self.stage, self.reasoning = "text", reasoning
+        self._words = Wording(self._stop, self._on_piece, loose=HALF_CHARACTER)
         # A format's own text begins at a token's border.
-        lead = "" if self._is_exact else lead.lstrip(_BREAKS)
-        self.stage, self._is_blank, self.reasoning = "text", not (lead or self._is_exact), reasoning
-        self._words = Wording(self._decode, self._stop, self._on_piece, lead=lead)
+        self._is_blank = not self._is_exact
+        if not self._is_exact and not lead:
+            self._spelling = self._detokenizer.begin()
+        return None if self._is_exact else self._hear(lead)

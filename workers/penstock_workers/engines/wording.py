@@ -1,93 +1,100 @@
-"""An answer's text while its tokens arrive: stop strings that span them, and pieces of whole characters."""
+"""An answer's text while it comes: stop strings that span its pieces, and what may be passed on."""
 
 from collections.abc import Callable, Sequence
-
-_WINDOW_TOKENS = 16
-_HALF_CHARACTER = "\ufffd"  # what a decoder puts for bytes that are no whole character, or not yet
 
 
 class Wording:
     """The text of one answer.
 
     Args:
-        decode: turns tokens into text.
         stop: strings that end the answer before them.
-        on_piece: called with each new piece of text: whole characters, and nothing that may still turn out
-            to be the beginning of a stop string. All pieces together are the text that `end` returns.
-        lead: text before that of the first token.
+        on_piece: called with each new piece of text: nothing that may still turn out to be the beginning of
+            a stop string. All pieces together are the text that `end` returns.
         trims: characters that are left out at the end.
+        loose: characters that are left out at the end of an answer that is cut off.
     """
 
     def __init__(
         self,
-        decode: Callable[[list[int]], str],
         stop: Sequence[str],
         on_piece: Callable[[str], None] | None = None,
         *,
-        lead: str = "",
         trims: str = "",
+        loose: str = "",
     ) -> None:
-        self._decode, self._stop, self._on_piece = decode, tuple(stop), on_piece
-        self._lead, self._trims = lead, trims
+        self._stop, self._on_piece, self._trims, self._loose = tuple(stop), on_piece, trims, trims + loose
         self._longest = max(map(len, self._stop), default=0)
-        self._ids: list[int] = []
-        self._text = lead  # whole characters so far
+        self._sure: list[str] = []  # text that stays
+        self._held = ""  # what follows it: the last characters may begin a stop string, or be trimmed
+        self._unseen: list[tuple[int, int]] = []  # where in `_held` is what is no text
         self._n_told = 0
-        # Only the last tokens are decoded at each step: those from `_first` on, whose text so far
-        # has `_n_known` characters.
-        self._first = self._n_known = 0
-
-    def add(self, token: int) -> str | None:
-        """Take a token; return the whole text if a stop string is now complete."""
-        self._ids.append(token)
-        if not self._stop and self._on_piece is None:
-            return None
-        tail = self._decode(self._ids[self._first :])
-        whole = tail.rstrip(_HALF_CHARACTER)
-        n_before = len(self._text)
-        if len(whole) > self._n_known:
-            self._text += whole[self._n_known :]
-            self._n_known = len(whole)
-        if len(self._ids) - self._first >= 2 * _WINDOW_TOKENS and whole == tail:
-            self._first = len(self._ids) - _WINDOW_TOKENS
-            self._n_known = len(self._decode(self._ids[self._first :]))
-        if self._cut(self._text, max(0, n_before - self._longest)) is not None:
-            # Decoding piece by piece and as a whole may differ; the whole is what counts.
-            text = self.whole
-            if (end := self._cut(text, 0)) is not None:
-                return text[:end].rstrip(self._trims) if self._trims else text[:end]
-        self._tell(self._text, self._n_sure())
-        return None
+        self.rest = ""  # what came behind a stop string
 
     @property
-    def whole(self) -> str:
-        """All of the text, what is behind a stop string included."""
-        return self._lead + self._decode(self._ids)
+    def is_deaf(self) -> bool:
+        """Whether nothing depends on when text comes."""
+        return not self._stop and self._on_piece is None
 
-    def end(self, *, is_cut_off: bool) -> str:
-        """Return the whole text; one that was cut off may end in half a character, which is left out."""
-        loose = self._trims + (_HALF_CHARACTER if is_cut_off else "")
-        return self.whole.rstrip(loose) if loose else self.whole
+    def add(self, text: str, *, is_seen: bool = True) -> str | None:
+        """Take new text; return all of it if a stop string is now complete, what is behind that in `rest`.
+
+        Args:
+            text: what is new.
+            is_seen: whether it is text; else it can be part of a stop string alone.
+        """
+        if not is_seen:
+            self._unseen.append((len(self._held), len(self._held) + len(text)))
+        self._held += text
+        places = [(at, at + len(string)) for string in self._stop if (at := self._held.find(string)) >= 0]
+        if places:
+            start, end = min(places)
+            self.rest = self._held[end:]
+            self._held = self._held[:start]
+            return self.end()
+        if n_sure := self._n_sure():
+            self._settle(n_sure)
+        return None
+
+    def end(self, *, is_cut_off: bool = False) -> str:
+        """Return the whole text."""
+        text = "".join([*self._sure, self._text(len(self._held))])
+        trims = self._loose if is_cut_off else self._trims
+        return text.rstrip(trims) if trims else text
 
     def tell_rest(self, text: str) -> None:
         """Pass on what of the final text was not yet passed on."""
-        self._tell(text, len(text))
+        self._tell(text[self._n_told :])
 
-    def _cut(self, text: str, start: int) -> int | None:
-        return min((at for string in self._stop if (at := text.find(string, start)) >= 0), default=None)
+    def _settle(self, n_sure: int) -> None:
+        """Let the first characters of what is held be text that stays."""
+        text = self._text(n_sure)
+        self._held = self._held[n_sure:]
+        self._unseen = [(start - n_sure, end - n_sure) for start, end in self._unseen if end > n_sure]
+        self._sure.append(text)
+        self._tell(text)
+
+    def _text(self, n_characters: int) -> str:
+        """Return the text in so many characters of what is held."""
+        if not self._unseen:
+            return self._held[:n_characters]
+        seen, at = [], 0
+        for start, end in self._unseen:
+            seen.append(self._held[max(at, 0) : max(min(start, n_characters), 0)])
+            at = end
+        return "".join([*seen, self._held[at:n_characters]])
 
     def _n_sure(self) -> int:
-        """Return how many characters stay: the last ones may begin a stop string, or be trimmed."""
-        n_sure = len(self._text)
-        for n in range(min(self._longest - 1, len(self._text)), 0, -1):
-            if any(string.startswith(self._text[-n:]) for string in self._stop):
+        """Return how many of the held characters stay."""
+        n_sure = len(self._held)
+        for n in range(min(self._longest - 1, n_sure), 0, -1):
+            if any(string.startswith(self._held[-n:]) for string in self._stop):
                 n_sure -= n
                 break
-        while n_sure and self._text[n_sure - 1] in self._trims:
+        while n_sure and self._held[n_sure - 1] in self._loose:
             n_sure -= 1
         return n_sure
 
-    def _tell(self, text: str, end: int) -> None:
-        if self._on_piece is not None and end > self._n_told:
-            self._on_piece(text[self._n_told : end])
-            self._n_told = end
+    def _tell(self, piece: str) -> None:
+        if self._on_piece is not None and piece:
+            self._on_piece(piece)
+            self._n_told += len(piece)
