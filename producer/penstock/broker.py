@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, cast
 
+import numpy as np
 import redis
 import redis.asyncio as aioredis
 from redis.asyncio.connection import AbstractConnection
@@ -28,8 +29,14 @@ from redis.sentinel import Sentinel
 
 from penstock.bucket import RETRIES, take
 from penstock.clock import Clock, ticks
-from penstock.codec import queue_key
-from penstock.errors import BrokerRefusedError, BrokerUnavailableError, QueueDelayError, RateLimitError
+from penstock.codec import MAX_RESULT_BYTES, queue_key
+from penstock.errors import (
+    BrokerRefusedError,
+    BrokerUnavailableError,
+    QueueDelayError,
+    RateLimitError,
+    ResultDecodeError,
+)
 from penstock.leases import Limits, push_arguments, scripts
 from penstock.registry import MODELS_KEY, RESULTS_KEY, WORKERS_KEY, Registry
 from penstock.request import Lane
@@ -43,6 +50,9 @@ MAX_CONNECTIONS: Final = 8
 UNACKED_KEY: Final = "unacked"  # hash of messages that workers hold, by delivery tag: see delivery.lua
 
 _HEAD_BYTES: Final = 1 << 12
+_MOST_DIGITS: Final = 12
+# Raised by redis-py, and by those who read replies, where a server sends something else than they expect.
+_GARBLED = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 _REFUSALS = (AuthenticationError, AuthorizationError, NoPermissionError, OutOfMemoryError, ResponseError)
 
 
@@ -100,6 +110,7 @@ def get_large(client: redis.Redis, key: str) -> bytes | memoryview | None:
     Raises:
         OSError: silence for longer than the client's limit.
         redis.RedisError: see `client.get`.
+        ResultDecodeError: it is larger than a result can be.
     """
     pool = client.connection_pool
     connection: Any = pool.get_connection()
@@ -125,11 +136,15 @@ def _read_string(connected: socket.socket) -> memoryview | None:
     length, end, start = head.partition(b"\r\n")
     if not (end and length[:1] == b"$" and length[1:].isdigit()):
         return None
+    if len(length) > 1 + _MOST_DIGITS or int(length[1:]) > MAX_RESULT_BYTES:
+        raise ResultDecodeError(f"it is announced as larger than {MAX_RESULT_BYTES} bytes")
     n_bytes, at = int(length[1:]), len(start)
-    value = bytearray(n_bytes + len(end))
-    value[:at] = start
-    whole = memoryview(value)
-    while at < len(value):
+    if at > n_bytes + len(end):
+        return None
+    # Pages of it are taken as bytes come, not for what a server claims.
+    whole = np.empty(n_bytes + len(end), dtype=np.uint8).data
+    whole[:at] = start
+    while at < len(whole):
         n_read = connected.recv_into(whole[at:])
         if not n_read:
             return None
@@ -208,7 +223,7 @@ def redis_errors(url: str) -> Iterator[None]:
     """Turn what redis-py raises into our errors; `url` is named in them without its password.
 
     Raises:
-        BrokerRefusedError: it answered and refused.
+        BrokerRefusedError: it answered and refused, or sent what is no answer of Redis.
         BrokerUnavailableError: it did not answer in time.
     """
     try:
@@ -217,6 +232,9 @@ def redis_errors(url: str) -> Iterator[None]:
         raise BrokerRefusedError(mask_url(url), str(error)) from error
     except (RedisError, OSError) as error:
         raise BrokerUnavailableError(mask_url(url), str(error) or type(error).__name__) from error
+    except _GARBLED as error:
+        reason = f"what it sent cannot be read ({type(error).__name__})"
+        raise BrokerRefusedError(mask_url(url), reason) from error
 
 
 class Broker:
@@ -241,9 +259,10 @@ class Broker:
                 pipe.time()
                 asked_at = ticks()
                 models, workers, results, (second, microsecond) = await pipe.execute()
-        now_s = second + microsecond / 1e6
+            now_s = second + microsecond / 1e6
+            registry = Registry.read(models, workers, results, now_s)
         self.clock.learn(now_s, asked_at)
-        return Registry.read(models, workers, results, now_s)
+        return registry
 
     async def push(self, queue: str, lane: Lane, *messages: bytes, limits: Limits) -> None:
         """Put messages at the end of a queue, and wake idle workers: all in one step, or none.
@@ -255,11 +274,11 @@ class Broker:
         keys, arguments = push_arguments(queue_key(queue, *lane), *messages, limits=limits)
         with redis_errors(self.url):
             reply = await self._push(keys=keys, args=arguments)
-        if isinstance(reply, list):
-            retry_s, wait_s, exceeded = (text.decode() for text in reply)
-            if exceeded == "rate":
-                raise RateLimitError(lane.tenant, float(retry_s))
-            raise QueueDelayError(queue, exceeded, float(retry_s), float(wait_s) if wait_s else None)
+            if isinstance(reply, list):
+                retry_s, wait_s, exceeded = (text.decode() for text in reply)
+                if exceeded == "rate":
+                    raise RateLimitError(lane.tenant, float(retry_s))
+                raise QueueDelayError(queue, exceeded, float(retry_s), float(wait_s) if wait_s else None)
 
     async def load(self, key: str) -> list[int]:
         """Return jobs, tokens and bytes of a queue, and the tokens that go before what is pushed now."""

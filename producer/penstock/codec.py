@@ -6,9 +6,11 @@ Results are a JSON header and raw little-endian buffers; nothing here can run co
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -22,17 +24,9 @@ from penstock.errors import (
     ResultTooLargeError,
     rebuild_error,
 )
+from penstock.records import RECORDS, build_record, is_timings
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
-from penstock.result import (
-    Choice,
-    EmbedResult,
-    GenerateResult,
-    Logprobs,
-    RerankResult,
-    Result,
-    Timings,
-    Usage,
-)
+from penstock.result import EmbedResult, RerankResult, Result
 
 TASK_NAMES: Mapping[type, str] = {
     EmbedRequest: "penstock.embed",
@@ -49,10 +43,11 @@ DTYPES: Mapping[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("<f4", 
 MAX_RESULT_BYTES = 512 << 20
 """Redis' own limit of one string: `proto-max-bulk-len`, 512 MB by default."""
 
-_RECORDS: Mapping[str, type] = {
-    cls.__name__: cls for cls in (Choice, EmbedResult, GenerateResult, Logprobs, RerankResult, Timings, Usage)
-}
-
+MAX_HEADER_BYTES = 32 << 20
+"""An answer's text is in the header; many times what a context window holds."""
+MAX_STRUCTURE_BYTES = 2 << 20
+"""Of a header, apart from its texts: three bytes of `{},` become sixty in memory, and more."""
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 TENANT_SEPARATOR = "\x06\x17"
 """Between a list's name and the tenant whose messages are in it."""
@@ -176,8 +171,8 @@ def encode_meta(meta: Any) -> bytes:
                 )
             arrays.append(little)
             return {"__array__": len(arrays) - 1, "dtype": little.dtype.str, "shape": list(little.shape)}
-        if type(value).__name__ in _RECORDS:
-            record = {field.name: getattr(value, field.name) for field in fields(value)}  # type: ignore[arg-type]  # a dataclass: it is in _RECORDS
+        if type(value).__name__ in RECORDS:
+            record = {field.name: getattr(value, field.name) for field in fields(value)}  # type: ignore[arg-type]  # a dataclass: it is in RECORDS
             # None is what came after version 1 was first written: clients of then read all but that.
             present = {name: item for name, item in record.items() if item is not None}
             return {"__record__": type(value).__name__, **present}
@@ -187,6 +182,8 @@ def encode_meta(meta: Any) -> bytes:
     text = json.dumps(meta, default=default, ensure_ascii=False, separators=(",", ":"))
     header = text.encode(errors="replace")
     header += b" " * (-(PREAMBLE.size + len(header)) % ALIGNMENT)
+    if len(header) > MAX_HEADER_BYTES:
+        raise ResultTooLargeError(len(header), MAX_HEADER_BYTES)
     n_bytes = PREAMBLE.size + len(header) + sum(_padded(array.nbytes) for array in arrays)
     if n_bytes > MAX_RESULT_BYTES:
         raise ResultTooLargeError(n_bytes, MAX_RESULT_BYTES)
@@ -212,6 +209,9 @@ def decode_meta(payload: bytes | memoryview) -> Any:
     start = PREAMBLE.size + header_bytes
     if start > len(payload):
         raise ResultDecodeError(f"header of {header_bytes} bytes in a payload of {len(payload)}")
+    header = bytes(payload[PREAMBLE.size : start])
+    if header_bytes > MAX_STRUCTURE_BYTES:
+        _check_structure(header)
     expected = 0
 
     def build(record: dict[str, Any]) -> Any:
@@ -223,12 +223,12 @@ def decode_meta(payload: bytes | memoryview) -> Any:
             start, expected = start + _padded(array.nbytes), expected + 1
             return array
         if (name := record.pop("__record__", None)) is not None:
-            return _RECORDS[name](**record)
+            return build_record(name, record)
         return record
 
     try:
         # Objects are built innermost first and in the order of the text, which is the arrays' order.
-        meta = json.loads(bytes(payload[PREAMBLE.size : start]), object_hook=build)
+        meta = json.loads(header, object_hook=build)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ResultDecodeError(f"{type(error).__name__} in its header") from error
     if start != len(payload):
@@ -240,8 +240,17 @@ def decode_outcome(job_id: str, payload: bytes | memoryview) -> Outcome:
     """Read a stored result record.
 
     Raises:
-        ResultDecodeError: see `decode_meta`.
+        ResultDecodeError: see `decode_meta`; whatever else the store holds.
     """
+    try:
+        return _read_outcome(job_id, payload)
+    except PenstockError:
+        raise
+    except Exception as error:
+        raise ResultDecodeError(f"{type(error).__name__} in its record") from error
+
+
+def _read_outcome(job_id: str, payload: bytes | memoryview) -> Outcome:
     meta = decode_meta(payload)
     if not isinstance(meta, dict) or "status" not in meta:
         raise ResultDecodeError("it holds no result record")
@@ -258,10 +267,10 @@ def decode_outcome(job_id: str, payload: bytes | memoryview) -> Outcome:
     if meta["status"] == "REVOKED":
         told = failure.get("exc_message") if isinstance(failure, dict) else None
         timings = told[1:] if isinstance(told, list) else []  # others tell it in words of their own
-        known = timings[0] if timings and isinstance(timings[0], dict) else None
+        known = timings[0] if timings and is_timings(timings[0]) else None
         return Outcome(status="REVOKED", error=JobCancelledError(job_id, known))
     if not isinstance(failure, dict) or "exc_type" not in failure:
-        raise ResultDecodeError(f"status {meta['status']!r} without an error")
+        raise ResultDecodeError(f"status {repr(meta['status'])[:80]} without an error")
     message = failure.get("exc_message")
     args = message if isinstance(message, list) else [message]
     return Outcome(status="FAILURE", error=rebuild_error(str(failure["exc_type"]), args))
@@ -284,10 +293,21 @@ def encode_failure(job_id: str, error: PenstockError) -> bytes:
     )
 
 
+def _check_structure(header: bytes) -> None:
+    """Refuse a long header that is not long for its texts."""
+    n_bytes = len(header)
+    if n_bytes <= MAX_HEADER_BYTES:
+        # So many texts are too much structure by their quotes alone.
+        texts = islice(_TEXT.finditer(header), MAX_STRUCTURE_BYTES // 2 + 1)
+        n_bytes -= sum(max(0, text.end() - text.start() - 2) for text in texts)
+    if n_bytes > MAX_STRUCTURE_BYTES:
+        raise ResultDecodeError(f"header of {n_bytes} bytes besides texts; limit {MAX_STRUCTURE_BYTES}")
+
+
 def _view(payload: bytes | memoryview, start: int, record: Mapping[str, Any]) -> NDArray[Any]:
     dtype, shape = DTYPES.get(record.get("dtype", "")), record.get("shape")
     if dtype is None:
-        raise ResultDecodeError(f"dtype {record.get('dtype')!r}; {', '.join(DTYPES)} are read here")
+        raise ResultDecodeError(f"dtype {repr(record.get('dtype'))[:80]}; {', '.join(DTYPES)} are read here")
     if not isinstance(shape, list) or len(shape) > 4 or not all(type(n) is int and n >= 0 for n in shape):
         raise ResultDecodeError(f"shape {str(shape)[:80]}")
     count = math.prod(shape)

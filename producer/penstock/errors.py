@@ -456,13 +456,19 @@ def error_classes(root: type[PenstockError] = PenstockError) -> Iterator[type[Pe
 
 
 def rebuild_error(name: str, args: Sequence[object]) -> PenstockError:
-    """Build an error from its class name and arguments; an unknown one becomes a `WorkerError`."""
+    """Build an error from its class name and arguments; an unknown one becomes a `WorkerError`.
+
+    Arguments are another version's, or whatever a broken store holds: one that cannot be told is none.
+    """
     found = {cls.__name__: cls for cls in error_classes()}.get(name)
-    if found is not None:
-        try:
+    try:
+        if found is not None:
             error = found(*args)
-            str(error)
+            str(error), repr(error)
             return error
-        except (TypeError, ValueError, ArithmeticError):
-            pass  # another version's fields
-    return WorkerError(f"{name}: {', '.join(map(str, args))}")
+    except Exception:  # noqa: BLE001, S110  any argument may be of any type
+        pass
+    try:
+        return WorkerError(f"{name}: {', '.join(map(str, args))}")
+    except Exception:  # noqa: BLE001  numbers of a thousand digits, lists in lists
+        return WorkerError(f"{name}, with arguments that cannot be told")

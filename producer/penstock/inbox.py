@@ -7,6 +7,7 @@ connection, so every waiter looks for itself after a reconnect, and now and then
 
 import asyncio
 import contextlib
+import logging
 import weakref
 from typing import Any, Final
 
@@ -17,6 +18,8 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponen
 
 from penstock.broker import redis_errors
 from penstock.store import reply_channel, result_key
+
+logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_S: Final = 5.0
 """How long a waiter trusts the notes alone; bounds what a lost note costs."""
@@ -80,8 +83,9 @@ class Inbox:
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]  # redis-py's own gap
 
     async def _listen(self) -> None:
+        """Deliver notes until `close`; whatever the server sends, the next note is heard again."""
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type((RedisError, OSError)),
+            retry=retry_if_exception_type(Exception),
             wait=wait_random_exponential(multiplier=0.05, max=2.0),
         )
         while True:
@@ -89,8 +93,10 @@ class Inbox:
                 while True:
                     message = await self._next_message()
                     if message is not None and message["type"] == "message":
-                        self._deliver(message["channel"].decode(), message["data"])
-            except (RedisError, OSError):
+                        self._deliver(message["channel"], message["data"])
+            except Exception as error:  # noqa: BLE001  a listener that ended would be missed by nobody
+                if not isinstance(error, RedisError | OSError):
+                    logger.warning("notes of results cannot be read: %s", type(error).__name__)
                 async for attempt in retrying:
                     with attempt:
                         await self._resubscribe()
@@ -114,13 +120,15 @@ class Inbox:
         for note in list(self._notes.values()):
             note.set()
 
-    def _deliver(self, channel: str, data: bytes) -> None:
+    def _deliver(self, channel: bytes, data: bytes) -> None:
         payload = None
-        if channel == self.reply_to:
-            name, _, payload = data.partition(b"\n")
-            job_id = name.decode()
+        # An id that is no text is nobody's; it must not end the listener.
+        name = channel.decode(errors="replace")
+        if name == self.reply_to:
+            job_id, _, payload = data.partition(b"\n")
+            name = job_id.decode(errors="replace")
         else:
-            job_id = channel.removeprefix(result_key(""))
-        if (note := self._notes.get(job_id)) is not None:
+            name = name.removeprefix(result_key(""))
+        if (note := self._notes.get(name)) is not None:
             note.payload = payload or None
             note.set()

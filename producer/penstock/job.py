@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from enum import StrEnum
-from typing import Final, Generic, TypeVar, cast
+from typing import Final, Generic, TypeVar, cast, get_args
 
 import redis.asyncio as aioredis
 
@@ -14,6 +14,7 @@ from penstock.errors import (
     BrokerUnavailableError,
     JobCancelledError,
     PenstockError,
+    ResultDecodeError,
     ResultExpiredError,
     ResultTimeoutError,
     UnknownJobError,
@@ -68,9 +69,9 @@ class ResultStore:
                 pipe.get(record_key(job_id))
                 head, record = cast("tuple[bytes | None, bytes | None]", await pipe.execute())
             payload: bytes | memoryview | None = head
+            known = record.decode(errors="replace") if record else None
             if head and len(head) == LARGE_BYTES:
                 payload = await asyncio.to_thread(get_large, self._blocking, result_key(job_id))
-        known = record.decode() if record else None
         # A retry in between is stored too, with a status that is not the end.
         outcome = decode_outcome(job_id, payload) if payload and known in _ENDED else None
         return outcome, known
@@ -185,10 +186,8 @@ class AsyncJob(Generic[T]):
         while True:
             entries, outcome = await self._next_entries(last_id, timeout_s)
             for entry_id, fields in entries:
-                last_id = f"({entry_id.decode()}"
-                run, at, text = (fields[name].decode() for name in (b"run", b"at", b"text"))
-                part = cast("Part", fields.get(b"part", b"text").decode())
-                for piece in reader.take(run, int(at), text, part):
+                last_id, run, at, text, part = _read_entry(entry_id, fields)
+                for piece in reader.take(run, at, text, part):
                     yield piece
             if outcome is not None:
                 self._outcome = outcome
@@ -268,7 +267,10 @@ class AsyncJob(Generic[T]):
 
     def _told(self) -> Outcome | None:
         payload, self._note.payload = self._note.payload, None  # it may be forgotten before the next look
-        return decode_outcome(self.id, payload) if payload else None
+        # Anyone may publish on a channel whose name he knows; only what is stored is an answer, or an error.
+        with contextlib.suppress(ResultDecodeError):
+            return decode_outcome(self.id, payload) if payload else None
+        return None
 
     async def _look(self) -> Outcome | None:
         try:
@@ -286,3 +288,15 @@ class AsyncJob(Generic[T]):
         except TimeoutError:
             return
         self._note.clear()
+
+
+def _read_entry(entry_id: bytes, fields: dict[bytes, bytes]) -> tuple[str, str, int, str, Part]:
+    """Return the id behind which to read on, and a piece: its run, place, text and part."""
+    try:
+        run, at, text = (fields[name].decode() for name in (b"run", b"at", b"text"))
+        part = fields.get(b"part", b"text").decode()
+        if part not in get_args(Part):
+            raise ValueError
+        return f"({entry_id.decode()}", run, int(at), text, cast("Part", part)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ResultDecodeError(f"{type(error).__name__} in a piece of its stream") from error
