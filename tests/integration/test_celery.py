@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from socket import gethostname
 from typing import Any
 
 import pytest
@@ -12,10 +14,12 @@ import redis
 from celery import Celery, Signature, chain, chord, group
 from kombu.serialization import register
 
-from penstock import Client, InvalidMessageError, Job
+from penstock import Client, InvalidMessageError, Job, JobCancelledError, ResultTimeoutError
 from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
+from penstock.settings import Settings, load_settings
 from penstock.store import record_key
 from penstock_workers.callbacks import MAX_SIGNATURES
+from penstock_workers.status import read_status
 from tests.deployment import ROOT, Server, WorkerProcess
 from tests.eventually import eventually
 from tests.integration.ordinary_app import CALLS
@@ -30,6 +34,10 @@ engine = "torch"
 [models.other]
 task = "embed"
 source = "bundled:minilm"
+
+[models.chat]
+task = "generate"
+source = "bundled:tiny-chat"
 
 [worker]
 callback_queues = ["ordinary"]
@@ -48,7 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def worker(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     """A worker of one of two models, which sends callbacks to the queue `ordinary`."""
-    process = WorkerProcess(tmp_path_factory.mktemp("celery"), server, toml=TOML, queues=QUEUE)
+    process = WorkerProcess(tmp_path_factory.mktemp("celery"), server, toml=TOML, queues=f"{QUEUE},cpu.chat")
     try:
         process.wait_until_ready()
         yield process
@@ -252,3 +260,109 @@ def test_what_is_not_safe_is_refused_before_it_is_computed(
         ended(client, server, job_id).result(timeout_s=5)
     with redis.Redis.from_url(server.broker_url) as broker:
         assert not broker.exists("theirs")
+
+
+def needs_none_of(package: str) -> pytest.MarkDecorator:
+    """Skip where the package is installed."""
+    return pytest.mark.skipif(find_spec(package) is not None, reason=f"{package} is installed")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "words"),
+    [
+        ("rate_limit", {"task_name": "penstock.embed", "rate_limit": "5/m"}, "tokens_per_minute"),
+        ("time_limit", {"task_name": "penstock.embed", "hard": 5, "soft": 3}, "a deadline"),
+        ("pool_restart", {}, "stop the process"),
+        ("pool_grow", {"n": 1}, "start another worker process"),
+        ("pool_shrink", {"n": 1}, "start another worker process"),
+        ("autoscale", {"max": 8, "min": 2}, "start another worker process"),
+        ("add_consumer", {"queue": "cpu.other"}, "has loaded; it has cpu.chat, cpu.minilm"),
+        ("add_consumer", {"queue": "emails"}, "start another worker with -Q"),
+        ("add_consumer", {"queue": ["cpu.minilm"]}, "start another worker with -Q"),
+        ("add_consumer", {"queue": QUEUE, "exchange": "theirs"}, "no exchange"),
+        ("cancel_consumer", {"queue": "emails"}, "only from cpu.chat, cpu.minilm"),
+        ("revoke_by_stamped_headers", {"headers": ["customer"]}, "NAME=VALUE"),
+        ("revoke_by_stamped_headers", {"headers": 5}, "a mapping"),
+        pytest.param("memsample", {}, "psutil", marks=needs_none_of("psutil")),
+        pytest.param("objgraph", {}, "objgraph", marks=needs_none_of("objgraph")),
+    ],
+)
+def test_commands_without_effect_are_refused(
+    worker: WorkerProcess, sender: Celery, command: str, arguments: dict[str, object], words: str
+) -> None:
+    """A command that a worker does not carry out is answered with the reason and with what to do instead."""
+    assert words in told(sender, worker, command, **arguments)["error"]
+    assert "Traceback" not in worker.log, worker.log
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("active", "active_queues", "clock", "conf", "memdump", "ping", "registered", "report"),
+        *("reserved", "revoked", "scheduled", "stats", "enable_events", "disable_events", "enable_events"),
+    ],
+)
+def test_other_commands_do_what_celery_documents(worker: WorkerProcess, sender: Celery, command: str) -> None:
+    """Commands that ask, and those about events, are answered without an error."""
+    answer = told(sender, worker, command)
+
+    assert "error" not in answer if isinstance(answer, dict) else answer is not None
+
+
+def test_a_cancelled_queue_is_not_ready_and_its_jobs_wait(
+    worker: WorkerProcess, client: Client, sender: Celery
+) -> None:
+    """After `cancel_consumer` the registry says so, jobs wait, and `add_consumer` takes them again."""
+    assert "ok" in told(sender, worker, "cancel_consumer", queue=QUEUE)
+    settings = load_settings(worker.config, environ={}).settings
+    eventually(lambda: "0 in cpu" in model_line(settings), within_s=30)
+    job = client.submit_embed(["waits"], model="minilm")
+    with pytest.raises(ResultTimeoutError):
+        job.result(timeout_s=1)
+    assert job.state() == "waiting"
+    assert client.generate("Hello", model="chat", max_new_tokens=2)
+
+    assert "ok" in told(sender, worker, "add_consumer", queue=QUEUE)
+
+    assert job.result(timeout_s=60).shape == (1, 384)
+    eventually(lambda: "1 in cpu" in model_line(settings), within_s=30)
+
+
+def test_revoked_jobs_end_for_their_callers(worker: WorkerProcess, client: Client, sender: Celery) -> None:
+    """Waiting jobs that are revoked, by id or by stamp, and a running one that is terminated, end."""
+    running = client.submit_generate("Hello", model="chat", mode="complete", max_new_tokens=1000)
+    eventually(lambda: running.state() == "running", within_s=60)
+    told(sender, worker, "cancel_consumer", queue=QUEUE)
+    waiting = client.submit_embed(["waits"], model="minilm")
+    stamped = embed(sender)
+    stamped.stamp(customer="ada")
+    by_stamp = stamped.apply_async()
+
+    told(sender, worker, "revoke", task_id=waiting.id)
+    told(sender, worker, "revoke_by_stamped_headers", headers=["customer=ada"])
+    told(sender, worker, "revoke", task_id=running.id, terminate=True)
+    told(sender, worker, "add_consumer", queue=QUEUE)
+
+    for job in (waiting, running):
+        with pytest.raises(JobCancelledError):
+            job.result(timeout_s=60)
+    eventually(lambda: by_stamp.state == "REVOKED", within_s=60)
+    assert client.embed(["goes on"], model="minilm").shape == (1, 384)
+    eventually(lambda: told(sender, worker, "active") == [], within_s=60)
+
+
+def told(sender: Celery, worker: WorkerProcess, command: str, **arguments: object) -> Any:
+    """Give the worker a command; return its answer."""
+    options = {
+        "destination": [f"{worker.config.stem}@{gethostname()}"],
+        "reply": True,
+        "timeout": 10,
+        "limit": 1,
+    }
+    answers = eventually(lambda: sender.control.broadcast(command, arguments=arguments, **options), 60)
+    return next(iter(answers[0].values()))
+
+
+def model_line(settings: Settings) -> str:
+    """Return what `penstock status` says of the model."""
+    return next(line.detail for line in read_status(settings).models if line.name == "minilm")

@@ -125,6 +125,30 @@ def test_a_wrong_start_is_refused(
     assert "Traceback" not in worker.log
 
 
+def test_options_of_celery_without_effect_are_refused(server: Server, tmp_path: Path) -> None:
+    """Each option of `celery worker` that means nothing here is named, with what to do instead."""
+    options = {
+        "--autoscale": "4,1",
+        "--time-limit": "5",
+        "--soft-time-limit": "5",
+        "--max-tasks-per-child": "5",
+        "--max-memory-per-child": "5",
+        "--pool-start-method": "spawn",
+        "--prefetch-multiplier": "4",
+        "--disable-prefetch": None,
+        "-B": None,
+    }
+    words = [word for option in options.items() for word in option if word]
+    worker = WorkerProcess(tmp_path, server, toml=BUNDLED, queues="cpu.minilm", options=tuple(words))
+
+    code = worker.wait()
+
+    assert code == EXIT_CONFIG, worker.log
+    critical = [line for line in worker.log.splitlines() if "CRITICAL" in line]
+    assert all(any(option in line for line in critical) for option in options), worker.log
+    assert "Traceback" not in worker.log
+
+
 def test_a_gpu_pool_without_a_gpu_is_refused(server: Server, tmp_path: Path) -> None:
     """Pool `gpu` never falls back to a processor by itself."""
     toml = BUNDLED.replace('source = "bundled:minilm"', 'source = "bundled:minilm"\npools = ["gpu"]')

@@ -36,6 +36,8 @@ def build_app(settings: Settings) -> Celery:
     app = new_app("penstock", broker_url=celery_url(_checked(settings.broker_url)))
     serving = Serving()
     app.penstock_settings, app.penstock_serving = settings, serving
+    app.penstock_queues = {}  # of this process, with their models; known as it starts
+    app.penstock_announce = _nothing
     app.penstock_cancelled = Cancelled(_checked(settings.results_url))
     app.penstock_streams = Streams(_checked(settings.results_url), settings.worker.reader_timeout_s)
     app.conf.update(_configuration(settings))
@@ -70,6 +72,10 @@ def build_app(settings: Settings) -> Celery:
 
     install(is_alive=is_alive, on_dead=tell, room=room, clock=BROKER_CLOCK)
     return app
+
+
+def _nothing() -> None:
+    pass
 
 
 def _configuration(settings: Settings) -> dict[str, Any]:

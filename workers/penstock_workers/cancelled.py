@@ -40,6 +40,10 @@ class Cancelled(Background):
     def __contains__(self, job_id: object) -> bool:
         return job_id in self._ids
 
+    def add(self, job_id: str) -> None:
+        """Take note of a job that was ended in another way, by this process alone."""
+        self._ids[job_id] = None
+
     def _listen(self) -> None:
         """Hear of one job, or begin to."""
         try:

@@ -23,6 +23,7 @@ from penstock.errors import InvalidMessageError, UpstreamError
 from penstock.transport import RefusedError
 from penstock_workers.callbacks import EMBEDDED, CallbackError, awaited_ids
 from penstock_workers.clock import BROKER_CLOCK
+from penstock_workers.control import replace_commands
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,11 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # Celery has no types
     """
 
     _events_at = _late_events_at = 0.0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        if hasattr(options.get("app"), "penstock_queues"):
+            replace_commands()
+        super().__init__(*args, **options)
 
     def _flush_events(self) -> None:
         """Send the events that wait; Celery does so in every turn of its loop, half of the loop's time."""
@@ -190,6 +196,11 @@ class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types
                 self._app.penstock_callbacks.check(embedded)
             except CallbackError as error:
                 raise InvalidTaskError(str(error)) from None
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        """Compute nothing more for the job; its thread ends by itself."""
+        self._app.penstock_cancelled.add(self.id)
+        super().terminate(pool, signal)
 
     def on_retry(self, exc_info: Any) -> None:
         """Put the job off; Celery would send it anew, and acknowledge this one afterwards."""

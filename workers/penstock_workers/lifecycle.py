@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -88,6 +88,42 @@ def refuse_forks(pool_class: type, arguments: Sequence[str]) -> None:
         raise ConfigError([f"pool {name} is refused: {_WHY_THREADS}"])
 
 
+def refuse_options(worker: Any, options: Mapping[str, Any]) -> None:
+    """Refuse what would be taken and change nothing, or do harm.
+
+    Args:
+        worker: Celery's own.
+        options: what it was made with besides.
+
+    Raises:
+        ConfigError: one line for each option, and what to do instead.
+    """
+    found = {name: getattr(worker, name, None) or options.get(name) for name in _WITHOUT_EFFECT}
+    found["disable_prefetch"] = worker.app.conf.worker_disable_prefetch
+    problems = [_WITHOUT_EFFECT[name] for name, value in found.items() if value and value != "fork"]
+    if (multiplier := worker.prefetch_multiplier) != 1:
+        problems.append(
+            f"--prefetch-multiplier {multiplier} is refused: a process holds no more jobs of a queue than it "
+            "has threads for; -c sets both"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+_CHILDREN: Final = "is about forked children, and the pool has threads: it is refused"
+_THREADS: Final = "is refused: a thread cannot be ended; give jobs a deadline, or models deadline_s"
+_WITHOUT_EFFECT: Final = {
+    "autoscale": "--autoscale changes nothing here: start more worker processes instead",
+    "time_limit": f"--time-limit {_THREADS}",
+    "soft_time_limit": f"--soft-time-limit {_THREADS}",
+    "max_tasks_per_child": f"--max-tasks-per-child {_CHILDREN}",
+    "max_memory_per_child": f"--max-memory-per-child {_CHILDREN}",
+    "pool_start_method": f"--pool-start-method {_CHILDREN}",
+    "beat": "-B is refused: nothing here is sent by the clock; run `celery beat` with an app of your own",
+    "disable_prefetch": "--disable-prefetch is refused: jobs are taken only where a thread is free for them",
+}
+"""By the names that Celery's worker gives them."""
+
 _WHY_THREADS: Final = (
     "a forked child cannot use CUDA or OpenMP that its parent has touched, and each would load the models "
     "again; use -P threads, and start more worker processes"
@@ -120,6 +156,7 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
+        self._options = options
         self._settings: Settings = worker.app.penstock_settings
         self._serving: Serving = worker.app.penstock_serving
         self._heartbeat: Heartbeat | None = None
@@ -129,9 +166,9 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
         with _or_exit():
             refuse_options_from_variables()
             refuse_forks(worker.pool_cls, sys.argv[1:])
-            if worker.autoscale:
-                raise ConfigError(["--autoscale changes nothing here: start more worker processes instead"])
+            refuse_options(worker, self._options)
             self._pool, self._names = choose_models(worker.app.amqp.queues.consume_from, self._settings)
+            worker.app.penstock_queues.update({queue_name(self._pool, name): name for name in self._names})
         return self
 
     def start(self, worker: Any) -> None:
@@ -152,6 +189,7 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
                 share_cores(n_threads, device)
             told = str(device or "no device")
             self._heartbeat = Heartbeat(self._settings, self._serving, self._pool, told, self._names)
+            worker.app.penstock_announce = self._heartbeat.beat_now
             self._heartbeat.start()
             n_local = sum(model.engine != "remote" for model in models)
             takes_turns = n_local > 1 and (n_threads > 1 or (device is not None and device.type != "cpu"))
@@ -206,6 +244,10 @@ class Heartbeat(Background):
     def loaded(self, name: str, seconds: float) -> None:
         """Note that a model was loaded."""
         self._load_s[name] = round(seconds, 3)
+
+    def beat_now(self) -> None:
+        """Announce at once what has changed."""
+        self._wake.set()
 
     def _show_life(self) -> None:
         state = self._state()
@@ -269,8 +311,9 @@ class Heartbeat(Background):
 
     def _info(self, state: WorkerState) -> WorkerInfo:
         costs = self._serving.costs()
+        taken = tuple(name for name in self._fields["models"] if name not in self._serving.paused)
         return WorkerInfo(
-            **self._fields,
+            **(self._fields | {"models": taken}),
             state=state,
             started_at=round(BROKER_CLOCK.now() - (ticks() - self._started_ticks), 1),
             load_s=dict(self._load_s),

@@ -106,7 +106,7 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
     def terminate_job(self, pid: int, signal: object = None) -> None:
         """Let the thread of a revoked job run; Celery tells the job's caller that it is revoked."""
         del pid, signal
-        logger.warning("a revoked job runs on, since a thread cannot be ended; its result is dropped")
+        logger.warning("a thread of a revoked job runs on, since it cannot be ended; its result is dropped")
 
     def grow(self, n: int = 1) -> None:
         """Do nothing; asked for by Celery's autoscaler only."""

@@ -104,10 +104,16 @@ class Cost:
 
 
 class Serving:
-    """The models of this process, by name; empty until they are loaded."""
+    """The models of this process, by name; empty until they are loaded.
+
+    Attributes:
+        models: those that are loaded.
+        paused: those whose jobs are not taken, by Celery's command `cancel_consumer`.
+    """
 
     def __init__(self) -> None:
         self.models: dict[str, Served] = {}
+        self.paused: set[str] = set()
         self._device = Device()
         self._costs: dict[str, Cost] = {}
         self._is_stalled = False

@@ -80,6 +80,8 @@ def _worker_line(worker: WorkerInfo, age_s: float) -> Line:
     if worker.state != "ready":
         reason = worker.note or f"{worker.state} {', '.join(worker.models)}"
         return Line(name=worker.id, is_ready=False, detail=reason)
+    if not worker.models:
+        return Line(name=worker.id, is_ready=False, detail="takes no jobs: all its queues were cancelled")
     memory = f"{worker.memory_bytes / 2**20:,.0f} MiB"
     return Line(
         name=worker.id, is_ready=True, detail=f"{', '.join(worker.models)} on {worker.device}, {memory}"
