@@ -10,6 +10,21 @@ local function now_s()
   return tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
 
+-- No bucket is overdrawn by more seconds than this, whatever stands in its key: others may write there.
+local MOST_DEBT_S = 600
+
+-- When a bucket will be full; at once where its key holds no number.
+local function full_at(key, rate, burst, now)
+  local full = tonumber(redis.pcall('GET', key)) or 0
+  local most = now + burst / rate + MOST_DEBT_S
+  if full ~= full then return 0 end
+  if full > most then
+    redis.call('SET', key, string.format('%.6f', most), 'PX', math.ceil((most - now) * 1000))
+    return most
+  end
+  return full
+end
+
 -- Take from all buckets or from none.
 -- keys: buckets. arguments, from the `first` on: longest wait in seconds; then for each bucket its rate per
 -- second, its burst, the cost. `earliest`: not before this second.
@@ -20,7 +35,7 @@ local function take(keys, arguments, first, earliest)
   local full = {}
   for i, key in ipairs(keys) do
     local rate, burst, cost = unpack(arguments, first + 3 * i - 2, first + 3 * i)
-    full[i] = tonumber(redis.call('GET', key) or 0)
+    full[i] = full_at(key, rate, burst, now)
     if tonumber(cost) > 0 then
       -- what costs more than fits in goes when the bucket is full, and leaves a debt
       start = math.max(start, full[i] - (burst - math.min(cost, burst)) / rate)
@@ -29,8 +44,8 @@ local function take(keys, arguments, first, earliest)
   local wait = start - now
   if wait > tonumber(arguments[first]) then return {0, string.format('%.6f', wait)} end
   for i, key in ipairs(keys) do
-    local rate, _, cost = unpack(arguments, first + 3 * i - 2, first + 3 * i)
-    local after = math.max(full[i], start) + cost / rate
+    local rate, burst, cost = unpack(arguments, first + 3 * i - 2, first + 3 * i)
+    local after = math.min(math.max(full[i], start) + cost / rate, now + burst / rate + MOST_DEBT_S)
     if after > now then
       redis.call('SET', key, string.format('%.6f', after), 'PX', math.ceil((after - now) * 1000))
     else

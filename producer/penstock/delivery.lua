@@ -1,27 +1,28 @@
 -- How jobs are delivered: every script that touches a message between its sender and its acknowledgement.
 --
--- | key | type | holds | touched by |
--- | --- | --- | --- | --- |
--- | `<queue>`, `<queue>\x06\x16<3, 6 or 9>` | list | waiting messages, the next one last; kombu's own layout | every sender; workers by `pop` |
--- | `penstock:wake:<list>` | list | a token that wakes an idle worker; for 2 s at most | `push`, whatever refills a list; idle workers by BRPOP |
--- | `unacked` | hash | tag -> message that a worker holds | these scripts; senders look (HEXISTS) |
--- | `unacked_index` | sorted set | tag -> end of its lease, on this server's clock | these scripts |
--- | `penstock:leases` | hash | tag -> token of who holds it, the list it came from, its cost in tokens, its bytes; by lines | these scripts |
--- | `penstock:lost` | hash | tag -> leases that ran out; 0 after a hand-back; gone with the acknowledgement | these scripts |
--- | `penstock:tries` | hash | tag -> how often its worker put it off; gone with the acknowledgement | these scripts |
--- | `penstock:due` | sorted set | tag -> when a delayed message is due, Unix seconds | these scripts |
--- | `penstock:delayed` | hash | tag -> length of the list's name, colon, that name, message | these scripts |
--- | `penstock:dead` | list | JSON of messages that were given up, oldest first; nothing removes them | `bury`; people |
--- | `penstock:untold` | sorted set | entry of `penstock:dead` whose sender must hear -> when another worker may tell | `bury`, `claim_untold`; workers |
--- | `penstock:sweep` | hash | when leases were last looked through, and from when on they may be taken over | `take_over` |
--- | `penstock:serial` | string | counter that tells two messages of one tag apart | these scripts |
--- | `<list>\x06\x17<tenant>` | list | waiting messages of one tenant | these scripts |
--- | `penstock:turns:<list>` | sorted set | tenant with waiting messages -> tokens it has had, by its share | these scripts |
--- | `penstock:passed:<list>` | sorted set | the same of tenants without, while others wait | these scripts |
--- | `penstock:tenants` | hash | tenant -> its share, and its tokens per second or 0 | workers, by their settings |
--- | `penstock:bucket:tenant:<tenant>` | string | see `bucket.lua` | `push` |
--- | `penstock:bucket:retries` | string | see `bucket.lua` | `retry`; clients that try again |
--- | `penstock:load:<queue>` | hash | level (`+`: of tenants), or `held:<level>` -> jobs, tokens and bytes; `age:<level>` -> tokens that went before it in turn; `turn:<level>` -> where the tenant stood that had the last turn; `spilled` -> jobs that came from another pool | these scripts |
+-- | key | type | holds | touched by | bounded by |
+-- | --- | --- | --- | --- | --- |
+-- | `<queue>`, `<queue>\x06\x16<3, 6 or 9>` | list | waiting messages, the next one last; kombu's own layout | every sender; workers by `pop` | `max_waiting_jobs`, `_tokens`, `_bytes` of the model, which our clients keep |
+-- | `penstock:wake:<list>` | list | a token that wakes an idle worker; for 2 s at most | `push`, whatever refills a list; idle workers by BRPOP | time: 2 s |
+-- | `unacked` | hash | tag -> message that a worker holds | these scripts; senders look (HEXISTS) | places of the workers |
+-- | `unacked_index` | sorted set | tag -> end of its lease, on this server's clock | these scripts | as `unacked` |
+-- | `penstock:leases` | hash | tag -> token of who holds it, the list it came from, its cost in tokens, its bytes; by lines | these scripts | as `unacked` |
+-- | `penstock:lost` | hash | tag -> leases that ran out; 0 after a hand-back; gone with the acknowledgement | these scripts | messages there are; 100,000 of those that others removed |
+-- | `penstock:tries` | hash | tag -> how often its worker put it off; gone with the acknowledgement | these scripts | as `penstock:lost` |
+-- | `penstock:due` | sorted set | tag -> when a delayed message is due, Unix seconds | these scripts | delayed messages, which senders bound |
+-- | `penstock:delayed` | hash | tag -> length of the list's name, colon, that name, message | these scripts | as `penstock:due` |
+-- | `penstock:dead` | list | JSON of messages that were given up, oldest first | `bury`; people | 10,000, then the oldest goes and is counted |
+-- | `penstock:untold` | sorted set | entry of `penstock:dead` whose sender must hear -> when another worker may tell | `bury`, `claim_untold`; workers | 10,000 |
+-- | `penstock:sweep` | hash | when leases were last looked through, and from when on they may be taken over; `dropped`: dead letters that had no room | `take_over` | three fields |
+-- | `penstock:serial` | string | counter that tells two messages of one tag apart | these scripts | one number |
+-- | `<list>\x06\x17<tenant>` | list | waiting messages of one tenant | these scripts | as `<queue>` |
+-- | `penstock:turns:<list>` | sorted set | tenant with waiting messages -> tokens it has had, by its share | these scripts | tenants with waiting messages |
+-- | `penstock:passed:<list>` | sorted set | the same of tenants without, while others wait | these scripts | tenants who had a turn since the queue was empty, and more of it than others |
+-- | `penstock:tenants` | hash | tenant -> its share, and its tokens per second or 0 | workers, by their settings | settings: gone a minute after the last worker that knows the tenant |
+-- | `penstock:bucket:tenant:<tenant>` | string | see `bucket.lua` | `push` | time: until it is full, 11 minutes at most |
+-- | `penstock:bucket:retries` | string | see `bucket.lua` | `retry`; clients that try again | time: the same |
+-- | `penstock:load:<queue>` | hash | level (`+`: of tenants), or `held:<level>` -> jobs, tokens and bytes; `age:<level>` -> tokens that went before it in turn; `turn:<level>` -> where the tenant stood that had the last turn; `spilled` -> jobs that came from another pool | these scripts | fields of four levels; fields of empty lists go |
+-- | `penstock:waiting:<queue>` | list | a `1` for each message that waits in all of a queue's lists: its length is how much waits | these scripts; people by LLEN | as the queue |
 --
 -- A tag is the message's own `delivery_tag`. A token names one pop of one process, so what a process took twice
 -- has two tokens: only the last holder acknowledges, renews or hands back.
@@ -37,6 +38,8 @@ local UNACKED, INDEX, LEASES = 'unacked', 'unacked_index', 'penstock:leases'
 local LOST, TRIES, DUE, DELAYED = 'penstock:lost', 'penstock:tries', 'penstock:due', 'penstock:delayed'
 local DEAD, UNTOLD, SWEEP, SERIAL = 'penstock:dead', 'penstock:untold', 'penstock:sweep', 'penstock:serial'
 local LOAD, TURNS, PASSED, TENANTS = 'penstock:load:', 'penstock:turns:', 'penstock:passed:', 'penstock:tenants'
+local WAITING = 'penstock:waiting:'
+local MOST_DEAD, MOST_PAST = 10000, 100000
 local LEVELS = {'0', '3', '6', '9'}
 
 local function now()
@@ -68,6 +71,13 @@ local function free_name(hash, tag)
   return name
 end
 
+-- What a field says, if it is a number that can be counted with: senders may write there.
+local function number_in(text, default)
+  local number = tonumber(text)
+  if not number or number ~= number or math.abs(number) == math.huge then return default end
+  return number
+end
+
 local function tag_in(name) return string.match(name, '^[^\n]*') end
 
 local function queue_of(list) return string.match(list, '^[^\6]*') end
@@ -84,16 +94,18 @@ local function part_of(base, tenant) return tenant == '' and base or base .. '\6
 -- Share, and tokens per second that a tenant may send, 0 if there is no limit.
 local function terms_of(tenant)
   local share, rate = string.match(redis.call('HGET', TENANTS, tenant) or '', '^(%S+) (%S+)$')
-  return tonumber(share) or 1, tonumber(rate) or 0
+  share, rate = number_in(share, 1), number_in(rate, 0)
+  return share > 0 and share or 1, rate
 end
 
 -- kombu's name of a level's list.
 local function list_of(queue, level) return level == '0' and queue or queue .. '\6\22' .. level end
 
--- Tokens, bytes, and whether its sender has said the tokens.
+-- Tokens, bytes, and whether its sender has said the tokens: nothing is free, whatever he said.
 local function cost_of(message)
   local tokens = string.match(string.sub(message, -512), '"cost"%s*:%s*(%d+)')
-  return math.min(tonumber(tokens) or math.ceil(#message / 4), 1e9), #message, tokens ~= nil
+  local cost = tonumber(tokens) or math.ceil(#message / 4)
+  return math.min(math.max(cost, math.floor(#message / 4096), 1), 1e9), #message, tokens ~= nil
 end
 
 -- Jobs, tokens and bytes, as they stand in a field of the load.
@@ -122,6 +134,31 @@ local function forget(queue, what)
   sum.is_new, sum.n, sum.t, sum.b = true, 0, 0, 0
 end
 
+-- One number that says how much waits, for people and autoscalers: the length of a list. It is what the lists
+-- hold, not a sum that could drift. Who may not write it leaves it to the next one who may.
+local function show_waiting(queue)
+  local n, tenants = 0, redis.call('HMGET', LOAD .. queue, '0+', '3+', '6+', '9+')
+  for i, each in ipairs(LEVELS) do
+    local length = redis.pcall('LLEN', list_of(queue, each))
+    n = n + (type(length) == 'number' and length or 0) + (read_sum(tenants[i]))
+  end
+  local key = WAITING .. queue
+  local shown = redis.pcall('LLEN', key)
+  if type(shown) ~= 'number' then return n end
+  if shown > n then
+    redis.pcall('LTRIM', key, shown - n, -1)
+  end
+  while shown < n do
+    local ones = {}
+    for i = 1, math.min(n - shown, 1000) do ones[i] = '1' end
+    if type(redis.pcall('LPUSH', key, unpack(ones))) ~= 'number' then return n end
+    shown = shown + #ones
+  end
+  return n
+end
+
+local shown = {} -- queues in whose lists something has changed
+
 local function settle()
   for queue, sums in pairs(moved) do
     local names, full, empty = {}, {}, {}
@@ -140,7 +177,8 @@ local function settle()
     if #full > 0 then redis.call('HSET', LOAD .. queue, unpack(full)) end
     if #empty > 0 then redis.call('HDEL', LOAD .. queue, unpack(empty)) end
   end
-  moved = {}
+  for queue in pairs(shown) do show_waiting(queue) end
+  moved, shown = {}, {}
 end
 
 -- Tenants take turns: who has had least goes first, what is taken counts by share. Who comes is put where the message
@@ -150,7 +188,7 @@ local function enter(base, tenant)
   local first = redis.call('ZRANGE', TURNS .. base, 0, 0, 'WITHSCORES')
   local had = redis.call('ZSCORE', PASSED .. base, tenant)
   local last = first[2] and redis.call('HGET', LOAD .. queue_of(base), 'turn:' .. level_of(base))
-  redis.call('ZADD', TURNS .. base, math.max(tonumber(last or first[2]) or 0, tonumber(had) or 0), tenant)
+  redis.call('ZADD', TURNS .. base, math.max(number_in(last or first[2], 0), number_in(had, 0)), tenant)
   if had then redis.call('ZREM', PASSED .. base, tenant) end
 end
 
@@ -160,7 +198,7 @@ local function leave(base, tenant)
   local first = redis.call('ZRANGE', TURNS .. base, 0, 0, 'WITHSCORES')
   if first[2] then
     local last = redis.call('HGET', LOAD .. queue_of(base), 'turn:' .. level_of(base))
-    redis.call('ZREMRANGEBYSCORE', PASSED .. base, '-inf', last or first[2])
+    redis.call('ZREMRANGEBYSCORE', PASSED .. base, '-inf', number_in(last, first[2]))
     if had then redis.call('ZADD', PASSED .. base, had, tenant) end
   else
     redis.call('DEL', PASSED .. base)
@@ -180,6 +218,12 @@ local function tally(list, n, message)
   return tokens
 end
 
+-- Answers to `celery inspect` are no jobs, and come and go.
+local function show(list)
+  local queue = queue_of(list)
+  if not string.find(queue, '.pidbox', 1, true) then shown[queue] = true end
+end
+
 -- Puts a message into a list, as the next one or as the last. Returns the list's length, or an error.
 local function insert(list, message, as_next)
   local length = redis.pcall(as_next and 'RPUSH' or 'LPUSH', list, message)
@@ -192,6 +236,7 @@ local function insert(list, message, as_next)
     forget(queue_of(list), level_of(list))
   end
   tally(list, 1, message)
+  show(list)
   wake(list)
   return length
 end
@@ -199,6 +244,7 @@ end
 -- Takes the next message out of a list; the caller has read it. Returns its tokens, and whether the list is empty.
 local function remove(list, message)
   redis.call('RPOP', list)
+  show(list)
   local tokens = tally(list, -1, message)
   local is_empty = redis.call('EXISTS', list) == 0
   if is_empty then
@@ -351,6 +397,7 @@ if tenant ~= '' then
   end
 end
 local n_waiting
+local queue, n_added = queue_of(KEYS[1]), {}
 for i = 6, #ARGV, 2 do
   local due = tonumber(ARGV[i + 1])
   if due and due > now() then
@@ -359,7 +406,12 @@ for i = 6, #ARGV, 2 do
   else
     n_waiting = insert(KEYS[1], ARGV[i], false)
     if type(n_waiting) ~= 'number' then break end
+    n_added[#n_added + 1] = '1'
   end
+end
+if shown[queue] and #n_added < 1000 and (tonumber(n_waiting) or 0) > #n_added then
+  shown = {} -- added to what was there: cheaper than to count anew, and a pop will
+  redis.pcall('LPUSH', WAITING .. queue, unpack(n_added))
 end
 settle()
 return n_waiting
@@ -407,7 +459,7 @@ local function take(base)
   end
   if share[base] <= 0 then return false end
   local tag = tag_of(message)
-  local lost = tonumber(redis.call('HGET', LOST, tag) or -1)
+  local lost = number_in(redis.call('HGET', LOST, tag) or -1, 0)
   if lost >= suspect_at then
     if suspects == 0 then return false end
     suspects = suspects - 1
@@ -422,7 +474,7 @@ local function take(base)
     redis.call('HSET', LOAD .. queue_of(base), 'turn:' .. level_of(base), string.format('%.17g', after - cost))
     if is_empty then leave(base, tenant) end
   end
-  local tries = tonumber(redis.call('HGET', TRIES, tag) or 0)
+  local tries = number_in(redis.call('HGET', TRIES, tag), 0)
   for _, field in ipairs({list, name, lost, tries, tokens, message}) do taken[#taken + 1] = field end
   return tokens
 end
@@ -462,7 +514,7 @@ local function read_ages(of)
   for level = 2, #of.bases do
     local base = of.bases[level]
     if redis.call('EXISTS', base, TURNS .. base) > 0 then
-      of.ages[level] = tonumber(redis.call('HGET', LOAD .. queue_of(base), 'age:' .. level_of(base))) or 0
+      of.ages[level] = number_in(redis.call('HGET', LOAD .. queue_of(base), 'age:' .. level_of(base)), 0)
     end
   end
 end
@@ -518,6 +570,7 @@ for _, of in ipairs(queues) do
     end
   end
 end
+for queue = 1, n_queues do show(KEYS[queue]) end -- others may have put messages there
 settle()
 return taken
 
@@ -618,10 +671,19 @@ local reply = {0}
 
 -- Nobody looked for long: this server was away, and holders had no chance to renew. They get one.
 local sweep = redis.call('HMGET', SWEEP, 'last', 'from')
-local last, from = tonumber(sweep[1] or 0), tonumber(sweep[2] or 0)
+local last, from = number_in(sweep[1], 0), number_in(sweep[2], 0)
 if time - last > 0.6 * lease and time > from + 2 * lease then from = time + lease / 2 end
 redis.call('HSET', SWEEP, 'last', time, 'from', from)
 if time < from then return reply end
+
+-- Of messages that somebody else has removed.
+for _, past in ipairs({LOST, TRIES}) do
+  if redis.call('HLEN', past) > MOST_PAST then
+    for _, tag in ipairs(redis.call('HRANDFIELD', past, 1000)) do
+      if redis.call('HEXISTS', UNACKED, tag) == 0 then redis.call('HDEL', past, tag) end
+    end
+  end
+end
 
 local function claim(name, list, tokens, bytes, n_deliveries, message)
   redis.call('HSET', LEASES, name, lease_of(ARGV[4], list, tokens, bytes))
@@ -643,8 +705,11 @@ for i = #names, 1, -1 do -- whose lease ran out first is the next one in its lis
   else
     reply[1] = reply[1] + 1
     local tag = tag_in(name)
-    local lost = tonumber(redis.call('HGET', LOST, tag) or 0)
-    if lost < most then lost = redis.call('HINCRBY', LOST, tag, 1) end
+    local lost = number_in(redis.call('HGET', LOST, tag), 0)
+    if lost < most then
+      lost = lost + 1
+      redis.call('HSET', LOST, tag, lost)
+    end
     if lost < most and type(insert(list, message, true)) == 'number' then
       drop(name, list, tokens, bytes)
     else
@@ -661,8 +726,15 @@ return reply
 local list, tokens, bytes = list_held(ARGV[1], ARGV[2])
 if not list then return false end
 local entry = string.sub(ARGV[3], 1, -2) .. string.format(',"at":%.6f}', now())
-redis.call('RPUSH', DEAD, entry)
-if ARGV[4] == '1' then redis.call('ZADD', UNTOLD, now() + tonumber(ARGV[5]), entry) end
+local n_dead = redis.call('RPUSH', DEAD, entry)
+if n_dead > MOST_DEAD then
+  redis.call('LTRIM', DEAD, n_dead - MOST_DEAD, -1)
+  redis.call('HINCRBY', SWEEP, 'dropped', n_dead - MOST_DEAD)
+end
+if ARGV[4] == '1' then
+  redis.call('ZADD', UNTOLD, now() + tonumber(ARGV[5]), entry)
+  redis.call('ZREMRANGEBYRANK', UNTOLD, 0, -1 - MOST_DEAD)
+end
 drop(ARGV[1], list, tokens, bytes)
 forget_past(ARGV[1])
 settle()
@@ -692,7 +764,35 @@ wake(ARGV[1])
 -- script: load allow-oom
 -- KEYS: a list. Returns jobs, tokens and bytes of its queue, and the tokens before a message that comes now.
 local n, t, b, ahead = load_of(KEYS[1])
+show_waiting(queue_of(KEYS[1]))
 return {n, math.ceil(t), math.ceil(b), math.ceil(ahead)}
+
+-- script: recount allow-oom
+-- KEYS: the plain lists of queues. Counts anew what is held of them, so that nothing stays that was counted wrong.
+local held = {}
+for _, queue in ipairs(KEYS) do held[queue] = {} end
+local leases = redis.call('HGETALL', LEASES)
+for i = 1, #leases, 2 do
+  local list, tokens, bytes = list_held(leases[i], string.match(leases[i + 1], '^[^\n]*'))
+  local of = list and held[queue_of(list)]
+  if of then
+    local sum = of[level_of(list)] or {n = 0, t = 0, b = 0}
+    sum.n, sum.t, sum.b = sum.n + 1, sum.t + tokens, sum.b + bytes
+    of[level_of(list)] = sum
+  end
+end
+for queue, of in pairs(held) do
+  for _, level in ipairs(LEVELS) do
+    forget(queue, 'held:' .. level)
+    local sum = of[level]
+    if sum then
+      local new = note(queue, 'held:' .. level)
+      new.n, new.t, new.b = sum.n, sum.t, sum.b
+    end
+  end
+  show(queue)
+end
+settle()
 
 -- script: purge allow-oom
 -- KEYS: the lists of a queue. Returns how many messages were dropped, those of tenants included.
@@ -703,11 +803,17 @@ for _, base in ipairs(KEYS) do
     if tenant ~= '' then lists[#lists + 1] = part_of(base, tenant) end
   end
   for _, list in ipairs(lists) do
-    n = n + redis.call('LLEN', list)
+    local length = redis.call('LLEN', list)
+    if redis.call('EXISTS', LOST, TRIES) > 0 then
+      for _ = 1, length do forget_past(tag_of(redis.call('RPOP', list))) end
+    end
     redis.call('DEL', list)
+    n = n + length
     if list ~= base then redis.call('DEL', LOAD .. list) end
   end
   redis.call('DEL', TURNS .. base, PASSED .. base)
   redis.call('HDEL', LOAD .. queue_of(base), level_of(base), level_of(base) .. '+', 'age:' .. level_of(base), 'turn:' .. level_of(base))
+  show(base)
 end
+settle()
 return n

@@ -44,6 +44,9 @@ SHARE: Final = 2
 FEWEST_JOBS: Final = 2
 """A process may hold so many of a queue, whatever they cost: one is computed, and the next is at hand."""
 
+RECOUNT_S: Final = 30.0
+"""How often what a queue's jobs cost is counted anew: senders may write there too."""
+
 SETTLE_S: Final = 5.0
 """How long a process that ends waits for Redis; after that its leases run out."""
 
@@ -193,6 +196,7 @@ class Leases:
         lease_s: how long a lease lasts without being renewed, seconds.
         clock: of the broker.
         is_healthy: whether `is_alive` said yes when it was last asked.
+        queues: that this process takes messages from, or did.
         suspect_at: a message with so many lost leases is a suspect: two more, and it is given up.
     """
 
@@ -211,6 +215,7 @@ class Leases:
         self.lease_s = lease_s
         self.clock = clock or Clock()
         self.is_healthy = True
+        self.queues: set[str] = set()
         self._client, self._max_deliveries = client, max_deliveries
         self._is_alive, self._on_dead, self._queue_of = is_alive, on_dead, queue_of
         self._scripts: dict[str, Script] = {
@@ -233,7 +238,7 @@ class Leases:
         self._backoff_s = 0.0
         # What is done now and then: when it is due, on this process' monotonic clock.
         self._duties: dict[Callable[[], float], float] = dict.fromkeys(
-            (self._renew, self._take_over, self._move_due, self._claim_untold), 0.0
+            (self._renew, self._take_over, self._move_due, self._claim_untold, self._recount), 0.0
         )
         self._thread = Background("leases", self._look_after)
         self._teller = Background("dead-letters", self._tell)
@@ -507,6 +512,11 @@ class Leases:
         if n_moved == _BATCH:
             return 0.0
         return min(_MOVE_S, wait_ms / 1000) if wait_ms >= 0 else _MOVE_S
+
+    def _recount(self) -> float:
+        if queues := sorted(self.queues):
+            self._call("recount", keys=queues)
+        return RECOUNT_S
 
     def _claim_untold(self) -> float:
         if self._on_dead is not None:

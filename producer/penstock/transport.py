@@ -351,6 +351,10 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
             sums = client.hmget(f"penstock:load:{queue}", fields)
         return int(super()._size(queue)) + sum(int(text.split()[0]) for text in sums if text)
 
+    def _has_queue(self, queue: str, **options: Any) -> bool:
+        """Say whether something waits, be it of tenants alone."""
+        return bool(super()._has_queue(queue, **options)) or self._size(queue) > 0
+
     def _purge(self, queue: str) -> int:
         """Drop what waits, tenants' messages too; returns how many."""
         with self.conn_or_acquire() as client:
@@ -376,7 +380,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         if queue not in self.active_fanout_queues:
             self._takers[queue] = (callback, no_ack)
             if not no_ack:
-                self.leases  # noqa: B018  starts looking after them
+                self.leases.queues.add(queue)  # starts looking after them
             self._must_look = True
 
     def _basic_cancel(self, consumer_tag: str) -> None:

@@ -154,7 +154,10 @@ def dead() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def dead_list(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
     """List them, oldest first, without what they hold."""
-    jobs = Queues(Deployment(config, assignments).loaded.settings).dead()
+    queues = Queues(Deployment(config, assignments).loaded.settings)
+    jobs = queues.dead()
+    if n_dropped := queues.n_dropped():
+        click.echo(f"{n_dropped:,} older ones were dropped: there was no room for more", err=True)
     if as_json:
         click.echo(json.dumps([job.to_dict() for job in jobs], indent=2))
         return

@@ -19,6 +19,7 @@ from penstock.store import RECORD_TTL_S, SENT, record_key, result_key
 
 LEASES_KEY: Final = "penstock:leases"
 DELAYED_KEY: Final = "penstock:delayed"
+SWEEP_KEY: Final = "penstock:sweep"
 PRIORITIES: Final = (0, 3, 6, 9)
 """Of kombu; our clients send no 9, others may."""
 
@@ -118,6 +119,11 @@ class Queues:
         with redis_errors(self._settings.redis.broker_url):
             entries: Sequence[bytes] = self._broker.lrange(DEAD_KEY, 0, -1)  # type: ignore[assignment]
         return [_dead_job(entry) for entry in entries]
+
+    def n_dropped(self) -> int:
+        """Count the jobs that were given up, and dropped as the oldest when there was no room for more."""
+        with redis_errors(self._settings.redis.broker_url):
+            return int(self._broker.hget(SWEEP_KEY, "dropped") or 0)
 
     def find_dead(self, job_id: str) -> DeadJob:
         """Return one of them.
