@@ -205,7 +205,7 @@ class ChoiceFormat(TypedDict):
     """One of some texts."""
 
     type: Literal["choice"]
-    choices: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    choices: Annotated[list[str], Field(min_length=1)]
 
 
 ResponseFormat = PlainFormat | JsonSchemaFormat | RegexFormat | ChoiceFormat

@@ -90,6 +90,21 @@ def test_any_object_is_json(generator: Generator) -> None:
 
 
 CHOICES = ["yes", "yes, of course", 'no "never"', "日本\n🙂", "a/b\\c", "<|end|>", "%ignore"]
+ODD_CHOICES = [
+    "",
+    " ",
+    " yes",
+    "\x00",
+    "\x7f",
+    "\x1b[0m",
+    "\r\n",
+    "\u2028",
+    "👩‍👩‍👧",
+    "\ufeff",
+    "'\"`",
+    "start: X",
+    "x" * 300,
+]
 
 
 def test_choices_are_all_that_is_said(generator: Generator) -> None:
@@ -100,6 +115,18 @@ def test_choices_are_all_that_is_said(generator: Generator) -> None:
 
     assert set(said) <= set(CHOICES)
     assert len(set(said)) > 3
+
+
+@pytest.mark.parametrize("choice", ODD_CHOICES, ids=ascii)
+def test_any_string_is_a_possible_choice(generator: Generator, choice: str) -> None:
+    """Nothing, spaces, control characters, quotes, emoji: what is named is said, to the letter."""
+    alone = wanted(generator, {"type": "choice", "choices": [choice, choice]}, max_new_tokens=480)
+    other = wanted(generator, {"type": "choice", "choices": [choice, choice + "b", "🙂"]}, max_new_tokens=480)
+
+    said = texts(generator, [alone, other])
+
+    assert said[0] == choice
+    assert said[1] in (choice, choice + "b", "🙂")
 
 
 def test_thousands_of_choices_are_one_format(generator: Generator) -> None:
@@ -201,8 +228,16 @@ def test_a_format_that_may_end_at_the_limit_is_an_answer(generator: Generator) -
         ({"type": "regex", "pattern": "["}, "unclosed character class"),
         ({"type": "regex", "pattern": "(?=a)b"}, "look-around"),
         ({"type": "regex", "pattern": r"(a)\1"}, "backreferences"),
-        ({"type": "regex", "pattern": r"[^\s\S]"}, "NoExtension"),
-        ({"type": "regex", "pattern": ".*" * 500}, "precomputation failed"),
+        ({"type": "regex", "pattern": r"[^\s\S]"}, "nothing matches it"),
+        ({"type": "regex", "pattern": ".*" * 500}, "too complex (precomputation failed)"),
+        ({"type": "regex", "pattern": r"\bword\b"}, "word boundaries, and anchors inside a pattern"),
+        (schema({"oneOf": [{"type": "number"}, {"type": "integer"}]}), "use anyOf, or tell them apart"),
+        (schema({"type": "array", "items": {}, "uniqueItems": True}), '"uniqueItems"; nothing enforces them'),
+        (
+            schema({"type": "integer", "minimum": -(10**20), "maximum": 10**30}),
+            "bounds of an integer have to lie within -2^63",
+        ),
+        (schema({"$ref": "#/$defs/none"}), "no definition #/$defs/none that its $ref names"),
     ],
     ids=lambda value: str(value)[:60],
 )

@@ -5,7 +5,9 @@ gives up: of a dozen formats made to be costly, with a vocabulary of 150,000, th
 and 0.04 s for a token, one core.
 """
 
+import contextlib
 import json
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Final, Self
@@ -14,20 +16,56 @@ import llguidance.hf
 import llguidance.numpy
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from penstock.errors import InvalidFormatError
 from penstock.request import ResponseFormat
+from penstock_workers.engines.detokenizing import Detokenizer
+from penstock_workers.engines.schemas import simplify
 
 # Not verbose: the parser's state would be quoted, and with it the answer.
 _LIMITS: Final = LLParserLimits(verbose_errors=False)
 # As `json.dumps` writes. Free white space is refused: a model that likes it never comes to an end.
 _SPACING: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _WORD_BITS: Final = 32
-_MOST_PROBLEM_CHARACTERS: Final = 200
+_MOST_PROBLEM_CHARACTERS: Final = 240
+_ANY_OBJECT: Final[dict[str, object]] = {"type": "object"}
+_TOO_COMPLEX: Final = "it is too complex (\\g<0>): ask for fewer or shorter repetitions, or a simpler schema"
+# Its complaints, and what they mean to whoever wrote the format. Those that name a keyword or a place in a
+# pattern are clear as they are.
+_WORDS: Final = (
+    (
+        "coerce_one_of",
+        "oneOf whose alternatives may match together cannot be enforced: use anyOf, or tell them apart by a"
+        " required property with another const in each",
+    ),
+    (
+        r"Unimplemented keys: \[(.*)\]",
+        r"Unimplemented keys: \1; nothing enforces them, leave them out and check the answer",
+    ),
+    ("NoExtension(Bias)?", "nothing matches it that the model's tokens can say"),
+    (
+        "lookarounds not supported.*",
+        "look-around, word boundaries, and anchors inside a pattern are not supported",
+    ),
+    (
+        "(integer|number) range: min=.*",
+        r"bounds of an \1 have to lie within -2^63 and 2^63 - 1, the lower one first",
+    ),
+    (
+        r"Resource '(.*)' is not present.*",
+        r"the schema does not fetch others: \1 is none of its own definitions; put it in $defs",
+    ),
+    ("Pointer '(.*)' does not exist", r"the schema has no definition #\1 that its $ref names"),
+    (
+        "precomputation failed|(?i:fuel|too (?:big|large|complex|many|deep)|exceed|limit|stack overflow)",
+        _TOO_COMPLEX,
+    ),
+)
+_PLACE: Final = re.compile(r"^(?:at )?\d+\(\d+\): ")  # in the grammar that is made of the format
 
 
 class Grammars:
@@ -72,16 +110,51 @@ class Grammars:
         # The trie of its tokens takes up to a second, and most models are never asked for a format.
         with self._opening:
             if self._ours is None:
-                try:
-                    self._ours = llguidance.hf.from_tokenizer(
-                        self._hf,  # type: ignore[arg-type]  # it looks itself
-                        n_vocab=max(self._n_vocab, len(self._hf)),  # the wider one, often the model
-                        eos_token=self._end_ids,
-                    )
-                except Exception as error:
-                    problem = " ".join(str(error).split())[:_MOST_PROBLEM_CHARACTERS]
-                    raise InvalidFormatError(f"the model's tokenizer takes no formats: {problem}") from error
+                self._ours = self._open()
             return self._ours
+
+    def _open(self) -> LLTokenizer:
+        with contextlib.suppress(Exception):  # it knows two kinds of tokenizers, which are most
+            return llguidance.hf.from_tokenizer(
+                self._hf,  # type: ignore[arg-type]  # it looks itself
+                n_vocab=max(self._n_vocab, len(self._hf)),  # the wider one, often the model
+                eos_token=self._end_ids,
+            )
+        try:
+            n_vocab = max(self._n_vocab, len(self._hf))
+            tokens = _Tokens(self._hf, self._end_ids)
+            return LLTokenizer(TokenizerWrapper(tokens), n_vocab=n_vocab, eos_token=self._end_ids)
+        except Exception as error:  # noqa: BLE001  whatever a tokenizer of its own raises
+            problem = " ".join(str(error).split())[:_MOST_PROBLEM_CHARACTERS]
+            raise InvalidFormatError(f"the model's tokenizer takes no formats: {problem}") from None
+
+
+class _Tokens:
+    """A tokenizer as llguidance takes any: what each token says behind another.
+
+    Raises:
+        ValueError: what tokens say depends on their neighbours.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
+        reads = Detokenizer(tokenizer)
+        special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        said = [reads.bytes_of(token) for token in range(len(tokenizer))]
+        if None in said:
+            raise ValueError("what its tokens say depends on their neighbours")
+        self.eos_token_id, self.bos_token_id = end_ids[0], None
+        self.tokens = [special[i].encode() if i in special else text or b"" for i, text in enumerate(said)]
+        self.special_token_ids = sorted(special)
+        self._ids = {text: i for i, text in enumerate(said) if text}
+        self._longest = max(map(len, self._ids), default=0)
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Return tokens that say this, as far as there are any."""
+        found, at = [], 0
+        while ends := [end for end in range(at + self._longest, at, -1) if text[at:end] in self._ids]:
+            found.append(self._ids[text[at : ends[0]]])
+            at = min(ends[0], len(text))
+        return found
 
 
 class Grammar:
@@ -171,15 +244,24 @@ def _rules(wanted: ResponseFormat) -> str:
         return LLMatcher.grammar_from_regex(wanted["pattern"])
     if wanted["type"] == "choice":
         # One terminal, since a rule's alternatives are followed one by one.
-        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in wanted["choices"])
+        choices = " | ".join(map(_quote, wanted["choices"]))
         return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
-    schema = wanted["json_schema"]["schema"] if wanted["type"] == "json_schema" else {"type": "object"}
-    # "x-guidance" is how a schema sets llguidance's own options: those are ours.
+    schema = simplify(wanted["json_schema"]["schema"]) if wanted["type"] == "json_schema" else _ANY_OBJECT
     return LLMatcher.grammar_from_json_schema(json.dumps(schema | {"x-guidance": _SPACING}))
 
 
+def _quote(choice: str) -> str:
+    # Its lexer takes no delete character, which JSON does not escape.
+    return json.dumps(choice, ensure_ascii=False).replace("\x7f", r"\u007f")
+
+
 def _problem(matcher: LLMatcher) -> str:
-    """Return the one line of llguidance's complaint that says what is wrong."""
+    """Return what llguidance says is wrong: one line, in words of the format that the caller wrote."""
     lines = matcher.get_error().splitlines()
-    told = next((line for line in lines if line.startswith("error: ")), lines[0])
-    return told.removeprefix("error: ")[:_MOST_PROBLEM_CHARACTERS]
+    told = next((line for line in lines if line.startswith("error: ")), lines[0]).removeprefix("error: ")
+    told = _PLACE.sub("", told)
+    for pattern, words in _WORDS:
+        if found := re.search(pattern, told):
+            told = found.expand(words)
+            break
+    return told[:_MOST_PROBLEM_CHARACTERS]
