@@ -138,6 +138,9 @@ def check_files(name: str, source: str, model: ModelSettings) -> dict[str, Any]:
         kind = read_json(source, "config_sentence_transformers.json", model.revision) or {}
         extra = read_json(source, "sentence_bert_config.json", model.revision) or {}
         adapter = read_json(source, "adapter_config.json", model.revision)
+        if model.task == "generate":
+            # transformers goes on without one that it cannot read
+            read_json(source, "generation_config.json", model.revision)
         if model.trust_remote_code:
             _check_code(name, source, model.revision)
         if adapter is not None and find_spec("peft") is None:

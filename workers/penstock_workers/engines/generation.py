@@ -35,8 +35,9 @@ from penstock_workers.engines.chat import Chat
 from penstock_workers.engines.decoding import Decoding, Row
 from penstock_workers.engines.detokenizing import Detokenizer
 from penstock_workers.engines.device import free_bytes
+from penstock_workers.engines.generation_config import read_own_config
 from penstock_workers.engines.grammar import Grammar, Grammars
-from penstock_workers.engines.sampling import Sampling, Trail, own_options
+from penstock_workers.engines.sampling import Sampling, Trail
 from penstock_workers.engines.source import explain_failure, resolve_source
 from penstock_workers.engines.thinking import Marks, Speech, Stage
 
@@ -140,9 +141,15 @@ class Generator:
         self.context_window = min(context_window(model, tokenizer), options.context_window or 1 << 62)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self._model, self._tokenizer, self._chat = model, tokenizer, Chat(tokenizer)
-        self._defaults = options.over(own_options(model.generation_config)).over(_DEFAULTS)
         self._n_vocab = model.config.get_text_config(decoder=True).vocab_size
-        self._end_ids = _end_ids(model, tokenizer)
+        own = read_own_config(name, model.generation_config, self._n_vocab)
+        self._defaults = options.over(own.options).over(_DEFAULTS)
+        # as in transformers, only where nobody says how long an answer may be
+        has_bound = options.max_new_tokens or own.options.max_new_tokens
+        self._max_length = None if has_bound else own.max_length
+        self.limits = own.limits
+        # Chat models often name one more than their tokenizer.
+        self._end_ids = own.end_ids | ({tokenizer.eos_token_id} - {None})
         self._grammars = Grammars(tokenizer, self._n_vocab, self._end_ids)
         self.marks = Marks(tokenizer)
         self._hidden = {
@@ -204,6 +211,8 @@ class Generator:
         """
         options = request.options().over(self._defaults)
         window = min(self.context_window, options.context_window or self.context_window)
+        if self._max_length and request.max_new_tokens is None:
+            window = min(window, self._max_length)
         wanted = options.max_new_tokens or 1
         room = wanted if request.max_new_tokens else min(wanted, _LEAST_ROOM_TOKENS, window // 2)
         if room >= window:
@@ -393,6 +402,7 @@ class _Answering:
             sampling=prompt.sampling,
             prompt=prompt.ids,
             grammar=self._grammar,
+            limits=generator.limits,
             n_likeliest=prompt.n_likeliest,
         )
         self._generator, self._prompt = generator, prompt
@@ -476,10 +486,3 @@ def _own_call(call: Mapping[str, Any]) -> ToolCall:
             else json.dumps(arguments, ensure_ascii=False),
         },
     }
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the tokens that end an answer: chat models often name one more than their tokenizer."""
-    own = model.generation_config.eos_token_id
-    ids = own if isinstance(own, list) else [own]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)

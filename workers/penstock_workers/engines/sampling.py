@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig
 
 from penstock.request import GenerationOptions
+from penstock_workers.engines.generation_config import Limits
 from penstock_workers.engines.grammar import Grammar, restrict
 
 _N_LIKELIEST = 256  # of a vocabulary of 150,000, sorting them all would take longer than a small model's step
@@ -61,20 +61,6 @@ class Sampling:
         return replace(self, seed=int.from_bytes(digest) >> (64 - _SEED_BITS))
 
 
-def own_options(config: GenerationConfig) -> GenerationOptions:
-    """Read a model's `generation_config.json`; what it leaves open is None, there and here."""
-    strings = config.stop_strings
-    return GenerationOptions.model_construct(
-        max_new_tokens=config.max_new_tokens,
-        temperature=(1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty,
-        stop=(strings,) if isinstance(strings, str) else tuple(strings or ()),
-    )
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class Trail:
     """What choosing a request's next token depends on besides the logits.
@@ -83,6 +69,7 @@ class Trail:
         sampling: how.
         prompt: its tokens.
         grammar: what may be chosen next; None for anything.
+        limits: what its model's own configuration forbids, where no grammar says what may come.
         n_likeliest: how many of the likeliest tokens to note at each step, besides the one that is chosen;
             None notes nothing.
         tokens: what was chosen so far.
@@ -93,6 +80,7 @@ class Trail:
     sampling: Sampling
     prompt: Sequence[int]
     grammar: Grammar | None = None
+    limits: Limits | None = None
     n_likeliest: int | None = None
     tokens: list[int] = field(default_factory=list)
     noted: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = field(default_factory=list)
@@ -129,6 +117,9 @@ def choose(logits: Tensor, trails: Sequence[Trail]) -> list[int | None]:
     if grammars := {place: trail.grammar for place, trail in enumerate(trails) if trail.grammar}:
         places = list(grammars)
         logits[places] = restrict(logits[places], list(grammars.values()))
+    for place, trail in enumerate(trails):
+        if trail.limits is not None and trail.grammar is None:
+            trail.limits.restrict(logits[place], trail.prompt, trail.tokens)
     penalized = [place for place, trail in enumerate(trails) if _is_penalized(trail.sampling)]
     if penalized:
         logits[penalized] = penalize(logits[penalized], [trails[place] for place in penalized])

@@ -54,7 +54,7 @@ def read_json(source: str, file: str, revision: str | None) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} holds no JSON: {error}") from None
+        raise ValueError(f"{file} is not a valid JSON file: {error}") from None
 
 
 def find_file(source: str, file: str, revision: str | None) -> Path | None:
