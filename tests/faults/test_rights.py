@@ -186,6 +186,16 @@ def test_plain_celery_can_send(fresh: GuardedServer, transport: str, lengths: li
         "RANDOMKEY",
         "PSUBSCRIBE penstock:reply:*",
         "PSUBSCRIBE *",
+        # which of others' jobs were cancelled: their ids open results and streams
+        "SUBSCRIBE penstock:cancelled",
+        "PSUBSCRIBE penstock:cancelled",
+        "SSUBSCRIBE penstock:cancelled",
+        "ZRANGE penstock:cancelled 0 -1",
+        "ZPOPMIN penstock:cancelled",
+        "ZSCAN penstock:cancelled 0",
+        "XREAD STREAMS penstock:stream:x 0",
+        "DEL penstock:stream:x",
+        "PUBLISH penstock:cancelled:other x",
         # the registry, and other keys
         "HSET penstock:models minilm {}",
         "HDEL penstock:workers x",

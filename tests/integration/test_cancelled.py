@@ -8,7 +8,7 @@ import redis
 from penstock import Client
 from penstock.store import CANCELLED_KEY, MAX_CANCELLED, SENT, record_key
 from penstock_workers.cancelled import Cancelled
-from tests.deployment import Server
+from tests.deployment import Server, WorkerProcess
 from tests.eventually import eventually
 
 
@@ -69,3 +69,18 @@ def test_few_cancelled_jobs_are_remembered(own: Server, results: redis.Redis, cl
     cancelled.start()
     eventually(lambda: "new" in cancelled)
     assert "old 000000" not in cancelled
+
+
+def test_the_text_of_a_cancelled_stream_is_removed(server: Server, worker: WorkerProcess) -> None:
+    """Whoever leaves a stream leaves nothing to read: pieces that were sent go with the job."""
+    with Client(server.broker_url) as client, redis.Redis.from_url(server.results_url) as results:
+        before = set(results.keys("penstock:stream:*"))
+        for _ in client.stream("Tell me all you know.", model="chat", max_new_tokens=900):
+            begun = set(results.keys("penstock:stream:*")) - before
+            break
+
+        eventually(lambda: set(results.keys("penstock:stream:*")) <= before, within_s=30)
+        client.generate("Who are you?", model="chat", timeout_s=60)  # what was on its way has arrived
+
+        assert len(begun) == 1
+        assert set(results.keys("penstock:stream:*")) <= before

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, get_args
 from uuid import uuid4
@@ -32,9 +32,11 @@ class Stream:
         self.run = uuid4().hex[:12]  # tells a reader that another worker begins again
         self.n_sent: dict[Part, int] = {}
         self._unread_since: float | None = None
+        self.is_begun = False
 
     def write(self, piece: str, part: Part = "text") -> None:
         """Add a piece; does not wait for Redis."""
+        self.is_begun = True
         self._streams.add(self, part, piece)
 
     def is_unread(self) -> bool:
@@ -67,13 +69,22 @@ class Streams(Background):
         self._url, self.reader_timeout_s = url, reader_timeout_s
         self._lock = threading.Lock()
         self._waiting: dict[tuple[Stream, Part], str] = {}
+        self._unwanted: set[str] = set()  # jobs whose text is to go
         self._wake = threading.Event()
         self._redis: redis.Redis | None = None
         self._is_away = False
 
     @contextmanager
-    def open(self, job_id: str, reply_to: str | None) -> Iterator[Stream]:
-        """Begin the text of a job; what is not sent when it is over is in the job's result."""
+    def open(
+        self, job_id: str, reply_to: str | None, is_unwanted: Callable[[], bool] = lambda: False
+    ) -> Iterator[Stream]:
+        """Begin the text of a job; what is not sent when it is over is in the job's result.
+
+        Args:
+            job_id: of the job.
+            reply_to: of its message.
+            is_unwanted: the job was cancelled, asked at the end; what was sent of its text is then removed.
+        """
         channel = str(reply_to) if is_reply_channel(reply_to) else stream_key(job_id)
         stream = Stream(job_id, channel, self)
         try:
@@ -82,6 +93,14 @@ class Streams(Background):
             with self._lock:
                 for part in get_args(Part):
                     self._waiting.pop((stream, part), None)
+            if stream.is_begun and is_unwanted():
+                self.discard(job_id)
+
+    def discard(self, job_id: str) -> None:
+        """Remove what Redis holds of a job's text, after what is on its way there; does not wait."""
+        with self._lock:
+            self._unwanted.add(job_id)
+        self._wake.set()
 
     def add(self, stream: Stream, part: Part, piece: str) -> None:
         """Queue a piece of a stream."""
@@ -109,16 +128,18 @@ class Streams(Background):
     def _send(self) -> None:
         self._redis = self._redis or connect_sync(self._url)
         with self._lock:
-            pieces = dict(self._waiting)
+            pieces, unwanted = dict(self._waiting), sorted(self._unwanted)
         with self._redis.pipeline(transaction=False) as pipe:
             for (stream, part), piece in pieces.items():
                 text = piece.encode(errors="replace")  # a tokenizer may give half of a surrogate pair
                 arguments = (stream.run, stream.n_sent.get(part, 0), text, MAX_PIECES, STREAM_TTL_S)
                 pipe.eval(APPEND, 1, stream.key, *arguments, stream.channel, stream.job_id, part)
+            for job_id in unwanted:
+                pipe.delete(_encoded(stream_key(job_id)))
             answers = pipe.execute(raise_on_error=False)
         failures = []
         with self._lock:
-            for ((stream, part), piece), n_readers in zip(pieces.items(), answers, strict=True):
+            for ((stream, part), piece), n_readers in zip(pieces.items(), answers, strict=False):
                 if isinstance(n_readers, Exception):
                     # Somebody has put something else at its key: its reader gets all with the result.
                     if str(n_readers).startswith("WRONGTYPE"):
@@ -131,6 +152,9 @@ class Streams(Background):
                     self._waiting[stream, part] = rest
                 else:
                     self._waiting.pop((stream, part), None)
+            for job_id, n_removed in zip(unwanted, answers[len(pieces) :], strict=True):
+                if not isinstance(n_removed, Exception):
+                    self._unwanted.discard(job_id)
         if failures:
             raise failures[0]
 

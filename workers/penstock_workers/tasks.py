@@ -80,6 +80,8 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], str
             job_id = self.request.id
             # Celery acknowledges it, and stores nothing.
             if job_id in cancelled or _is_answered(self):
+                if kind is GenerateRequest and job_id in cancelled:
+                    streams.discard(job_id)  # a worker that was lost may have begun it
                 raise Ignore
             request = decode_request(self.name, args, kwargs)
             delivery = Delivery(
@@ -168,7 +170,7 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
     prompt: Any = served.engine.prepare(request)
     if prompt.n_likeliest is not None:
         _check_size(prompt.n_choices * prompt.max_new_tokens * (1 + prompt.n_likeliest) * LOGPROB_BYTES)
-    with delivery.streams.open(delivery.job_id, delivery.reply_to) as stream:
+    with delivery.streams.open(delivery.job_id, delivery.reply_to, delivery.is_unwanted) as stream:
         work = served.batcher.submit(
             delivery.job_id,
             prompt.choices(),
