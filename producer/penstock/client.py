@@ -49,6 +49,7 @@ from penstock.request import (
     new_job_id,
 )
 from penstock.result import GenerateResult, RerankResult, Vectors
+from penstock.stacks import with_password
 from penstock.stream import OnRestart, Piece
 from penstock.urls import checked_url, locate_results
 from penstock.waiting import WaitPolicy, try_again
@@ -151,7 +152,7 @@ class AsyncClient:
         results_url: str | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
-        self._url = checked_url("url", url)
+        self._url = with_password(checked_url("url", url))
         self._results_url = None if results_url is None else checked_url("results_url", results_url)
         self._connect_timeout_s = connect_timeout_s
         self._broker = Broker(self._url, connect_timeout_s=connect_timeout_s)

@@ -10,7 +10,13 @@ import pytest
 import redis
 
 from penstock.errors import BrokerRefusedError, BrokerUnavailableError, ConfigError
-from penstock_workers.local_redis import free_port, is_ready, local_redis_command, wait_until_ready
+from penstock_workers.local_redis import (
+    free_port,
+    is_ready,
+    local_redis_command,
+    password_line,
+    wait_until_ready,
+)
 
 
 @contextmanager
@@ -74,6 +80,24 @@ def test_a_password_is_asked_for_and_never_shown() -> None:
                 wait_until_ready(url.replace("127", f"{user}127", 1), within_s=10)
 
             assert "wrong@" not in str(caught.value)
+
+
+def test_a_password_can_be_told_where_nobody_sees_it() -> None:
+    """A server that reads its standard input asks for the password it finds there."""
+    port = free_port()
+    process = subprocess.Popen(
+        local_redis_command(port=port, folder=None, reads_input=True), stdin=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    with process.stdin as told:
+        told.write(password_line("correct horse"))
+    try:
+        wait_until_ready(f"redis://:correct%20horse@127.0.0.1:{port}/0", within_s=10)
+        with pytest.raises(BrokerRefusedError):
+            is_ready(f"redis://127.0.0.1:{port}/0")
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
 
 
 def test_a_closed_port_is_told_within_the_limit() -> None:

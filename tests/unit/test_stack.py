@@ -61,6 +61,11 @@ def test_redis_is_started_where_no_broker_is_configured() -> None:
     assert option(redis.command, "--bind") == "127.0.0.1"
     assert stack.broker_url == f"redis://127.0.0.1:{port}/0"
     assert all(worker.environment["PENSTOCK_REDIS__BROKER_URL"] == stack.broker_url for worker in workers)
+    assert stack.password is not None
+    assert all(worker.environment["PENSTOCK_REDIS__PASSWORD"] == stack.password for worker in workers)
+    assert stack.password in redis.told.decode()
+    assert stack.password not in " ".join(redis.command)
+    assert stack.login_url == f"redis://:{stack.password}@127.0.0.1:{port}/0"
     assert all(
         worker.environment["PENSTOCK_REDIS__RESULTS_URL"] == f"redis://127.0.0.1:{port}/1"
         for worker in workers

@@ -24,9 +24,18 @@ from penstock.settings import (
     sample_environment,
     variable_name,
 )
+from penstock.stacks import RunningStack, announced, choose_stack, find_stacks, without_login
+from penstock.urls import mask_url
 from penstock_workers.layout import choose_layouts, read_machine
 from penstock_workers.queues import DeadJob, Queues, table
-from penstock_workers.stack import has_engines, plan_stack, require_engines, worker_command, worker_queues
+from penstock_workers.stack import (
+    Stack,
+    has_engines,
+    plan_stack,
+    require_engines,
+    worker_command,
+    worker_queues,
+)
 from penstock_workers.status import read_status
 from penstock_workers.supervisor import Supervisor
 from penstock_workers.variables import refuse_variables
@@ -38,11 +47,41 @@ class Deployment:
     """The configuration a command was started with."""
 
     def __init__(self, config: Path | None, assignments: tuple[str, ...]) -> None:
-        arguments = dict(_split(assignment) for assignment in assignments)
+        arguments = self._arguments = dict(_split(assignment) for assignment in assignments)
         self.config = config
         self.loaded: Loaded = load_settings(config, arguments=arguments)
         # Children read the same texts as variables.
         self.environment = {variable_name(key): text for key, text in arguments.items()}
+        self.stack: RunningStack | None = None
+
+    def joined(self) -> "Deployment":
+        """Return it with the Redis of the stack that runs here, where the configuration names none.
+
+        Raises:
+            ConfigError: several run.
+            BrokerUnavailableError: the one that was started here was killed.
+        """
+        if "redis.broker_url" in self.loaded.origins:
+            return self
+        self.stack = choose_stack(find_stacks(), Path.cwd())
+        if self.stack is not None:
+            values = {"broker_url": self.stack.broker_url, "results_url": self.stack.results_url}
+            if self.stack.password is not None:
+                values["password"] = self.stack.password
+            found = {f"redis.{name}": text for name, text in values.items()}
+            self.environment |= {variable_name(key): text for key, text in found.items()}
+            self.loaded = load_settings(self.config, arguments=self._arguments | found)
+        return self
+
+    @property
+    def redis(self) -> str:
+        """Say which Redis is asked, and why; without its password."""
+        if self.stack is not None:
+            return f"stack   {self.stack}"
+        url = mask_url(self.loaded.settings.redis.broker_url)
+        if "redis.broker_url" in self.loaded.origins:
+            return f"Redis   {url}"
+        return f"Redis   {url}, the default: no stack of `penstock up` runs for this user"
 
 
 def _split(assignment: str) -> tuple[str, str]:
@@ -78,6 +117,7 @@ def cli() -> None:
 def up(config: Path | None, assignments: tuple[str, ...]) -> None:
     """Start Redis (if no broker is configured), the workers and Flower, until Ctrl-C."""
     deployment = Deployment(config, assignments)
+    _refuse_second(deployment)
     stack = plan_stack(
         deployment.loaded,
         config=config,
@@ -86,12 +126,41 @@ def up(config: Path | None, assignments: tuple[str, ...]) -> None:
     )
     for pool, layout in stack.layouts.items():
         click.echo(f"penstock | {pool + ':':8} {layout}")
-    click.echo(f'penstock | clients: Client("{stack.broker_url}")')
-    click.echo(f"penstock | status:  {variable_name('redis.broker_url')}={stack.broker_url} penstock status")
+    settings = deployment.loaded.settings
+    shown = stack.broker_url if stack.password else mask_url(settings.redis.broker_url)
+    click.echo(f'penstock | clients: Client("{shown}"){_login(stack, settings)}')
+    click.echo(f"penstock | status:  penstock status{f' --config {config}' if config else ''}")
     if stack.flower_url:
         click.echo(f"penstock | Flower:  {stack.flower_url}")
+    running = RunningStack(
+        pid=os.getpid(),
+        folder=str(Path.cwd()),
+        broker_url=stack.broker_url if stack.password else without_login(stack.broker_url),
+        results_url=stack.results_url if stack.password else without_login(stack.results_url),
+        password=stack.password,
+        models=tuple(settings.models),
+    )
     supervisor = _supervisor(stack.children, deployment)
-    sys.exit(asyncio.run(supervisor.run()))
+    with announced(running):
+        code = asyncio.run(supervisor.run())
+    sys.exit(code)
+
+
+def _refuse_second(deployment: Deployment) -> None:
+    """Refuse a second Redis of our own in one folder: both would write the same files."""
+    if "redis.broker_url" in deployment.loaded.origins:
+        return
+    for stack in find_stacks():
+        if stack.is_alive and stack.password is not None and Path(stack.folder) == Path.cwd():
+            raise ConfigError([f"a stack runs in this folder: {stack}"])
+
+
+def _login(stack: Stack, settings: Settings) -> str:
+    """Say what a client needs besides the URL; never the password itself."""
+    if stack.password is not None:
+        return ", on this machine and for this user alone"
+    has_one = settings.broker_url != without_login(settings.broker_url)
+    return ", with its password" if has_one else ""
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -112,7 +181,7 @@ def worker(
     """
     require_engines()
     refuse_variables(os.environ)
-    deployment = Deployment(config, assignments)
+    deployment = Deployment(config, assignments).joined()
     name = cast("PoolName", pool)
     queues = worker_queues(deployment.loaded.settings, name, models)
     command = worker_command(deployment.loaded.settings, queues, f"{pool}-{os.getpid()}")
@@ -127,8 +196,11 @@ def worker(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
     """Say what is ready, or why not, per worker and model; exit 1 if a model is not."""
-    found = read_status(Deployment(config, assignments).loaded.settings)
-    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
+    deployment = Deployment(config, assignments).joined()
+    models = deployment.stack.models if deployment.stack else ()
+    found = read_status(deployment.loaded.settings, models)
+    told = {**found.to_dict(), "redis": mask_url(deployment.loaded.settings.redis.broker_url)}
+    click.echo(json.dumps(told, indent=2) if as_json else "\n".join([deployment.redis, *found.lines()]))
     sys.exit(0 if found.is_ready else 1)
 
 
@@ -137,7 +209,7 @@ def status(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> 
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def queues(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
     """Count what waits, runs, is delayed or was given up, per queue."""
-    states = Queues(Deployment(config, assignments).loaded.settings).states()
+    states = Queues(Deployment(config, assignments).joined().loaded.settings).states()
     if as_json:
         click.echo(json.dumps([asdict(state) for state in states], indent=2))
     else:
@@ -154,7 +226,7 @@ def dead() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def dead_list(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
     """List them, oldest first, without what they hold."""
-    queues = Queues(Deployment(config, assignments).loaded.settings)
+    queues = Queues(Deployment(config, assignments).joined().loaded.settings)
     jobs = queues.dead()
     if n_dropped := queues.n_dropped():
         click.echo(f"{n_dropped:,} older ones were dropped: there was no room for more", err=True)
@@ -172,7 +244,7 @@ def dead_list(config: Path | None, assignments: tuple[str, ...], as_json: bool) 
 @click.option("--with-text", is_flag=True, help="Print the message too: it holds what its caller wrote.")
 def dead_show(config: Path | None, assignments: tuple[str, ...], job_id: str, with_text: bool) -> None:
     """Show one of them as JSON."""
-    job = Queues(Deployment(config, assignments).loaded.settings).find_dead(job_id)
+    job = Queues(Deployment(config, assignments).joined().loaded.settings).find_dead(job_id)
     click.echo(json.dumps(job.to_dict(with_text=with_text), indent=2))
 
 
@@ -184,7 +256,7 @@ def requeue(
     config: Path | None, assignments: tuple[str, ...], job_ids: tuple[str, ...], everything: bool
 ) -> None:
     """Put jobs back into their queues, with all their deliveries before them."""
-    found = Queues(Deployment(config, assignments).loaded.settings)
+    found = Queues(Deployment(config, assignments).joined().loaded.settings)
     jobs = [job for job in _chosen(found, job_ids, everything) if job.id]
     click.echo(f"{sum(found.requeue(job) for job in jobs)} put back")
 
@@ -197,7 +269,7 @@ def drop(
     config: Path | None, assignments: tuple[str, ...], job_ids: tuple[str, ...], everything: bool
 ) -> None:
     """Forget jobs for good."""
-    found = Queues(Deployment(config, assignments).loaded.settings)
+    found = Queues(Deployment(config, assignments).joined().loaded.settings)
     click.echo(f"{sum(found.drop(job) for job in _chosen(found, job_ids, everything))} dropped")
 
 

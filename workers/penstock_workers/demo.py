@@ -107,7 +107,7 @@ async def _in_stack(
     n_workers = sum(child.stage == 1 for child in stack.children)
     say(f"starting Redis and {n_workers} worker processes ...")
     started = time.perf_counter()
-    async with supervisor.running(), AsyncClient(stack.broker_url) as client:
+    async with supervisor.running(), AsyncClient(stack.login_url) as client:
         await _wait_until_ready(client, tuple(loaded.settings.models), n_workers)
         ready_s = time.perf_counter() - started
         say(f"ready after {ready_s:.1f} s: {', '.join(loaded.settings.models)}\n")

@@ -14,13 +14,17 @@ _POLL_S = 0.05
 _ANSWER_S = 1.0
 
 
-def local_redis_command(*, port: int, folder: Path | None, password: str | None = None) -> list[str]:
+def local_redis_command(
+    *, port: int, folder: Path | None, password: str | None = None, reads_input: bool = False
+) -> list[str]:
     """Return the command line of a server that listens on 127.0.0.1 and never drops a job.
 
     Args:
         port: where it listens.
         folder: keeps the data, written as configs/redis.conf says; made if it is missing. None keeps nothing.
-        password: what clients have to send. The server takes it off its command line as it starts.
+        password: what clients have to send. The server takes it off its command line as it starts; until then
+            everybody on the machine can read it there.
+        reads_input: it takes more from its standard input: `password_line`, which nobody sees.
 
     Raises:
         ConfigError: there is no server on this machine.
@@ -31,9 +35,15 @@ def local_redis_command(*, port: int, folder: Path | None, password: str | None 
     if folder is None:
         command += ["--appendonly", "no"]
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         command += ["--appendonly", "yes", "--dir", str(folder.resolve())]
-    return command + (["--requirepass", password] if password else [])
+    command += ["--requirepass", password] if password else []
+    return command + (["-"] if reads_input else [])
+
+
+def password_line(password: str) -> bytes:
+    """Return what a server that reads its standard input is given to ask for a password."""
+    return f'requirepass "{password}"\n'.encode()
 
 
 def free_port() -> int:

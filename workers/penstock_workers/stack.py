@@ -2,10 +2,11 @@
 
 import importlib.util
 import os
+import secrets
 import sys
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from socket import socket
 from typing import Final
@@ -14,9 +15,10 @@ from penstock.codec import queue_name
 from penstock.errors import ConfigError
 from penstock.request import PoolName
 from penstock.settings import CONFIG_VARIABLE, Loaded, Settings, variable_name
+from penstock.stacks import with_login
 from penstock_workers.forkserver import Preload
 from penstock_workers.layout import Layout, choose_layouts, on_cards, read_machine, thread_variables
-from penstock_workers.local_redis import free_port, is_ready, local_redis_command
+from penstock_workers.local_redis import free_port, is_ready, local_redis_command, password_line
 from penstock_workers.supervisor import Child
 from penstock_workers.variables import refuse_variables
 
@@ -34,15 +36,24 @@ class Stack:
 
     Attributes:
         children: for the supervisor.
-        broker_url: where clients connect, with its password.
+        broker_url: where clients connect.
+        results_url: where results are.
+        password: of the Redis that is started, which its URLs do not hold; None where none is.
         flower_url: the monitoring page; None if none is started.
         layouts: worker processes by pool.
     """
 
     children: tuple[Child, ...]
     broker_url: str
+    results_url: str
+    password: str | None = field(repr=False)
     flower_url: str | None
     layouts: Mapping[PoolName, Layout]
+
+    @property
+    def login_url(self) -> str:
+        """The broker's URL with its password: for connections, never for a log."""
+        return self.broker_url if self.password is None else with_login(self.broker_url, self.password)
 
 
 def plan_stack(
@@ -75,21 +86,15 @@ def plan_stack(
         variables[variable_name(f"pools.{pool}.processes")] = str(layout.processes)
         variables[variable_name(f"pools.{pool}.threads")] = str(layout.threads)
     children: list[Child] = []
-    broker_url = settings.broker_url
+    broker_url, results_url, password = settings.broker_url, settings.results_url, None
     if "redis.broker_url" not in loaded.origins:
         port = DEFAULT_PORT if redis_folder and _is_free(DEFAULT_PORT) else free_port()
-        broker_url = f"redis://127.0.0.1:{port}/0"
+        broker_url, results_url = f"redis://127.0.0.1:{port}/0", f"redis://127.0.0.1:{port}/1"
+        password = secrets.token_hex(32)
         variables[variable_name("redis.broker_url")] = broker_url
-        variables[variable_name("redis.results_url")] = f"redis://127.0.0.1:{port}/1"
-        children.append(
-            Child(
-                name="redis",
-                command=local_redis_command(port=port, folder=redis_folder),
-                environment={},
-                stage=0,
-                is_ready=lambda: is_ready(broker_url),
-            )
-        )
+        variables[variable_name("redis.results_url")] = results_url
+        variables[variable_name("redis.password")] = password
+        children.append(_redis(port, redis_folder, password))
     workers = _workers(settings, layouts, variables)
     if not workers:
         raise ConfigError(["nothing to start: no pool with processes serves a model"])
@@ -97,6 +102,8 @@ def plan_stack(
     return Stack(
         children=(*children, *workers, *flower),
         broker_url=broker_url,
+        results_url=results_url,
+        password=password,
         flower_url=f"http://{settings.flower.address}:{settings.flower.port}" if flower else None,
         layouts=layouts,
     )
@@ -148,6 +155,23 @@ def worker_command(settings: Settings, queues: list[str], node: str) -> list[str
     # Gossip and mingle exchange what our workers do not use, at each start and for each worker.
     options = ["-P", "threads", "-n", f"{node}@%h", "-l", settings.worker.log_level]
     return [*command, *options, "--without-gossip", "--without-mingle"]
+
+
+def _redis(port: int, folder: Path | None, password: str) -> Child:
+    """Return a server for this user: every user of the machine reaches its port, and could read its files."""
+    login_url = with_login(f"redis://127.0.0.1:{port}/0", password)
+    if folder is not None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)  # an earlier version left it open
+    return Child(
+        name="redis",
+        command=local_redis_command(port=port, folder=folder, reads_input=True),
+        environment={},
+        stage=0,
+        is_ready=lambda: is_ready(login_url),
+        told=password_line(password),
+        umask=0o077,
+    )
 
 
 def _workers(

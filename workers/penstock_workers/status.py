@@ -1,6 +1,7 @@
 """Whether a deployment is ready, per worker and per model, and if not, why."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from penstock.client import AsyncClient
@@ -50,16 +51,17 @@ class Status:
         ] + [verdict if rows else f"{verdict}: no worker has announced itself and no model is configured"]
 
 
-def read_status(settings: Settings) -> Status:
+def read_status(settings: Settings, expected: Sequence[str] = ()) -> Status:
     """Look at the registry.
 
     Args:
-        settings: its models are expected; where it has none, those that were ever announced.
+        settings: its models are expected; where it has none,
+        expected: these, and where there are none either, those that were ever announced.
 
     Raises:
         TransportError: Redis is out of reach, or refuses.
     """
-    return judge(asyncio.run(_read(settings.broker_url)), tuple(settings.models))
+    return judge(asyncio.run(_read(settings.broker_url)), tuple(settings.models) or tuple(expected))
 
 
 def judge(registry: Registry, expected: tuple[str, ...]) -> Status:

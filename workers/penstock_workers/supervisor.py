@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO
 
 from penstock_workers.forkserver import Forked, ForkServer, Preload, tie_to_parent
@@ -36,6 +36,8 @@ class Child:
         is_ready: the next stage waits until it says yes; asked every 50 ms, it must answer fast.
         preload: it is forked from a process that has this, with others that have the same, where the kernel
             ties a child to its parent; its command is `python -m MODULE ARGUMENT...` of this interpreter.
+        told: what it reads from its standard input, 4 KiB at most; not for one with `preload`.
+        umask: of the files it makes; None for the parent's.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Child:
     stage: int
     is_ready: Callable[[], bool] | None = None
     preload: Preload | None = None
+    told: bytes = field(default=b"", repr=False)
+    umask: int | None = None
 
 
 class StackEndedError(Exception):
@@ -294,15 +298,27 @@ class _Spawned(subprocess.Popen[bytes]):
 def _spawn(child: Child, output: int) -> _Spawned:
     # Not asyncio's own subprocesses: Python 3.11 gives each a thread, and a thread's lock, held at the
     # fork, is what makes `preexec_fn` unsafe. Here only the main thread runs.
-    return _Spawned(
-        child.command,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **child.environment},
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,  # one pipe keeps their order
-        start_new_session=True,
-        preexec_fn=tie_to_parent(),
-    )
+    with _input(child.told) as told:
+        return _Spawned(
+            child.command,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **child.environment},
+            stdin=told,
+            stdout=output,
+            stderr=output,  # one pipe keeps their order
+            start_new_session=True,
+            umask=-1 if child.umask is None else child.umask,
+            preexec_fn=tie_to_parent(),
+        )
+
+
+def _input(told: bytes) -> IO[bytes]:
+    """Return a file that holds what a child is told, and then ends."""
+    if not told:
+        return open(os.devnull, "rb")  # noqa: PTH123  closed by the caller
+    theirs, ours = os.pipe()
+    os.write(ours, told)  # a pipe takes that much without a reader
+    os.close(ours)
+    return open(theirs, "rb")  # noqa: PTH123  closed by the caller
 
 
 class _Output:

@@ -1,0 +1,190 @@
+"""The stacks that `penstock up` runs on this machine for this user: a file each, which nobody else can read.
+
+With it `penstock status` finds the Redis of a stack, whatever its port, and clients its password. Whoever
+runs a stack holds a lock on its file: one without is left over from a stack that was killed.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Final, Self
+
+from penstock.errors import BrokerUnavailableError, ConfigError
+from penstock.urls import ServerUrl, read_url
+
+try:
+    import fcntl
+except ImportError:  # Windows, where no stack runs
+    fcntl = None  # type: ignore[assignment]  # says so
+
+_LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+_MOST_BYTES: Final = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningStack:
+    """A stack, as its file tells.
+
+    Attributes:
+        pid: of its `penstock up`.
+        folder: where that was started.
+        broker_url: its Redis, without a password.
+        results_url: likewise.
+        password: of the Redis that it started itself; none where it did not.
+        models: that it serves.
+        is_alive: whether it still runs.
+    """
+
+    pid: int
+    folder: str
+    broker_url: str
+    results_url: str
+    password: str | None = field(default=None, repr=False)
+    models: tuple[str, ...] = ()
+    is_alive: bool = True
+
+    @classmethod
+    def parse(cls, text: str, *, is_alive: bool) -> Self:
+        """Read a file's content.
+
+        Raises:
+            ValueError: it is another program's.
+        """
+        told: dict[str, Any] = json.loads(text)
+        known = {one.name: told.get(one.name, one.default) for one in fields(cls)}
+        found = cls(**known | {"models": tuple(told["models"]), "is_alive": is_alive})
+        words = (found.folder, found.broker_url, found.results_url, *found.models)
+        if not isinstance(found.pid, int) or not all(isinstance(word, str) for word in words):
+            raise ValueError("not a stack's file")
+        return found
+
+    def __str__(self) -> str:
+        return f"process {self.pid} in {self.folder}, Redis at {self.broker_url}"
+
+
+def stacks_folder() -> Path:
+    """Return where the files lie."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "penstock" / "stacks"
+
+
+@contextmanager
+def announced(stack: RunningStack) -> Iterator[None]:
+    """Let others find a stack while the block runs; takes away what killed ones have left.
+
+    Raises:
+        ConfigError: the folder is not ours alone, or cannot be written.
+    """
+    folder = stacks_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_private(folder)
+        for file in folder.glob("*.json"):
+            if (left := _read(file)) is None or not left.is_alive:
+                file.unlink(missing_ok=True)
+        file = folder / f"{stack.pid}-{token_hex(4)}.json"  # containers may share the folder, not their pids
+        number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        problem = f"{error.strerror}: a stack needs a file there that is its user's alone"
+        raise ConfigError([f"{folder}: {problem}"]) from None
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)  # a reader holds it for a moment
+        told = {name: value for name, value in asdict(stack).items() if name != "is_alive"}
+        os.write(number, json.dumps(told).encode())
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+        os.close(number)
+
+
+def find_stacks() -> Sequence[RunningStack]:
+    """Return the stacks of this user; also those that ended without a word, until the next one starts."""
+    folder = stacks_folder()
+    try:
+        _check_private(folder)
+        found = [_read(file) for file in sorted(folder.glob("*.json"))]
+    except OSError:  # there is none, or it is not ours
+        return ()
+    return [stack for stack in found if stack is not None]
+
+
+def choose_stack(stacks: Sequence[RunningStack], folder: Path) -> RunningStack | None:
+    """Return the stack that is meant in a folder: the one that was started there, else the only one; or None.
+
+    Raises:
+        ConfigError: there are several.
+        BrokerUnavailableError: the one that was started there was killed.
+    """
+    here = [stack for stack in stacks if Path(stack.folder) == folder]
+    alive = [stack for stack in here if stack.is_alive] or [stack for stack in stacks if stack.is_alive]
+    if len(alive) > 1:
+        told = "; ".join(map(str, alive))
+        raise ConfigError([f"several stacks run, name the Redis of one with redis.broker_url: {told}"])
+    if not alive and here:
+        reason = f"the stack of process {here[0].pid}, started in this folder, has ended without stopping"
+        raise BrokerUnavailableError(here[0].broker_url, reason)
+    return alive[0] if alive else None
+
+
+def with_password(url: str) -> str:
+    """Return `url`, if it names no login, with that of the running stack whose Redis it is."""
+    found = read_url(url)
+    if not isinstance(found, ServerUrl) or found.scheme != "redis" or found.host.lower() not in _LOOPBACK:
+        return url
+    if found.username or found.password:
+        return url
+    for stack in find_stacks():
+        if stack.is_alive and stack.password and _port(stack.broker_url) == _port(url):
+            return with_login(url, stack.password)
+    return url
+
+
+def with_login(url: str, password: str) -> str:
+    """Return `url` with a password."""
+    found = read_url(url)
+    return replace(found, password=password).url if isinstance(found, ServerUrl) else url
+
+
+def without_login(url: str) -> str:
+    """Return `url` without passwords."""
+    found = read_url(url)
+    if isinstance(found, ServerUrl):
+        return replace(found, password=None).url
+    return replace(found, password=None, sentinel_password=None).url
+
+
+def _port(url: str) -> object:
+    found = read_url(url)
+    return found.server[-1] if isinstance(found, ServerUrl) else None
+
+
+def _check_private(path: Path) -> None:
+    """Refuse what others could have written, or can read.
+
+    Raises:
+        OSError: it is not ours alone.
+    """
+    status = path.lstat()
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077 or stat.S_ISLNK(status.st_mode):
+        raise PermissionError(1, "not this user's alone")
+
+
+def _read(file: Path) -> RunningStack | None:
+    """Return what a file tells; None if it is none of ours."""
+    try:
+        _check_private(file)
+        with file.open(encoding="utf-8") as opened:
+            text, is_alive = opened.read(_MOST_BYTES), False
+            try:
+                fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                is_alive = True
+        return RunningStack.parse(text, is_alive=is_alive)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
