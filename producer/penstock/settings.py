@@ -5,6 +5,7 @@ token, which is read where it is sent from.
 """
 
 import difflib
+import ipaddress
 import json
 import os
 import re
@@ -198,6 +199,14 @@ class RemoteSettings(_Section):
         return SecretStr(text.strip())
 
 
+def is_loopback(host: str) -> bool:
+    """Say whether a host is this machine for sure, by its name or address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
 class ModelSettings(_Section):
     """One model that the workers serve."""
 
@@ -275,6 +284,10 @@ class ModelSettings(_Section):
         has_many = str(info.data.get("source")).startswith(PROVIDER)
         if has_many and isinstance(section, RemoteSettings) and not section.model:
             raise ValueError("providers have many models: name one with remote.model")
+        if isinstance(section, RemoteSettings) and (section.token_env or section.token_file):
+            parts = urlsplit(str(info.data.get("source")))
+            if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+                raise ValueError("a token is not sent over http, where others could read it: use https")
         return section
 
     @field_validator("pools")

@@ -1,10 +1,14 @@
 """Remote models against a server that misbehaves: what is sent, what comes back, who waits for what."""
 
 import json
+import resource
 import threading
 import time
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +35,7 @@ from tests.upstream import (
     DIM,
     TOKEN,
     Act,
+    Handler,
     Upstream,
     changed,
     cut_off,
@@ -190,6 +195,64 @@ def test_what_stays_is_a_typed_error(
     assert "127.0.0.1" in str(error)
     assert "swordfish" not in str(error)
     assert len(upstream.seen) == (1 if kind is UpstreamRefusedError else 4)
+
+
+def _endless(status: int, **headers: str) -> Act:
+    """Answer with a body that does not end before the client hangs up."""
+
+    def act(handler: Handler, _: dict[str, Any]) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.close_connection = True
+        packer = zlib.compressobj(wbits=31) if "Content_Encoding" in headers else None
+        part = b" " * (1 << 20)
+        with suppress(OSError):
+            for _ in range(4096):
+                handler.wfile.write(packer.compress(part) if packer else part)
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "words"),
+    [
+        (_endless(200), UpstreamAnswerError, "more than"),
+        (_endless(200, Content_Encoding="gzip"), UpstreamAnswerError, "more than"),
+        (_endless(401), UpstreamRefusedError, "401"),
+        (_endless(422, Content_Encoding="gzip"), UpstreamRefusedError, "422"),
+        (_endless(401, Content_Length="many"), UpstreamUnavailableError, "Protocol"),
+    ],
+    ids=["answer", "packed", "error", "packed error", "length"],
+)
+def test_an_answer_has_a_bound(
+    embedding: Make, upstream: Upstream, act: Act, kind: type[PenstockError], words: str
+) -> None:
+    """What does not end is not read on, unpacked or not; the status of an error is told all the same."""
+    hosted = embedding(patience_s=1)
+    upstream.always = lambda _: act
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    error = hosted.failure(["a text"])
+
+    assert type(error) is kind
+    assert words in str(error)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10  # KiB
+
+
+def test_a_proxy_does_not_see_what_is_for_this_machine(
+    embedding: Make, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`HTTP_PROXY` is not used for a server here, which is spoken to in plain text."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+    assert embedding(token_env=secret).embed(["a text"]).shape == (1, DIM)
 
 
 def test_a_bad_text_fails_alone(embedding: Make, upstream: Upstream) -> None:

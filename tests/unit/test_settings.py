@@ -1,3 +1,4 @@
+import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -557,3 +558,39 @@ def test_local_models_have_no_remote_settings(tmp_path: Path) -> None:
     (line,) = problems(tmp_path, MODEL + "rate_limit = { requests_per_minute = 1 }\n")
 
     assert line == 'FILE: models.minilm.rate_limit: of models with engine = "remote" only'
+
+
+@pytest.mark.parametrize("field", ["token_env", "token_file"])
+@pytest.mark.parametrize(
+    ("source", "is_fine"),
+    [
+        ("https://host/v1", True),
+        ("http://localhost:8000/v1", True),
+        ("http://127.0.0.1/v1", True),
+        ("http://127.9.9.9/v1", True),
+        ("http://[::1]:80/v1", True),
+        ("provider:together", True),
+        ("http://host/v1", False),
+        ("HTTP://host/v1", False),
+        ("http://10.0.0.1/v1", False),
+        ("http://0.0.0.0/v1", False),
+        ("http://localhost.example/v1", False),
+        ("http://127.0.0.1.example/v1", False),
+        ("http://[2001:db8::1]/v1", False),
+    ],
+)
+def test_a_token_is_not_sent_in_plain_text(source: str, is_fine: bool, field: str) -> None:
+    """Over http a remote model has no token, unless its server is on this machine."""
+    remote = {"model": "m", field: "TOKEN"}
+    models = {"m": {"task": "embed", "engine": "remote", "source": source, "remote": remote}}
+
+    def load() -> object:
+        return load_settings(arguments={"models": json.dumps(models)}, environ={})
+
+    if is_fine:
+        assert load()
+        return
+    with pytest.raises(ConfigError, match=r"models\.m\.remote: a token is not sent over http"):
+        load()
+    del remote[field]
+    assert load()

@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import accumulate, pairwise
 from typing import Any, Final, Self
@@ -30,7 +30,7 @@ from penstock.errors import (
     UpstreamRefusedError,
     UpstreamUnavailableError,
 )
-from penstock.settings import PROVIDER, ModelSettings
+from penstock.settings import PROVIDER, ModelSettings, is_loopback
 from penstock_workers.calling import Limits
 from penstock_workers.upstream import MAX_LOADING_S, Fault, Upstream, read_delay, read_spent
 
@@ -39,6 +39,11 @@ for chatty in ("httpx2", "httpcore2", "openai"):  # a line for each request, and
     logging.getLogger(chatty).setLevel(logging.WARNING)
 
 CONNECT_S: Final = 10.0
+MAX_ANSWER_BYTES: Final = 64 << 20
+"""Of one answer, read and unpacked; vectors have more room: see `ITEM_BYTES`."""
+ITEM_BYTES: Final = 256 << 10
+"""More for each text of a request: a vector of 8,192 numbers as JSON."""
+MAX_ERROR_BYTES: Final = 1 << 20
 BYTES_PER_TOKEN: Final = 4.0
 """Until the server has counted."""
 
@@ -154,6 +159,10 @@ class Server(ABC):
                 request.headers["Authorization"] = f"Bearer {self._token}"
 
         async def note(response: httpx2.Response) -> None:
+            limit = (
+                MAX_ERROR_BYTES if response.is_error else MAX_ANSWER_BYTES + ITEM_BYTES * self.limits.items
+            )
+            _bound(response, limit, Fault("refused", self.bad_answer(f"it has more than {limit:,} bytes")))
             if response.is_success and (spent_s := read_spent(response.headers)):
                 try:
                     await self._upstream.hold("its allowance is used up", spent_s)
@@ -161,11 +170,16 @@ class Server(ABC):
                     logger.warning("%s: other workers do not hear that its allowance is used up", self.name)
             elif response.is_redirect:
                 raise self.refused(response.status_code, "it redirects, which is not followed")
-            elif response.is_error and int(response.headers.get("content-length", 0)) < 1 << 20:
-                await response.aread()
+            elif response.is_error:
+                try:
+                    await response.aread()
+                except Fault:  # its status says enough
+                    raise self._explain_status(response) from None
 
         return httpx2.AsyncClient(
             event_hooks={"request": [guard], "response": [note]},
+            # A proxy of the environment would see what is sent in plain text to this machine itself.
+            trust_env=not (own.scheme == "http" and is_loopback(own.host)),
             follow_redirects=False,  # neither texts nor tokens go where nobody sent them
             timeout=httpx2.Timeout(None, connect=CONNECT_S),  # the total is the caller's
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=self.max_concurrency),
@@ -246,7 +260,7 @@ class Server(ABC):
             return Fault("failed", error)
         if isinstance(error, PenstockError):
             return Fault("refused", error)
-        if isinstance(error.__cause__, PenstockError):  # of ours, in a client's clothes
+        if isinstance(error.__cause__, PenstockError | Fault):  # of ours, in a client's clothes
             return self.explain(error.__cause__)
         response = getattr(error, "response", None)
         if isinstance(response, httpx2.Response):
@@ -283,6 +297,22 @@ def share_out(n_tokens: int, weights: Sequence[int]) -> list[int]:
     whole = max(1, sum(weights))
     ends = [round(n_tokens * before / whole) for before in accumulate(weights, initial=0)]
     return [end - start for start, end in pairwise(ends)]
+
+
+def _bound(response: httpx2.Response, limit: int, too_long: Exception) -> None:
+    """Have a response raise `too_long` once more than `limit` bytes of it are unpacked, in any reading."""
+    whole = response.aiter_bytes
+
+    async def read(chunk_size: int | None = None) -> AsyncGenerator[bytes, None]:
+        n_bytes = 0
+        async for part in whole(chunk_size):
+            n_bytes += len(part)
+            if n_bytes > limit:
+                await response.aclose()
+                raise too_long
+            yield part
+
+    response.aiter_bytes = read  # type: ignore[method-assign]  # all ways to read go through it
 
 
 def _json_of(response: httpx2.Response) -> object:
