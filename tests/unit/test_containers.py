@@ -425,6 +425,19 @@ def test_the_image_installs_what_the_project_declares() -> None:
     assert "penstock" in project["scripts"]
 
 
+def test_nothing_is_installed_that_lets_a_model_name_other_code() -> None:
+    """With these packages, transformers fetches kernels and adapters that a model's own files name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(ROOT / "constraints.txt").read_text().splitlines()]
+    for extra in project["optional-dependencies"].values():
+        wanted += extra
+
+    names = {re.split(r"[\s\[=<>!~;]", line, maxsplit=1)[0].lower() for line in wanted}
+
+    assert {"torch", "transformers", "redis"} <= names
+    assert not names & {"kernels", "peft", "adapters"}
+
+
 def test_the_image_runs_as_the_user_of_its_services() -> None:
     """The user is numeric, so that a cluster can check it, and no layer keeps a download."""
     (user,) = re.findall(r"^USER (\S+)$", DOCKERFILE, re.MULTILINE)
