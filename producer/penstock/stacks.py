@@ -83,7 +83,7 @@ def announced(stack: RunningStack) -> Iterator[None]:
     folder = stacks_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_private(folder)
+        check_private(folder)
         for file in folder.glob("*.json"):
             if (left := _read(file)) is None or not left.is_alive:
                 file.unlink(missing_ok=True)
@@ -105,9 +105,11 @@ def announced(stack: RunningStack) -> Iterator[None]:
 
 def find_stacks() -> Sequence[RunningStack]:
     """Return the stacks of this user; also those that ended without a word, until the next one starts."""
+    if fcntl is None:
+        return ()
     folder = stacks_folder()
     try:
-        _check_private(folder)
+        check_private(folder)
         found = [_read(file) for file in sorted(folder.glob("*.json"))]
     except OSError:  # there is none, or it is not ours
         return ()
@@ -164,7 +166,7 @@ def _port(url: str) -> object:
     return found.server[-1] if isinstance(found, ServerUrl) else None
 
 
-def _check_private(path: Path) -> None:
+def check_private(path: Path) -> None:
     """Refuse what others could have written, or can read.
 
     Raises:
@@ -178,7 +180,7 @@ def _check_private(path: Path) -> None:
 def _read(file: Path) -> RunningStack | None:
     """Return what a file tells; None if it is none of ours."""
     try:
-        _check_private(file)
+        check_private(file)
         with file.open(encoding="utf-8") as opened:
             text, is_alive = opened.read(_MOST_BYTES), False
             try:

@@ -115,9 +115,9 @@ def test_an_option_of_celerys_is_refused(server: Server, tmp_path: Path, options
     assert "hush" not in done.stderr + done.stdout
 
 
-def test_an_empty_variable_is_none(server: Server, tmp_path: Path) -> None:
+def test_an_empty_variable_is_none(own: Server, tmp_path: Path) -> None:
     """`CELERY_BROKER_URL=`, as Compose passes on what is not set, keeps nobody from starting."""
-    config = deployment(tmp_path, server)
+    config = deployment(tmp_path, own)
     environ = {**os.environ, "PENSTOCK_CONFIG": str(config), "CELERY_BROKER_URL": "", "BROKER_URL": ""}
 
     done = subprocess.run(

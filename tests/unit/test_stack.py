@@ -83,6 +83,19 @@ def test_own_redis_keeps_its_data_where_it_is_told(tmp_path: Path) -> None:
     assert option(forgotten, "--appendonly") == "no"
 
 
+def test_the_password_of_own_redis_outlives_it(tmp_path: Path) -> None:
+    """Clients go on when a stack is started again; another folder, and each demo, has another password."""
+    no_cards = {"pools.gpu.processes": "0"}
+    first, again, other = (plan(no_cards, redis_folder=tmp_path / name).password for name in "aab")
+
+    assert first == again
+    assert len({first, other, plan(no_cards).password, plan(no_cards).password}) == 4
+    assert (tmp_path / "a" / "password").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "a" / "password").chmod(0o644)
+    with pytest.raises(ConfigError, match="for one user alone"):
+        plan(no_cards, redis_folder=tmp_path / "a")
+
+
 def test_configured_broker_is_used() -> None:
     """With a broker URL no Redis is started, and the workers find it in the configuration."""
     stack = plan(BROKER)

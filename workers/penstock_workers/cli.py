@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -141,7 +142,13 @@ def up(config: Path | None, assignments: tuple[str, ...]) -> None:
         models=tuple(settings.models),
     )
     supervisor = _supervisor(stack.children, deployment)
-    with announced(running):
+    with ExitStack() as file:
+        try:
+            file.enter_context(announced(running))
+        except ConfigError as error:
+            if stack.password is not None:  # which nobody could find
+                raise
+            click.echo(f"penstock | status:  has to be told the broker: {error}")
         code = asyncio.run(supervisor.run())
     sys.exit(code)
 

@@ -15,7 +15,7 @@ from penstock.codec import queue_name
 from penstock.errors import ConfigError
 from penstock.request import PoolName
 from penstock.settings import CONFIG_VARIABLE, Loaded, Settings, variable_name
-from penstock.stacks import with_login
+from penstock.stacks import check_private, with_login
 from penstock_workers.forkserver import Preload
 from penstock_workers.layout import Layout, choose_layouts, on_cards, read_machine, thread_variables
 from penstock_workers.local_redis import free_port, is_ready, local_redis_command, password_line
@@ -90,7 +90,7 @@ def plan_stack(
     if "redis.broker_url" not in loaded.origins:
         port = DEFAULT_PORT if redis_folder and _is_free(DEFAULT_PORT) else free_port()
         broker_url, results_url = f"redis://127.0.0.1:{port}/0", f"redis://127.0.0.1:{port}/1"
-        password = secrets.token_hex(32)
+        password = _password(redis_folder)
         variables[variable_name("redis.broker_url")] = broker_url
         variables[variable_name("redis.results_url")] = results_url
         variables[variable_name("redis.password")] = password
@@ -160,9 +160,6 @@ def worker_command(settings: Settings, queues: list[str], node: str) -> list[str
 def _redis(port: int, folder: Path | None, password: str) -> Child:
     """Return a server for this user: every user of the machine reaches its port, and could read its files."""
     login_url = with_login(f"redis://127.0.0.1:{port}/0", password)
-    if folder is not None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)  # an earlier version left it open
     return Child(
         name="redis",
         command=local_redis_command(port=port, folder=folder, reads_input=True),
@@ -172,6 +169,31 @@ def _redis(port: int, folder: Path | None, password: str) -> Child:
         told=password_line(password),
         umask=0o077,
     )
+
+
+def _password(folder: Path | None) -> str:
+    """Return a password that is made once for a folder's data: clients outlive a stack that is started again.
+
+    Raises:
+        ConfigError: the folder is another user's.
+    """
+    password = secrets.token_hex(32)
+    if folder is None:
+        return password
+    file = folder / "password"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)  # an earlier version left it open
+        if file.exists():
+            check_private(file)
+            if kept := file.read_text().strip():
+                return kept
+            file.unlink()  # a start that was killed had not come further
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:  # noqa: PTH123  with its mode
+            new.write(password)
+    except OSError as error:
+        raise ConfigError([f"{folder}: {error.strerror}: the data of Redis is for one user alone"]) from None
+    return password
 
 
 def _workers(
