@@ -30,6 +30,10 @@
 -- The cost of a message is the property `cost`, tokens, which our senders write; without it, a token for four bytes.
 -- What is not marked so, or was put into a list by others, is counted by the list's length.
 --
+-- Tenants and lists are what a sender says they are, so names that are none are refused here: a tenant is one of
+-- `penstock.request.TENANT`, and no message goes to a list that other parts of Penstock, Celery or kombu use. A line
+-- feed in either would end a line of a lease. Entries above MAX_ENTRY_BYTES do not leave the server.
+--
 -- Each script begins with a marker line, gets the shared part before it, and runs as a whole. Those marked
 -- allow-oom run on a full server too: they are how it becomes less full. Needs Redis 7 or Valkey.
 
@@ -87,6 +91,26 @@ local function level_of(list) return string.match(list, '\6\22(%d)') or '0' end
 local function split(list)
   local base, tenant = string.match(list, '^(.-)\6\23(.*)$')
   return base or list, tenant or ''
+end
+
+-- As `penstock.request.TENANT` has it.
+local function is_tenant(name) return #name <= 64 and string.match(name, '^%w[%w._@-]*$') ~= nil end
+
+-- Whether messages may lie in a list: it is no key of somebody else, and its tenant, if it names one, is one.
+local function is_queue(list)
+  local base, tenant = split(list)
+  local queue = string.gsub(base, '\6\22[369]$', '')
+  if string.find(queue, '%c') or (base ~= list and not is_tenant(tenant)) then return false end
+  for _, foreign in ipairs({'^penstock:', '^unacked$', '^unacked_', '^celery%-task%-meta%-', '^_kombu%.'}) do
+    if string.find(queue, foreign) then return false end
+  end
+  return true
+end
+
+-- A message as a worker gets it: of one that is too large its size and its end, where its sender stands.
+local function as_told(message)
+  if #message <= MAX_ENTRY_BYTES then return message end
+  return '\0' .. #message .. '\n' .. string.sub(message, -16384)
 end
 
 local function part_of(base, tenant) return tenant == '' and base or base .. '\6\23' .. tenant end
@@ -226,6 +250,7 @@ end
 
 -- Puts a message into a list, as the next one or as the last. Returns the list's length, or an error.
 local function insert(list, message, as_next)
+  if not is_queue(list) then return redis.error_reply('ERR no queue has this name') end
   local length = redis.pcall(as_next and 'RPUSH' or 'LPUSH', list, message)
   if type(length) ~= 'number' then return length end
   local base, tenant = split(list)
@@ -259,7 +284,7 @@ end
 local function list_held(name, token)
   local lease = redis.call('HGET', LEASES, name)
   if lease and string.sub(lease, 1, #token + 1) == token .. '\n' then
-    local list, tokens, bytes = string.match(lease, '\n([^\n]*)\n?(%d*)\n?(%d*)$')
+    local list, tokens, bytes = string.match(lease, '^[^\n]*\n([^\n]*)\n?(%d*)\n?(%d*)$')
     return list, tonumber(tokens) or 0, tonumber(bytes) or 0
   end
 end
@@ -360,6 +385,7 @@ end
 -- seconds that a message may wait; each may be ''. Then, of each message: itself, when it is due in Unix seconds or ''.
 -- Returns how many wait in the list; 0 if the last message is delayed. All messages are queued or none: if none,
 -- seconds until it is worth asking again, the predicted wait in seconds or '', and what is exceeded.
+if not is_queue(KEYS[1]) then return redis.error_reply('ERR no queue has this name') end
 local limits, speed, most_s = {tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])}, tonumber(ARGV[4]), tonumber(ARGV[5])
 if limits[1] or limits[2] or limits[3] or (speed and most_s) then
   local sums, last_tokens = {0, 0, 0}, 0
@@ -422,12 +448,14 @@ return n_waiting
 -- list and leave the rest to others who are idle (else 1), how many jobs the process may hold whatever they cost; then
 -- the credits of each queue; of each the tokens that the process may hold, or ''; of each list the jobs and tokens of it
 -- that the process holds.
--- Returns list, tag, leases that ran out or -1, tries, tokens, message; of each that was taken.
+-- Returns list, tag, leases that ran out or -1, tries, tokens, message; of each that was taken. After MAX_POP_BYTES no
+-- more are taken; of a message above MAX_ENTRY_BYTES only its size and its end are told.
 local token, lease_end = ARGV[1], now() + tonumber(ARGV[2])
 local room, suspects, suspect_at = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local credits, n_queues = {}, (#ARGV - 7) / 2 - #KEYS
 for queue = 1, n_queues do credits[queue] = tonumber(ARGV[7 + queue]) end
 local taken, share, fair = {}, {}, {}
+local popped_bytes = 0
 
 -- The part of a level whose turn it is.
 local function next_part(base)
@@ -435,7 +463,11 @@ local function next_part(base)
     fair[base] = redis.call('EXISTS', TURNS .. base) == 1
     if fair[base] and redis.call('EXISTS', base) == 1 then enter(base, '') end
   end
-  return fair[base] and redis.call('ZRANGE', TURNS .. base, 0, 0)[1] or ''
+  local tenant = fair[base] and redis.call('ZRANGE', TURNS .. base, 0, 0)[1] or ''
+  if tenant == '' or is_tenant(tenant) then return tenant end
+  redis.call('ZREM', TURNS .. base, tenant) -- written there by hand
+  fair[base] = nil
+  return next_part(base)
 end
 
 local function length_of(base)
@@ -475,7 +507,8 @@ local function take(base)
     if is_empty then leave(base, tenant) end
   end
   local tries = number_in(redis.call('HGET', TRIES, tag), 0)
-  for _, field in ipairs({list, name, lost, tries, tokens, message}) do taken[#taken + 1] = field end
+  popped_bytes = popped_bytes + math.min(#message, MAX_ENTRY_BYTES)
+  for _, field in ipairs({list, name, lost, tries, tokens, as_told(message)}) do taken[#taken + 1] = field end
   return tokens
 end
 
@@ -548,10 +581,10 @@ local function take_one(of)
 end
 
 local any = true
-while any and room > 0 do
+while any and room > 0 and popped_bytes < MAX_POP_BYTES do
   any = false
   for queue = 1, n_queues do
-    if room > 0 and credits[queue] > 0 then
+    if room > 0 and popped_bytes < MAX_POP_BYTES and credits[queue] > 0 then
       if take_one(queues[queue]) then
         any, room, credits[queue] = true, room - 1, credits[queue] - 1
       else
@@ -611,6 +644,21 @@ for i = 2, #ARGV, 2 do
 end
 settle()
 
+-- script: fail allow-oom
+-- ARGV: tag, token, most deliveries. Hands back a message whose worker failed on it, as the last one; that counts as a
+-- lease that ran out. Returns nothing if it went back, else its list, how often it was delivered, and the message: the
+-- caller still holds it, and must bury it.
+local name = ARGV[1]
+local list, tokens, bytes = list_held(name, ARGV[2])
+if not list then return {} end
+local lost = number_in(redis.call('HGET', LOST, tag_in(name)), 0) + 1
+redis.call('HSET', LOST, tag_in(name), lost)
+local message = redis.call('HGET', UNACKED, name)
+if message and lost >= tonumber(ARGV[3]) then return {list, lost, as_told(message)} end
+if message then put_back(name, list, tokens, bytes, false) end
+settle()
+return {}
+
 -- script: reclaim allow-oom
 -- ARGV: token of a pop whose reply never arrived. Hands back what it took.
 local leases = redis.call('HGETALL', LEASES)
@@ -637,7 +685,8 @@ settle()
 
 -- script: move_due allow-oom
 -- ARGV: most messages. The earliest becomes the next one in its list.
--- Returns how many were moved, and milliseconds until the next is due or -1.
+-- Returns how many were moved, and milliseconds until the next is due or -1. What names a list that is no queue is
+-- dropped: nobody but its sender can have meant it.
 local names = redis.call('ZRANGEBYSCORE', DUE, '-inf', now(), 'LIMIT', 0, tonumber(ARGV[1]))
 for i = #names, 1, -1 do
   local entry = redis.call('HGET', DELAYED, names[i])
@@ -646,7 +695,7 @@ for i = #names, 1, -1 do
   if entry and digits then
     local list_end = #digits + 1 + tonumber(digits)
     local list = string.sub(entry, #digits + 2, list_end)
-    is_moved = type(insert(list, string.sub(entry, list_end + 1), true)) == 'number'
+    is_moved = not is_queue(list) or type(insert(list, string.sub(entry, list_end + 1), true)) == 'number'
   end
   if is_moved then
     redis.call('HDEL', DELAYED, names[i])
@@ -688,7 +737,7 @@ end
 local function claim(name, list, tokens, bytes, n_deliveries, message)
   redis.call('HSET', LEASES, name, lease_of(ARGV[4], list, tokens, bytes))
   redis.call('ZADD', INDEX, time + lease, name)
-  for _, field in ipairs({list, name, n_deliveries, message}) do reply[#reply + 1] = field end
+  for _, field in ipairs({list, name, n_deliveries, as_told(message)}) do reply[#reply + 1] = field end
 end
 
 local names = redis.call('ZRANGEBYSCORE', INDEX, '-inf', time, 'LIMIT', 0, tonumber(ARGV[3]))

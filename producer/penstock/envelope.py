@@ -72,7 +72,7 @@ def is_clean(value: object) -> bool:
     return isinstance(value, str) and _CLEAN.fullmatch(value) is not None
 
 
-def show(text: object, most: int = MAX_NAME_CHARACTERS) -> str:
+def printable(text: object, most: int = MAX_NAME_CHARACTERS) -> str:
     """Return a text for a line of a log or a terminal; what could act there is escaped."""
     found = str(text)
     if len(found) > most:

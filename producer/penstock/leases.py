@@ -26,7 +26,7 @@ from redis.commands.core import Script
 from penstock.background import Background
 from penstock.bucket import RETRIES, bucket_functions
 from penstock.clock import Clock
-from penstock.envelope import MAX_ENTRY_BYTES, MAX_POP_BYTES, show
+from penstock.envelope import MAX_ENTRY_BYTES, MAX_POP_BYTES, printable
 from penstock.identity import process_name
 
 logger = logging.getLogger(__name__)
@@ -319,6 +319,14 @@ class Leases:
             self._do("hand_back", int(as_next), *_pairs(ordered[start : start + _BATCH]))
         return leases
 
+    def fail(self, lease_id: str) -> Lease | None:
+        """Put a message back that its worker failed on: it counts as lost, and is given up as those are."""
+        with self._lock:
+            lease = self._release(lease_id)
+        if lease is not None:
+            self._do("fail", lease.key, lease.token, self._max_deliveries)
+        return lease
+
     def hand_back_all(self) -> None:
         """Put back all that is held, for a process that stops; waits once for Redis, `SETTLE_S` at most."""
         self.hand_back(list(self._held), as_next=True)
@@ -409,7 +417,7 @@ class Leases:
                 # Acknowledged meanwhile, by the other thread: then it was ours.
                 was_ours = self._release(lease.id) or self._acks.pop(lease.id, None)
             if was_ours:
-                logger.warning("lease was taken over by another process", extra={"tag": show(lease.tag)})
+                logger.warning("lease was taken over by another process", extra={"tag": printable(lease.tag)})
 
     def _do(self, script: str, *arguments: Value, keys: Sequence[str] = ()) -> None:
         self._chores.append((script, keys, arguments))
@@ -469,8 +477,15 @@ class Leases:
             except redis.ResponseError:
                 self._chores.rotate(-1)  # refused, perhaps for ever: the others must not wait for it
                 raise
+            except (redis.DataError, ValueError, TypeError):
+                self._chores.popleft()  # it cannot even be sent; the lease runs out
+                raise
             if script == "bury" and entry:
                 self._buried(entry)
+            if script == "fail" and entry:
+                source, n_deliveries, message = entry
+                reason = f"delivered {n_deliveries} times, each worker failed on it"
+                self._give_up(arguments[0], arguments[1], source, message, n_deliveries, reason)
             with self._settled:
                 self._chores.popleft()
                 self._settled.notify_all()
@@ -502,10 +517,15 @@ class Leases:
                 if source
                 else "left behind by another transport"
             )
-            queue = self._queue_of(source.decode(errors="replace"))
-            entry = dead_letter(message, queue=queue, reason=reason, n_deliveries=n_deliveries)
-            self._do("bury", tag, token, entry, int(bool(source)), 2 * self.lease_s)
+            self._give_up(tag, token, source, message, n_deliveries, reason)
         return 0.0 if n_lapsed == _BATCH else self.lease_s / 4
+
+    def _give_up(
+        self, tag: Value, token: Value, source: bytes, message: bytes, n_deliveries: int, reason: str
+    ) -> None:
+        queue = self._queue_of(source.decode(errors="replace"))
+        entry = dead_letter(message, queue=queue, reason=reason, n_deliveries=n_deliveries)
+        self._do("bury", tag, token, entry, int(bool(source)), 2 * self.lease_s)
 
     def _move_due(self) -> float:
         n_moved, wait_ms = self._call("move_due", _BATCH)

@@ -28,7 +28,7 @@ from redis.retry import Retry
 
 from penstock.clock import Clock, ticks
 from penstock.codec import TENANT_SEPARATOR
-from penstock.envelope import EntryError, open_entry, show
+from penstock.envelope import EntryError, open_entry, printable
 from penstock.errors import ConfigError, InvalidMessageError
 from penstock.identity import process_token
 from penstock.leases import (
@@ -230,6 +230,11 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu has no types
         """Put a message off until it is worth another try; from any thread."""
         if self._delivered.pop(delivery_tag, None) is not None:
             self.channel.freed(self.channel.leases.retry(delivery_tag, pause_s))
+
+    def fail(self, delivery_tag: str) -> None:
+        """Put a message back that this process failed on, as often as is allowed; from any thread."""
+        if self._delivered.pop(delivery_tag, None) is not None:
+            self.channel.freed(self.channel.leases.fail(delivery_tag))
 
     def bury(self, message: Any, reason: str) -> None:
         """Move a message, whose sender has been told, to the dead letters; from any thread."""
@@ -541,7 +546,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
             self._bury(lease, raw, f"refused: {problem}", must_tell=False)
         except _MALFORMED as error:
             # Celery's own would end the worker, and the next one that gets it.
-            logger.exception("message refused", extra={"tag": show(lease.tag)})
+            logger.exception("message refused", extra={"tag": printable(lease.tag)})
             self._bury(lease, raw, f"refused: {type(error).__name__}", must_tell=True)
 
     def _bury(self, lease: Lease, raw: bytes, reason: str, *, must_tell: bool) -> None:
@@ -583,7 +588,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
             logger.error(
                 "queue entry refused: %s",
                 refusal.problem,
-                extra={"queue": show(lease.queue), "n_bytes": len(raw)},
+                extra={"queue": printable(lease.queue), "n_bytes": len(raw)},
             )
             reason = f"refused: {refusal.problem}" if refusal.is_message else "not a message"
             self.leases.bury(lease.id, raw, reason, must_tell=False)

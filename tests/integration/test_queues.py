@@ -1,16 +1,20 @@
 """What `penstock queues` counts, and what becomes of dead letters that people put back or drop."""
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
+from click.testing import CliRunner
 
-from penstock import BrokerUnavailableError
+from penstock import BrokerUnavailableError, InvalidMessageError
 from penstock.leases import NO_LIMITS, UNTOLD_KEY, pop_arguments, scripts
 from penstock.settings import Settings, load_settings
 from penstock.store import record_key, result_key
+from penstock_workers.cli import cli
 from penstock_workers.local_redis import free_port
 from penstock_workers.queues import DeadJob, Queues
 from tests.deployment import BUNDLED, Server
@@ -120,3 +124,44 @@ def test_putting_back_may_break_off(broker: redis.Redis, results: redis.Redis, s
     broker.hset("penstock:sweep", mapping={"last": broker.time()[0], "from": 0})
     eventually(lambda: run(broker, "take_over", 20, 4, 10, "worker/2") == [1])
     assert broker.llen(QUEUE) == 1
+
+
+@pytest.mark.parametrize("queue", ["any-list-at-all", "penstock:models", "cpu.nobody", "cpu.minilm\n", ""])
+def test_a_forged_letter_is_not_put_back(broker: redis.Redis, settings: Settings, queue: str) -> None:
+    """A dead letter goes back into the queue of a known model, and into no other list."""
+    _, raw = message("penstock.embed", [], queue=QUEUE)
+    letter = {"id": "forged", "queue": queue, "n_deliveries": 4, "at": 1.0, "message": raw.decode()}
+    broker.rpush("penstock:dead", json.dumps(letter))
+    queues = Queues(settings)
+
+    with pytest.raises(InvalidMessageError, match="no model that is known"):
+        queues.requeue(the_job(queues))
+
+    assert broker.keys("*") == [b"penstock:dead"]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        b"\xff",
+        b"[]",
+        b'{"id": 5, "n_deliveries": "x", "at": 1e300, "queue": {}}',
+        json.dumps({"id": "\ud800\x1b]0;title\x07", "reason": "a\nb", "queue": "\u202e", "at": 1}).encode(),
+        b'{"message": 7}',
+    ],
+    ids=ascii,
+)
+def test_any_letter_is_listed(broker: redis.Redis, settings: Settings, tmp_path: Path, entry: bytes) -> None:
+    """`penstock dead list` prints whatever lies there in one clean line each, and all can be dropped."""
+    broker.rpush("penstock:dead", entry)
+    config = tmp_path / "deployment.toml"
+    config.write_text(
+        f'[redis]\nbroker_url = "{settings.broker_url}"\nresults_url = "{settings.results_url}"\n'
+    )
+
+    for arguments in (["list"], ["list", "--json"], ["requeue", "--all"]):
+        done = CliRunner().invoke(cli, ["dead", *arguments, "--config", str(config)])
+        assert done.exit_code == 0, done.output
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]", done.output)
+    assert Queues(settings).drop(the_job(Queues(settings)))
+    assert not broker.exists("penstock:dead")

@@ -15,7 +15,7 @@ from penstock.envelope import (
     describe,
     is_clean,
     open_entry,
-    show,
+    printable,
 )
 from penstock.request import MAX_REQUEST_BYTES, EmbedRequest, Priority
 
@@ -198,8 +198,8 @@ def test_a_text_cannot_pose_as_the_sender_of_a_giant() -> None:
 
 def test_what_is_shown_stays_on_its_line() -> None:
     """Whatever a sender wrote is printable, and a value of theirs is told without a word of it."""
-    assert show("a\nb\x1b]0;c\x07\ud800\u202e") == r"a\nb\x1b]0;c\x07\ud800\u202e"
-    assert show("x" * 300).endswith("x...")
+    assert printable("a\nb\x1b]0;c\x07\ud800\u202e") == r"a\nb\x1b]0;c\x07\ud800\u202e"
+    assert printable("x" * 300).endswith("x...")
     assert [describe(value) for value in ("secret", ["secret"], {"secret": 1}, 3, None, 10**30)] == [
         "a string of 6 characters",
         "a list of 1 items",

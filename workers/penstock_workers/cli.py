@@ -13,7 +13,8 @@ from typing import Any, Final, cast
 
 import click
 
-from penstock.errors import ConfigError, PenstockError
+from penstock.envelope import printable
+from penstock.errors import ConfigError, InvalidMessageError, PenstockError
 from penstock.request import PoolName
 from penstock.settings import (
     AUTO,
@@ -242,7 +243,8 @@ def dead_list(config: Path | None, assignments: tuple[str, ...], as_json: bool) 
         return
     for job in jobs:
         when = datetime.fromtimestamp(job.at, tz=UTC).isoformat(timespec="seconds")
-        click.echo(f"{when}  {job.id or '-':36}  {job.queue}  {job.n_deliveries} deliveries  {job.reason}")
+        job_id, queue, reason = printable(job.id or "-"), printable(job.queue), printable(job.reason)
+        click.echo(f"{when}  {job_id:36}  {queue}  {job.n_deliveries} deliveries  {reason}")
 
 
 @dead.command("show")
@@ -264,8 +266,13 @@ def requeue(
 ) -> None:
     """Put jobs back into their queues, with all their deliveries before them."""
     found = Queues(Deployment(config, assignments).joined().loaded.settings)
-    jobs = [job for job in _chosen(found, job_ids, everything) if job.id]
-    click.echo(f"{sum(found.requeue(job) for job in jobs)} put back")
+    n_back = 0
+    for job in _chosen(found, job_ids, everything):
+        try:
+            n_back += found.requeue(job)
+        except InvalidMessageError as error:
+            click.echo(f"{printable(job.id or '-')} not put back: {error.problem}", err=True)
+    click.echo(f"{n_back} put back")
 
 
 @dead.command()

@@ -26,6 +26,8 @@ from celery.worker import state
 from celery.worker.control import Panel
 from kombu.asynchronous import get_event_loop
 
+from penstock.envelope import printable
+
 logger = logging.getLogger(__name__)
 
 DRAIN_S: Final = 30.0
@@ -138,7 +140,10 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
             _hand_back(request)
         elif (error := future.exception()) is not None:
             reason = error.reason if isinstance(error, Reject) else type(error).__name__
-            logger.error("job handed back: %s", reason, extra={"job_id": request.id})
+            logger.error("job handed back: %s", printable(reason), extra={"job_id": request.id})
+            if not isinstance(error, Reject):
+                # Nobody knows why: it counts as a delivery, so that it cannot come back for ever.
+                request.message.channel.qos.fail(request.message.delivery_tag)
             _hand_back(request)
         # Last, so that whoever waits for the jobs finds what to do with their messages already arranged.
         del self._running[future]

@@ -10,10 +10,11 @@ from typing import Any, Final
 from penstock.broker import connect_sync, redis_errors
 from penstock.codec import queue_key, queue_name
 from penstock.delay import predict
-from penstock.errors import UnknownJobError
+from penstock.envelope import EntryError, open_entry, printable
+from penstock.errors import InvalidMessageError, UnknownJobError
 from penstock.leases import DEAD_KEY, LEASE_S, scripts
 from penstock.registry import MODELS_KEY, WORKERS_KEY, Registry
-from penstock.request import TENANT, Priority
+from penstock.request import Priority
 from penstock.settings import Settings
 from penstock.stacks import with_password
 from penstock.store import RECORD_TTL_S, SENT, record_key, result_key
@@ -106,10 +107,7 @@ class Queues:
             hashes = self._hash(MODELS_KEY), self._hash(WORKERS_KEY)
             now_s = second + microsecond / 1e6
             registry = Registry.read(*hashes, None, now_s)
-            models = registry.models.values()
-            names = {queue_name(pool, model.name) for model in models for pool in model.pools}
-            for name, model in self._settings.models.items():
-                names |= {queue_name(pool, name) for pool in model.pools}
+            names = self._names(registry)
             held = Counter(_queue_of(lease.split(b"\n")[1]) for lease in self._hash(LEASES_KEY).values())
             delayed = Counter(_queue_of(_list_of(entry)) for entry in self._hash(DELAYED_KEY).values())
             dead = Counter(job.queue for job in self.dead())
@@ -142,12 +140,20 @@ class Queues:
 
         It is leased in between: whoever drops or requeues it meanwhile finds it gone, and if this process
         dies here, a worker takes it over.
+
+        Raises:
+            InvalidMessageError: it is no message that a worker would take, or its queue is of no known model.
         """
-        message = json.loads(job.message)
-        number = message.get("properties", {}).get("priority")
-        tenant = message.get("headers", {}).get("tenant")
-        is_tenant = isinstance(tenant, str) and TENANT.fullmatch(tenant)
-        key = queue_key(job.queue, number if number in PRIORITIES else 0, tenant if is_tenant else "")
+        try:
+            message = open_entry(job.message.encode(errors="replace"))
+        except EntryError as error:
+            raise InvalidMessageError(f"a worker would refuse it again: {error.problem}") from None
+        job_id, number = message["headers"].get("id"), message["properties"].get("priority")
+        with redis_errors(self._settings.redis.broker_url):
+            if not job_id or job.queue not in self._names():
+                raise InvalidMessageError(f"{printable(job.queue)!r} is the queue of no model that is known")
+        tenant = message["headers"].get("tenant") or ""
+        key = queue_key(job.queue, number if number in PRIORITIES else 0, tenant)
         token = secrets.token_hex(8)
         with redis_errors(self._settings.redis.broker_url):
             tag = self._run("revive", job.entry, job.message, key, token, LEASE_S)
@@ -155,8 +161,8 @@ class Queues:
             return False
         with redis_errors(self._settings.redis.results_url):
             # Its caller was told that it is lost; from here on it may end once more.
-            self._results.delete(result_key(job.id))
-            self._results.set(record_key(job.id), SENT, ex=RECORD_TTL_S)
+            self._results.delete(result_key(job_id))
+            self._results.set(record_key(job_id), SENT, ex=RECORD_TTL_S)
         with redis_errors(self._settings.redis.broker_url):
             self._run("hand_back", 0, tag, token)
         return True
@@ -183,7 +189,8 @@ class Queues:
             for key in keys:
                 pipe.llen(key)
                 pipe.lindex(key, -1)
-            found = pipe.execute()
+            replies: list[Any] = pipe.execute(raise_on_error=False)
+            found: list[Any] = [0 if isinstance(one, Exception) else one for one in replies]
         ages = [age for message in found[1::2] if message and (age := _age_s(message, now_s)) is not None]
         return QueueState(
             queue=queue,
@@ -197,6 +204,16 @@ class Queues:
             oldest_s=max(ages, default=None),
         )
 
+    def _names(self, registry: Registry | None = None) -> set[str]:
+        """Return the queues of all models that were announced or are configured."""
+        if registry is None:
+            registry = Registry.read(self._hash(MODELS_KEY), {}, None, 0.0)
+        announced = registry.models.values()
+        names = {queue_name(pool, model.name) for model in announced for pool in model.pools}
+        for name, configured in self._settings.models.items():
+            names |= {queue_name(pool, name) for pool in configured.pools}
+        return names
+
     def _run(self, script: str, *arguments: bytes | str | float, keys: tuple[str, ...] = ()) -> Any:
         return self._broker.eval(scripts()[script], len(keys), *keys, *arguments)
 
@@ -205,17 +222,28 @@ class Queues:
 
 
 def _dead_job(entry: bytes) -> DeadJob:
-    fields: dict[str, Any] = json.loads(entry)
+    try:
+        found = json.loads(entry)
+    except (ValueError, RecursionError):
+        found = None
+    # Whoever wrote it, it must be possible to list it, and to drop it.
+    fields: dict[str, Any] = found if isinstance(found, dict) else {"reason": "its entry cannot be read"}
     return DeadJob(
         id=str(fields.get("id") or ""),
         task=str(fields.get("task") or ""),
         queue=str(fields.get("queue") or ""),
         reason=str(fields.get("reason") or ""),
-        n_deliveries=int(fields.get("n_deliveries") or 0),
-        at=float(fields.get("at") or 0.0),
+        n_deliveries=int(_number(fields.get("n_deliveries"))),
+        at=_number(fields.get("at")),
         message=str(fields.get("message") or ""),
         entry=entry,
     )
+
+
+def _number(value: object) -> float:
+    # No later than the year 9999, which is the last that can be shown.
+    is_number = type(value) in (int, float) and 0 <= value < 253_402_300_800  # type: ignore[operator]  # one
+    return float(value) if is_number else 0.0  # type: ignore[arg-type]  # a number
 
 
 def _queue_of(key: bytes) -> str:
@@ -224,14 +252,14 @@ def _queue_of(key: bytes) -> str:
 
 def _list_of(entry: bytes) -> bytes:
     digits, _, rest = entry.partition(b":")
-    return rest[: int(digits)]
+    return rest[: int(digits)] if digits.isdigit() else b""
 
 
 def _age_s(message: bytes, now_s: float) -> float | None:
     try:
         body = json.loads(json.loads(message)["body"])
         return max(0.0, now_s - float(body[1]["sent_at"]))
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, ArithmeticError, LookupError, TypeError, RecursionError):
         return None  # another sender's: it need not say
 
 
