@@ -88,14 +88,18 @@ def announced(stack: RunningStack) -> Iterator[None]:
             if (left := _read(file)) is None or not left.is_alive:
                 file.unlink(missing_ok=True)
         file = folder / f"{stack.pid}-{token_hex(4)}.json"  # containers may share the folder, not their pids
-        number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        unseen = file.with_suffix(
+            ".new"
+        )  # until it is locked, or another start would take it for a killed one's
+        number = os.open(unseen, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
         problem = f"{error.strerror}: a stack needs a file there that is its user's alone"
         raise ConfigError([f"{folder}: {problem}"]) from None
     try:
-        fcntl.flock(number, fcntl.LOCK_EX)  # a reader holds it for a moment
+        fcntl.flock(number, fcntl.LOCK_EX)
         told = {name: value for name, value in asdict(stack).items() if name != "is_alive"}
         os.write(number, json.dumps(told).encode())
+        unseen.rename(file)
         yield
     finally:
         with suppress(OSError):
@@ -124,7 +128,7 @@ def choose_stack(stacks: Sequence[RunningStack], folder: Path) -> RunningStack |
         BrokerUnavailableError: the one that was started there was killed.
     """
     here = [stack for stack in stacks if Path(stack.folder) == folder]
-    alive = [stack for stack in here if stack.is_alive] or [stack for stack in stacks if stack.is_alive]
+    alive = [stack for stack in here or stacks if stack.is_alive]
     if len(alive) > 1:
         told = "; ".join(map(str, alive))
         raise ConfigError([f"several stacks run, name the Redis of one with redis.broker_url: {told}"])

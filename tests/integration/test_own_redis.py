@@ -92,6 +92,24 @@ def test_status_finds_the_stack_whatever_its_port(stack: Stack, tmp_path: Path) 
     assert stack.run("dead", "list").returncode == 0
 
 
+def test_a_worker_that_is_started_beside_it_joins(stack: Stack) -> None:
+    """`penstock worker` in the same folder works for the same Redis, without being told a password."""
+    command = [PENSTOCK, "worker", "--pool", "cpu", "--config", "stack.toml"]
+    environment = {**stack.environment, "PENSTOCK_WORKER__HEARTBEAT_FILE": str(stack.folder / "ready")}
+    with (stack.folder / "second.log").open("wb") as output:
+        second = subprocess.Popen(
+            command, cwd=stack.folder, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        eventually(
+            lambda: second.poll() is not None or "2 in cpu" in stack.run("status").stdout, within_s=100
+        )
+        assert second.poll() is None, (stack.folder / "second.log").read_text()
+    finally:
+        second.terminate()
+        second.wait(60)
+
+
 def test_a_configured_broker_is_asked_instead(stack: Stack, server: Server) -> None:
     """Who names a Redis means that one."""
     found = stack.run("status", "--set", f"redis.broker_url={server.broker_url}")

@@ -103,6 +103,8 @@ def test_a_stack_that_was_killed_in_this_folder_is_told() -> None:
 
     with pytest.raises(BrokerUnavailableError, match="process 4711, started in this folder, has ended"):
         choose_stack([left], Path("/somewhere"))
+    with pytest.raises(BrokerUnavailableError):
+        choose_stack([left, ANOTHER], Path("/somewhere"))
     assert choose_stack([left], Path("/elsewhere")) is None
     assert choose_stack([left, replace(STACK, pid=5)], Path("/somewhere")) == replace(STACK, pid=5)
 
@@ -159,6 +161,26 @@ def test_a_file_that_others_could_have_written_is_not_read(tmp_path: Path, spoil
 
         assert list(find_stacks()) == []
         assert with_password(STACK.broker_url) == STACK.broker_url
+
+
+def test_stacks_that_start_at_once_do_not_hide_each_other() -> None:
+    """Whoever cleans up takes away what is left, and never the file of a stack that is about to run."""
+    code = RUN.replace("time.sleep(600)", "sys.stdin.read()")
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(6)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"there\n"
+
+    found = find_stacks()
+    for process in processes:
+        process.communicate(timeout=60)
+
+    assert [stack.is_alive for stack in found] == [True] * 6
+    assert find_stacks() == []
+    assert list(stacks_folder().iterdir()) == []
 
 
 def test_a_folder_that_is_not_ours_alone_is_refused() -> None:

@@ -56,8 +56,11 @@ class Deployment:
         self.environment = {variable_name(key): text for key, text in arguments.items()}
         self.stack: RunningStack | None = None
 
-    def joined(self) -> "Deployment":
+    def joined(self, *, only_here: bool = False) -> "Deployment":
         """Return it with the Redis of the stack that runs here, where the configuration names none.
+
+        Args:
+            only_here: not with that of the only stack, if that was started in another folder.
 
         Raises:
             ConfigError: several run.
@@ -65,7 +68,8 @@ class Deployment:
         """
         if "redis.broker_url" in self.loaded.origins:
             return self
-        self.stack = choose_stack(find_stacks(), Path.cwd())
+        stacks = [stack for stack in find_stacks() if not only_here or Path(stack.folder) == Path.cwd()]
+        self.stack = choose_stack(stacks, Path.cwd())
         if self.stack is not None:
             values = {"broker_url": self.stack.broker_url, "results_url": self.stack.results_url}
             if self.stack.password is not None:
@@ -189,7 +193,7 @@ def worker(
     """
     require_engines()
     refuse_variables(os.environ)
-    deployment = Deployment(config, assignments).joined()
+    deployment = Deployment(config, assignments).joined(only_here=True)
     name = cast("PoolName", pool)
     queues = worker_queues(deployment.loaded.settings, name, models)
     command = worker_command(deployment.loaded.settings, queues, f"{pool}-{os.getpid()}")
