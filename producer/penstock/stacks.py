@@ -145,10 +145,16 @@ def with_password(url: str) -> str:
         return url
     if found.username or found.password:
         return url
+    stack = stack_at(found.server[-1])
+    return with_login(url, stack.password) if stack and stack.password else url
+
+
+def stack_at(port: object) -> RunningStack | None:
+    """Return the stack whose own Redis has a port of this machine, or is about to."""
     for stack in find_stacks():
-        if stack.is_alive and stack.password and _port(stack.broker_url) == _port(url):
-            return with_login(url, stack.password)
-    return url
+        if stack.is_alive and stack.password and _port(stack.broker_url) == port:
+            return stack
+    return None
 
 
 def with_login(url: str, password: str) -> str:

@@ -17,6 +17,7 @@ from penstock.stacks import (
     announced,
     choose_stack,
     find_stacks,
+    stack_at,
     stacks_folder,
     with_password,
     without_login,
@@ -135,6 +136,14 @@ def test_no_other_server_is_told_the_password(url: str) -> None:
     """Other ports, hosts and schemes are left alone, and who names a login has the say."""
     with announced(STACK):
         assert with_password(url) == url
+
+
+def test_the_port_of_a_stack_that_starts_is_known() -> None:
+    """Another one that starts at the same time takes another port, before anybody listens."""
+    with announced(STACK):
+        assert stack_at(7001) == STACK
+        assert stack_at(7002) is None
+    assert stack_at(7001) is None
 
 
 def test_a_stack_that_was_killed_gives_no_password() -> None:

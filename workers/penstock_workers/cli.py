@@ -138,18 +138,10 @@ def up(config: Path | None, assignments: tuple[str, ...]) -> None:
     click.echo(f"penstock | status:  penstock status{f' --config {config}' if config else ''}")
     if stack.flower_url:
         click.echo(f"penstock | Flower:  {stack.flower_url}")
-    running = RunningStack(
-        pid=os.getpid(),
-        folder=str(Path.cwd()),
-        broker_url=stack.broker_url if stack.password else without_login(stack.broker_url),
-        results_url=stack.results_url if stack.password else without_login(stack.results_url),
-        password=stack.password,
-        models=tuple(settings.models),
-    )
     supervisor = _supervisor(stack.children, deployment)
     with ExitStack() as file:
         try:
-            file.enter_context(announced(running))
+            file.enter_context(announced(stack.told(tuple(settings.models))))
         except ConfigError as error:
             if stack.password is not None:  # which nobody could find
                 raise

@@ -15,7 +15,7 @@ from penstock.codec import queue_name
 from penstock.errors import ConfigError
 from penstock.request import PoolName
 from penstock.settings import CONFIG_VARIABLE, Loaded, Settings, variable_name
-from penstock.stacks import check_private, with_login
+from penstock.stacks import RunningStack, check_private, stack_at, with_login, without_login
 from penstock_workers.forkserver import Preload
 from penstock_workers.layout import Layout, choose_layouts, on_cards, read_machine, thread_variables
 from penstock_workers.local_redis import free_port, is_ready, local_redis_command, password_line
@@ -55,6 +55,17 @@ class Stack:
         """The broker's URL with its password: for connections, never for a log."""
         return self.broker_url if self.password is None else with_login(self.broker_url, self.password)
 
+    def told(self, models: tuple[str, ...]) -> RunningStack:
+        """Return what this user's other programs are told; no password of a Redis that was there before."""
+        return RunningStack(
+            pid=os.getpid(),
+            folder=str(Path.cwd()),
+            broker_url=without_login(self.broker_url),
+            results_url=without_login(self.results_url),
+            password=self.password,
+            models=models,
+        )
+
 
 def plan_stack(
     loaded: Loaded,
@@ -88,7 +99,9 @@ def plan_stack(
     children: list[Child] = []
     broker_url, results_url, password = settings.broker_url, settings.results_url, None
     if "redis.broker_url" not in loaded.origins:
-        port = DEFAULT_PORT if redis_folder and _is_free(DEFAULT_PORT) else free_port()
+        # One that starts at the same time listens only after a while, and is told at once.
+        is_free = redis_folder and _is_free(DEFAULT_PORT) and stack_at(DEFAULT_PORT) is None
+        port = DEFAULT_PORT if is_free else free_port()
         broker_url, results_url = f"redis://127.0.0.1:{port}/0", f"redis://127.0.0.1:{port}/1"
         password = _password(redis_folder)
         variables[variable_name("redis.broker_url")] = broker_url
