@@ -226,6 +226,8 @@ class ModelSettings(_Section):
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run Python that comes with the model; a hub model then needs a full commit as its revision."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """Name of one of a generation model's chat templates, or a file that holds one; none: its default."""
     int8_ranges: Path | None = None
     """File of numpy, float, shape (2, dim): lowest and highest value of each dimension, for int8 vectors."""
     cache: CacheSettings | None = None
@@ -303,6 +305,15 @@ class ModelSettings(_Section):
         if device_map is not None and info.data.get("task") in ("embed", "rerank"):
             raise ValueError("for generation models")
         return device_map
+
+    @field_validator("chat_template")
+    @classmethod
+    def _is_of_chats(cls, chat_template: str | None, info: ValidationInfo) -> str | None:
+        if chat_template is not None and (
+            info.data.get("task") != "generate" or info.data.get("engine") == "remote"
+        ):
+            raise ValueError("for generation models that workers compute")
+        return chat_template
 
     @field_validator("generation", mode="before")
     @classmethod

@@ -25,6 +25,7 @@ from penstock_workers.engines.cache import Part, RowCache, order_without
 from penstock_workers.engines.checkpoint import check_files, reading
 from penstock_workers.engines.device import has_fast_bfloat16, torch_dtype
 from penstock_workers.engines.memory import cache_bytes, check_memory, weights_bytes
+from penstock_workers.engines.templates import choose_template
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def load_causal_lm(
     where: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     options = check_files(name, source, model)
     tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    tokenizer.chat_template = choose_template(name, source, model, tokenizer)
     config = AutoConfig.from_pretrained(source, **where)
     is_quantised = getattr(config, "quantization_config", None) is not None
     dtype = _choose_dtype(config, model, device, is_quantised=is_quantised)

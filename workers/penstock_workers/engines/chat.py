@@ -4,11 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from penstock.errors import InvalidOptionError, InvalidTextError
+from penstock.errors import InvalidOptionError, InvalidTextError, ModelLoadError, PenstockError
 from penstock.request import Message, Tool, parse_arguments
+from penstock_workers.engines.templates import ALL_ROLES, Shape, find_losses
 from penstock_workers.engines.thinking import CLOSE
 
 # For models without a template: "System: ...\n\nUser: ...\n\nAssistant: ...\n\nUser: ...\n\nAssistant:".
@@ -27,7 +27,6 @@ _TOOL: Tool = {
     "type": "function",
     "function": {"name": _SENTINEL, "description": ".", "parameters": {"type": "object", "properties": {}}},
 }
-_REFUSALS = (TemplateError, TypeError, KeyError)  # a template adds what cannot be added, or looks for more
 GAP: Final = "\n...\n"
 """Stands for what was cut out of a text."""
 _LEAST_TOKENS = 32
@@ -44,28 +43,66 @@ class Chat:
         takes_tools: whether the template shows tools to the model.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
+        """Find out what the template can.
+
+        Args:
+            tokenizer: with the template.
+            name: of the model.
+
+        Raises:
+            ModelLoadError: it cannot be rendered, or leaves out what users write.
+        """
         self._tokenizer = tokenizer
-        if tokenizer.chat_template:
-            self._template = tokenizer.get_chat_template()
-            # Some models have one of their own for tools.
-            self._tool_template = tokenizer.get_chat_template(tools=[cast(dict[str, Any], _TOOL)])
-        else:
-            self._template = self._tool_template = _begin(tokenizer) + _PLAIN_TEMPLATE
-        self.stop: tuple[str, ...] = () if tokenizer.chat_template else (_PLAIN_STOP,)
-        # Also the first call of the tokenizer, which drops a padding or truncation that its file asks
-        # for: done later, by one of many threads, it would fail the others ("Already borrowed").
-        self._tokenize([Message(role="user", content=_SENTINEL)], None, {})
+        self._has_parts = False
+        try:
+            if tokenizer.chat_template:
+                self._template = tokenizer.get_chat_template()
+                # Some models have one of their own for tools.
+                self._tool_template = tokenizer.get_chat_template(tools=[cast(dict[str, Any], _TOOL)])
+            else:
+                self._template = self._tool_template = _begin(tokenizer) + _PLAIN_TEMPLATE
+            self.stop: tuple[str, ...] = () if tokenizer.chat_template else (_PLAIN_STOP,)
+            self._lost = self._choose_form()
+            question = [Message(role="user", content=_SENTINEL)]
+            self._try(question)
+            # Also the first call of the tokenizer, which drops a padding or truncation that its file asks
+            # for: done later, by one of many threads, it would fail the others ("Already borrowed").
+            self._tokenize(question, None, {})
+        except Exception as error:  # whatever a template's code raises
+            told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ModelLoadError(name, f"its chat template refuses a question: {told}") from error
+        if self._lost[Shape()]:
+            raise ModelLoadError(name, "its chat template leaves out what a user writes")
         self._ends_texts = _ends_texts(tokenizer)
         user = {"role": "user", "content": "."}
-        self._folds_system = _SENTINEL not in self._render([{"role": "system", "content": _SENTINEL}, user])
         self.marks_thinking = CLOSE in self._template
         self._switch = next((name for name in _SWITCHES if self._knows(name)), None)
         self.takes_tools = _SENTINEL in self._render([user], tools=[_TOOL])
+        self._lost_beside_tools = self._lost
+        if self.takes_tools:
+            self._lost_beside_tools = find_losses(lambda turns: self._render(turns, tools=[_TOOL]))
+            self.takes_tools = not self._lost_beside_tools[Shape()]
         # Arguments are objects to most, to some the text of one.
         kinds: tuple[object, ...] = ({}, "{}")
         forms = [arguments for arguments in kinds if self._shows_calls(user, arguments)]
         self._takes_calls, self._has_text_arguments = bool(forms), forms[:1] == ["{}"]
+
+    def _choose_form(self) -> Mapping[Shape, frozenset[str]]:
+        """Give the template texts or lists of parts, whichever loses less; return what it loses."""
+        as_texts = find_losses(self._render)
+        if not any(as_texts.values()):
+            return as_texts
+        self._has_parts = True
+        as_parts = find_losses(self._render)
+
+        def rank(lost: Mapping[Shape, frozenset[str]]) -> tuple[bool, int]:
+            return bool(lost[Shape()]), sum(map(len, lost.values()))
+
+        if rank(as_parts) < rank(as_texts):
+            return as_parts
+        self._has_parts = False
+        return as_texts
 
     def encode(
         self,
@@ -91,16 +128,21 @@ class Chat:
                 "history", "with calls", "the model's chat template has no place for them"
             )
         switches = {} if enable_thinking is None else {self.find_switch(enable_thinking): enable_thinking}
+        turns = self._reach_prompt(turns, has_tools=bool(tools))
         try:
-            ids = self._tokenize(_fold_system(turns) if self._folds_system else turns, tools, switches)
-        except _REFUSALS:
+            ids = self._tokenize(turns, tools, switches)
+        except PenstockError:
+            raise
+        except Exception as error:  # noqa: BLE001  whatever a template's code raises
+            variables: dict[str, Any] = {"tools": tools} if tools else {}
+            if isinstance(error, ValueError) and self._render([self._turn(t) for t in turns], **variables):
+                raise InvalidTextError(
+                    len(turns) - 1,
+                    "or one before it holds a control token of the model that cannot stay text",
+                ) from None
             # Its own words may quote the conversation.
             raise InvalidOptionError(
                 "history", f"{len(turns)} turns", "the model's chat template takes no such order of roles"
-            ) from None
-        except ValueError:
-            raise InvalidTextError(
-                len(turns) - 1, "or one before it holds a control token of the model that cannot stay text"
             ) from None
         if not ids:
             raise InvalidTextError(len(turns) - 1, "leaves no tokens")
@@ -154,6 +196,23 @@ class Chat:
             cast(list[int], self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         )
 
+    def _reach_prompt(self, turns: Sequence[Message], *, has_tools: bool) -> Sequence[Message]:
+        """Return turns that the template brings into the prompt: what the system says may go to the user.
+
+        Raises:
+            InvalidOptionError: it leaves some out.
+        """
+        lost = self._lost_beside_tools if has_tools else self._lost
+        shape = Shape(any(turn.role == "system" for turn in turns), len(_talk(turns)) > 1)
+        if "system" in lost[shape]:
+            turns = _fold_system(turns)
+            shape = Shape(has_system=False, has_history=len(_talk(turns)) > 1)
+        if lost[shape] and lost[shape] != ALL_ROLES:  # what is refused may be taken in another order
+            raise InvalidOptionError(
+                "history", f"{len(turns)} turns", "the model's chat template leaves out earlier turns"
+            )
+        return turns
+
     def _tokenize(
         self, turns: Sequence[Message], tools: Sequence[Tool] | None, switches: Mapping[str, bool]
     ) -> list[int]:
@@ -172,13 +231,19 @@ class Chat:
 
     def _turn(self, turn: Message) -> dict[str, Any]:
         """Return a turn as templates know it."""
-        fields = turn.model_dump(exclude_none=True)
+        fields = self._form(turn.model_dump(exclude_none=True))
         for call in fields.get("tool_calls", ()):
             arguments = parse_arguments(call)
             as_text = json.dumps(arguments, ensure_ascii=False)
             call["function"]["arguments"] = as_text if self._has_text_arguments else arguments
             call.setdefault("type", "function")
         return fields
+
+    def _form(self, turn: Mapping[str, Any]) -> dict[str, Any]:
+        content = turn.get("content")
+        if not self._has_parts or not isinstance(content, str):
+            return dict(turn)
+        return {**turn, "content": [{"type": "text", "text": content}]}
 
     def _shows_calls(self, user: Mapping[str, str], arguments: object) -> bool:
         """Say whether a call and its answer reach the prompt."""
@@ -194,18 +259,25 @@ class Chat:
 
     def _render(self, turns: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """Return the text of a prompt, empty where the template refuses."""
-        template = self._tool_template if variables.get("tools") else self._template
         try:
-            text = self._tokenizer.apply_chat_template(
-                cast(list[dict[str, str]], turns),
-                chat_template=template,
-                add_generation_prompt=True,
-                tokenize=False,
-                **variables,
-            )
-        except _REFUSALS:
+            return self._try(turns, **variables)
+        except Exception:  # noqa: BLE001  whatever a template's code raises
             return ""
+
+    def _try(self, turns: Sequence[Mapping[str, Any] | Message], **variables: Any) -> str:
+        """Return the text of a prompt, or raise what the template does."""
+        text = self._tokenizer.apply_chat_template(
+            [self._turn(turn) if isinstance(turn, Message) else self._form(turn) for turn in turns],
+            chat_template=self._tool_template if variables.get("tools") else self._template,
+            add_generation_prompt=True,
+            tokenize=False,
+            **variables,
+        )
         return str(text)
+
+
+def _talk(turns: Sequence[Message]) -> list[Message]:
+    return [turn for turn in turns if turn.role != "system"]
 
 
 def _ends_texts(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -140,7 +140,7 @@ class Generator:
         self.name = name
         self.context_window = min(context_window(model, tokenizer), options.context_window or 1 << 62)
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self._model, self._tokenizer, self._chat = model, tokenizer, Chat(tokenizer)
+        self._model, self._tokenizer, self._chat = model, tokenizer, Chat(tokenizer, name)
         self._n_vocab = model.config.get_text_config(decoder=True).vocab_size
         own = read_own_config(name, model.generation_config, self._n_vocab)
         self._defaults = options.over(own.options).over(_DEFAULTS)
