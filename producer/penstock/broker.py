@@ -25,6 +25,7 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry as SyncRetry
 from redis.sentinel import Sentinel
 
 from penstock.bucket import RETRIES, take
@@ -38,6 +39,7 @@ from penstock.errors import (
     ResultDecodeError,
 )
 from penstock.leases import Limits, push_arguments, scripts
+from penstock.refusals import attentive
 from penstock.registry import MODELS_KEY, RESULTS_KEY, WORKERS_KEY, Registry
 from penstock.request import Lane
 from penstock.sentinel import SentinelUrl, is_sentinel
@@ -47,6 +49,8 @@ from penstock.urls import mask_url
 CONNECT_TIMEOUT_S: Final = 5.0
 ANSWER_TIMEOUT_S: Final = 10.0
 MAX_CONNECTIONS: Final = 8
+HEALTH_CHECK_S: Final = 25
+"""A connection that lay idle for so long is asked before it is used."""
 UNACKED_KEY: Final = "unacked"  # hash of messages that workers hold, by delivery tag: see delivery.lua
 
 _HEAD_BYTES: Final = 1 << 12
@@ -67,7 +71,7 @@ def connect(url: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> aiored
         "socket_connect_timeout": connect_timeout_s,
         "socket_timeout": ANSWER_TIMEOUT_S,
         "socket_keepalive": True,
-        "health_check_interval": 25,
+        "health_check_interval": HEALTH_CHECK_S,
         # Once, for a pooled connection that the server closed meanwhile, and not after a silence: that would
         # double the limits above. A message that is pushed twice in this way has one id, and a job ends once.
         "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
@@ -92,12 +96,20 @@ def connect_sync(url: str, *, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> red
     options: dict[str, Any] = {
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
         "socket_timeout": answer_timeout_s,
+        "health_check_interval": HEALTH_CHECK_S,
+        "retry": SyncRetry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),  # see `connect`
     }
     if not is_sentinel(url):
-        return redis.Redis.from_url(url, **options)
+        return _attentive(redis.Redis.from_url(url, **options))
     found = SentinelUrl.parse(url)
     sentinels = Sentinel(found.sentinels, sentinel_kwargs=found.sentinel_options)  # type: ignore[no-untyped-call]  # redis-py's own gap
     client: redis.Redis = sentinels.master_for(found.master_name, **_login(found), **options)  # type: ignore[no-untyped-call]  # the same
+    return _attentive(client)
+
+
+def _attentive(client: redis.Redis) -> redis.Redis:
+    pool = client.connection_pool
+    pool.connection_class = attentive(pool.connection_class)
     return client
 
 
@@ -162,7 +174,7 @@ class _Pool(aioredis.BlockingConnectionPool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         kind = self.connection_class  # plain, TLS, or Sentinel's
-        self.connection_class = type(kind.__name__, (_PatientConnection, kind), {})
+        self.connection_class = attentive(type(kind.__name__, (_PatientConnection, kind), {}))
 
     async def release(self, connection: AbstractConnection) -> None:
         """Take a connection back; one that broke casts doubt on all that lie idle.

@@ -28,6 +28,7 @@ from penstock.bucket import RETRIES, bucket_functions
 from penstock.clock import Clock
 from penstock.envelope import MAX_ENTRY_BYTES, MAX_POP_BYTES, printable
 from penstock.identity import process_name
+from penstock.refusals import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -455,7 +456,7 @@ class Leases:
         except (redis.RedisError, OSError) as error:
             if not self._is_away:
                 self._is_away = True
-                logger.warning("broker out of reach: %s", type(error).__name__)
+                logger.warning("broker out of reach: %s", in_words(error))
         except Exception as error:  # noqa: BLE001  the other duties must not wait for this one
             self._thread.failed(error)
         return None

@@ -46,6 +46,7 @@ from penstock.leases import (
     push_arguments,
     scripts,
 )
+from penstock.refusals import OUTAGES, REFUSALS, attentive, in_words, is_for_now
 from penstock.request import TENANT
 
 logger = logging.getLogger(__name__)
@@ -328,6 +329,21 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
             return
         if self.leases.is_suspect(lease) or not flight.lists.issuperset(self.qos.open_lists([lease.queue])):
             self.leases.nudge()
+
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        """Return how to connect: a worker waits for a server that refuses, whatever it was asked."""
+        params: dict[str, Any] = super()._connparams(asynchronous)
+        kind = params["connection_class"]
+        return params | {"connection_class": attentive(kind, waits_for=OUTAGES | REFUSALS)}
+
+    def maybe_refresh_binding_expiry(self) -> None:
+        """Keep tables of bindings alive, when that can be done: kombu logs a traceback each second."""
+        try:
+            super().maybe_refresh_binding_expiry()
+        except ResponseError as error:  # of a transaction, whose answers are looked at one by one
+            if not is_for_now(error):
+                raise
+            raise redis.ConnectionError(in_words(error)) from error
 
     # Sending
 

@@ -35,7 +35,10 @@ class LightWorker:
 
     Attributes:
         book: the server's first database, for the test's own questions.
+        process: the one that was started last.
     """
+
+    process: Worker
 
     def __init__(
         self,
@@ -71,7 +74,7 @@ class LightWorker:
         command = [sys.executable, "-m", "celery", "-A", "tests.faults.light_app", "worker", "-l", "info"]
         name = f"light{next(_NUMBERS)}"
         command += ["-Q", f"{self._pool}.{MODEL}", "-n", f"{name}@%h", "--without-gossip", "--without-mingle"]
-        worker = Worker(self._folder / f"{name}.log", command, environment)
+        worker = self.process = Worker(self._folder / f"{name}.log", command, environment)
         try:
             yield worker
         finally:

@@ -11,6 +11,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from penstock.background import Background
 from penstock.broker import connect_sync
 from penstock.envelope import is_clean
+from penstock.refusals import in_words
 from penstock.store import CANCELLED_KEY, MAX_CANCELLED
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Cancelled(Background):
         except (redis.RedisError, OSError) as error:
             self._hang_up()
             if not self._n_failures_of_redis:
-                logger.warning("cancelled jobs are not heard of: %s", type(error).__name__)
+                logger.warning("cancelled jobs are not heard of: %s", in_words(error))
             self._n_failures_of_redis = min(
                 self._n_failures_of_redis + 1, 32
             )  # above 1,000 a pause overflows

@@ -20,18 +20,12 @@ from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendStoreError, Reject
 from kombu.asynchronous import get_event_loop
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import (
-    NoPermissionError,
-    NoScriptError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-)
+from redis.exceptions import NoScriptError, RedisError
 
 from penstock.background import Background
 from penstock.codec import MAX_RESULT_BYTES
 from penstock.errors import JobCancelledError, ResultTooLargeError
+from penstock.refusals import OutageError, attentive, is_for_now
 from penstock.store import END_JOB, end_job_arguments, record_key
 
 logger = logging.getLogger(__name__)
@@ -45,9 +39,6 @@ MAX_BATCH_BYTES: Final = 8 << 20  # a small result does not wait long for large 
 
 _SCRIPT_ID: Final = hashlib.sha1(END_JOB.encode(), usedforsecurity=False).hexdigest()
 _UNREACHABLE: Final = (redis.ConnectionError, redis.TimeoutError, OSError)
-# Errors of the server and not of one result: it is full, a replica, cannot save, or runs a slow script.
-_REFUSES_ALL: Final = (OutOfMemoryError, ReadOnlyError, NoPermissionError)
-_REFUSES_ALL_WORDS: Final = ("MISCONF", "NOREPLICAS", "BUSY")
 _LIMIT: Final = "proto-max-bulk-len"
 _MIN_LIMIT_BYTES: Final = 1 << 20  # the smallest that Redis lets it be
 _MOST_FAILURES: Final = 32  # that a pause is computed from: above 1,000 it overflows
@@ -57,8 +48,12 @@ _HANGUPS: Final = 3  # on one result, by a server that answers: no accident any 
 class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no types
     """Stores results with `penstock.store.END_JOB`, those of all threads together."""
 
+    connection_class: type = redis.Connection
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        kind = self.connparams.get("connection_class", self.connection_class)
+        self.connparams["connection_class"] = attentive(kind)
         patience_s = float(self.app.conf.get("result_patience_s", PATIENCE_S))
         self._writer = Writer(lambda: self._create_client(**self.connparams), patience_s)
         self._room = threading.Condition()
@@ -236,6 +231,8 @@ class Writer:
             if is_retry:
                 is_up = bool(self._redis.ping())
             replies = self._send(orders)
+        except OutageError as error:  # it answers: the first has waited for it the longest
+            return self._answer(orders[0], error)
         except _UNREACHABLE as error:
             orders[0].n_hangups += is_up
             if orders[0].n_hangups < _HANGUPS or orders[0].n_bytes < _MIN_LIMIT_BYTES:
@@ -258,11 +255,11 @@ class Writer:
 
     def _answer(self, order: _Order, reply: Any) -> Exception | None:
         """Tell the waiting thread; return the error that is worth another attempt."""
-        if not isinstance(reply, ResponseError):
+        if not isinstance(reply, RedisError):
             order.answer.set_result(reply)
         elif str(reply).startswith("Protocol error"):  # it hangs up next; often nothing but that is heard
             order.answer.set_exception(self._too_large(order.n_bytes))
-        elif not _refuses_all(reply):
+        elif not is_for_now(reply):  # an error of this one result, and not of the server
             order.answer.set_exception(BackendStoreError(str(reply)))
         elif time.monotonic() - order.given_at > self._patience_s:
             order.answer.set_exception(Reject(f"result not stored: {reply}", requeue=True))
@@ -285,10 +282,6 @@ def _encoded(value: object) -> bytes:
     if type(value) is int or isinstance(value, str):
         return str(value).encode()
     raise TypeError(f"a {type(value).__name__} in a command")
-
-
-def _refuses_all(error: ResponseError) -> bool:
-    return isinstance(error, _REFUSES_ALL) or str(error).startswith(_REFUSES_ALL_WORDS)
 
 
 def _is_event_loop() -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from celery.backends.redis import SentinelBackend
+from redis.sentinel import SentinelManagedConnection
 
 from penstock.urls import ServerUrl, read_url
 from penstock_workers.results import ResultBackend
@@ -14,6 +15,8 @@ from penstock_workers.results import ResultBackend
 
 class SentinelResultBackend(ResultBackend, SentinelBackend):  # type: ignore[misc]  # Celery has no types
     """Stores results in the master that Sentinel names."""
+
+    connection_class = SentinelManagedConnection
 
 
 def celery_url(url: str) -> str:

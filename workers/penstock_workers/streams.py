@@ -12,6 +12,7 @@ import redis
 
 from penstock.background import Background
 from penstock.broker import connect_sync
+from penstock.refusals import in_words
 from penstock.store import is_reply_channel
 from penstock.stream import APPEND, MAX_PIECES, STREAM_TTL_S, Part, stream_key
 
@@ -116,7 +117,7 @@ class Streams(Background):
             self._is_away = False
         except (redis.RedisError, OSError) as error:
             if not self._is_away:
-                logger.warning("streamed text waits for Redis: %s", type(error).__name__)
+                logger.warning("streamed text waits for Redis: %s", in_words(error))
             self._is_away = True
             self._wake.set()
             time.sleep(1.0)
