@@ -269,8 +269,9 @@ class Broker:
                 for command in (("HGETALL", MODELS_KEY), ("HGETALL", WORKERS_KEY), ("GET", RESULTS_KEY)):
                     pipe.execute_command(*command)
                 pipe.time()
+                pipe.execute_command("HELLO")  # an error where this is the primary no more
                 asked_at = ticks()
-                models, workers, results, (second, microsecond) = await pipe.execute()
+                models, workers, results, (second, microsecond), _ = await pipe.execute()
             now_s = second + microsecond / 1e6
             registry = Registry.read(models, workers, results, now_s)
         self.clock.learn(now_s, asked_at)

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_S: Final = 5.0
 """How long a waiter trusts the notes alone; bounds what a lost note costs."""
+RENEW_S: Final = 30.0
+"""A subscription in silence is made anew after this: its server may be one that nobody writes to any more."""
 
 
 class Note(asyncio.Event):
@@ -40,7 +42,7 @@ class Inbox:
 
     def __init__(self, results: aioredis.Redis, url: str, client_id: str) -> None:
         self.reply_to = reply_channel(client_id)
-        self._url = url
+        self._results, self._url = results, url
         self._pubsub = results.pubsub()
         self._notes: weakref.WeakValueDictionary[str, Note] = weakref.WeakValueDictionary()
         self._listener: asyncio.Task[None] | None = None
@@ -112,8 +114,17 @@ class Inbox:
             raise RedisConnectionError("no sign of life")
         self._is_asked = message is None
         if self._is_asked:
+            # An error where it is the primary no more.
+            await self._results.execute_command("HELLO")  # type: ignore[no-untyped-call]  # redis-py's own gap
+            await self._leave_old_server()
             await self._pubsub.ping()
         return message
+
+    async def _leave_old_server(self) -> None:
+        connection: Any = self._pubsub.connection
+        if connection is not None and (connection.is_replaced or connection.age_s > RENEW_S):
+            await connection.disconnect()
+            raise RedisConnectionError("it may be another server's turn")
 
     async def _resubscribe(self) -> None:
         await self._pubsub.connect()  # type: ignore[no-untyped-call]  # subscribes again to all that it had

@@ -114,6 +114,11 @@ class _Attentive:
         return _replaced.includes(self._address, self.connected_at)
 
     @property
+    def age_s(self) -> float:
+        """How long ago we connected."""
+        return time.monotonic() - self.connected_at
+
+    @property
     def _address(self) -> Hashable:
         pool = getattr(self, "connection_pool", None)  # Sentinel's: it names the server
         if (name := getattr(pool, "service_name", None)) is not None:

@@ -59,6 +59,10 @@ class Proxy:
         """Let the connections that are made from now on through again."""
         self._is_silent = False
 
+    def lead_to(self, port: int) -> None:
+        """Forward the connections that are made from now on to another server; leave the others be."""
+        self._target_port = port
+
     def cut(self) -> None:
         """Close all connections, in the middle of what they carry."""
 

@@ -11,6 +11,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from penstock.background import Background
 from penstock.broker import connect_sync
 from penstock.envelope import is_clean
+from penstock.inbox import RENEW_S
 from penstock.refusals import in_words
 from penstock.store import CANCELLED_KEY, MAX_CANCELLED
 
@@ -80,7 +81,13 @@ class Cancelled(Background):
             raise redis.ConnectionError("no sign of life")
         self._is_asked = message is None
         if message is None:
-            self._pubsub.ping()
+            assert self._redis is not None
+            self._redis.execute_command("HELLO")  # type: ignore[no-untyped-call]  # an error if it is no primary
+            connection = self._pubsub.connection
+            if connection.is_replaced or connection.age_s > RENEW_S:
+                self._hang_up()  # in silence: to be heard of from whichever server it is now
+            else:
+                self._pubsub.ping()
         elif message["type"] == "message":
             self._add([message["data"]])
 
