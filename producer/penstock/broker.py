@@ -86,18 +86,19 @@ def connect(url: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> aiored
     return aioredis.Redis.from_pool(pool)
 
 
-def connect_sync(url: str, *, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> redis.Redis:
+def connect_sync(url: str, *, answer_timeout_s: float = ANSWER_TIMEOUT_S, n_retries: int = 1) -> redis.Redis:
     """Return a client that does not await; see `connect`.
 
     Args:
         url: of the server.
         answer_timeout_s: how long to wait for the next bytes of an answer, seconds.
+        n_retries: where a connection broke. None where that has to be known: redis-py hides it.
     """
     options: dict[str, Any] = {
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
         "socket_timeout": answer_timeout_s,
         "health_check_interval": HEALTH_CHECK_S,
-        "retry": SyncRetry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),  # see `connect`
+        "retry": SyncRetry(NoBackoff(), n_retries, supported_errors=(RedisConnectionError,)),
     }
     if not is_sentinel(url):
         return _attentive(redis.Redis.from_url(url, **options))

@@ -67,7 +67,7 @@ class Cancelled(Background):
             raise
 
     def _begin(self) -> None:
-        self._redis = self._redis or connect_sync(self._url)
+        self._redis = self._redis or connect_sync(self._url, n_retries=0)
         self._is_asked = False
         self._pubsub = self._redis.pubsub()  # type: ignore[no-untyped-call]  # redis-py's own gap
         self._pubsub.subscribe(CANCELLED_KEY)
