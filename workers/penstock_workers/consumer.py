@@ -19,6 +19,7 @@ from celery.worker.request import Request as CeleryRequest
 from kombu.exceptions import ContentDisallowed
 
 from penstock.codec import TASK_NAMES
+from penstock.envelope import printable, problem_of_headers, sender_of
 from penstock.errors import InvalidMessageError, UpstreamError
 from penstock.transport import RefusedError
 from penstock_workers.callbacks import EMBEDDED, CallbackError, awaited_ids
@@ -32,6 +33,9 @@ RECONNECT_S: Final = (0.3, 1.0)
 
 EVENTS_S: Final = 0.1
 """Events of so many seconds go out together."""
+
+_OF_THE_BODY: Final = ("args", "kwargs", "headers", "callbacks", "errbacks", "chord")
+"""Fields of Celery's protocol 1 that are no headers in protocol 2."""
 
 _MALFORMED = (ValueError, TypeError, KeyError, AttributeError)
 
@@ -118,12 +122,11 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # Celery has no types
 
     def on_invalid_task(self, body: object, message: Any, exc: Exception) -> None:
         """Refuse a content type that is not read here, or a body of another shape."""
-        del body
         if isinstance(exc, ContentDisallowed):
             self._refuse(message, f"content type {message.content_type} is not read here, only JSON")
         else:
             self._refuse_followers(message, str(exc))
-            self._refuse(message, str(exc))
+            self._refuse(message, str(exc), body)
 
     def on_unknown_message(self, body: object, message: Any) -> None:
         """Refuse a message without a task name."""
@@ -142,14 +145,16 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # Celery has no types
             error = InvalidMessageError(f"the job before it was refused: {problem}")
             self.app.backend.mark_as_failure(job_id, error, call_errbacks=False)
 
-    def _refuse(self, message: Any, problem: str) -> None:
-        headers = message.headers or {}
-        job_id = headers.get("id")
-        logger.error("message refused: %s", problem, extra={"job_id": job_id})
-        if isinstance(job_id, str):
-            sender = Context(id=job_id, reply_to=(message.properties or {}).get("reply_to"))
+    def _refuse(self, message: Any, problem: str, body: object = None) -> None:
+        problem = printable(problem)
+        # In Celery's protocol 1 the body names the job.
+        named = body if isinstance(body, dict) and not message.headers else message.headers
+        sender = sender_of({"headers": named, "properties": message.properties})
+        logger.error("message refused: %s", problem, extra={"job_id": sender and sender.job_id})
+        if sender is not None:
+            request = Context(id=sender.job_id, reply_to=sender.reply_to)
             error = InvalidMessageError(problem)
-            self.app.backend.mark_as_failure(job_id, error, request=sender, call_errbacks=False)
+            self.app.backend.mark_as_failure(sender.job_id, error, request=request, call_errbacks=False)
         raise RefusedError(problem)
 
 
@@ -161,6 +166,8 @@ class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types
     """
 
     def __init__(self, message: Any, **options: Any) -> None:
+        if options.get("decoded"):
+            self._check_old(options["headers"])
         try:
             super().__init__(message, **options)
         except _MALFORMED as error:
@@ -178,6 +185,12 @@ class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types
         if is_late:
             state.revoked.add(self.id)
         return is_late
+
+    def _check_old(self, fields: dict[str, Any]) -> None:
+        """Check a message of Celery's protocol 1, in which the body's fields are what headers are in 2."""
+        named = {name: value for name, value in fields.items() if name not in _OF_THE_BODY}
+        if "task" not in named or (problem := problem_of_headers(named)):
+            raise InvalidTaskError(problem if "task" in named else "it names no task")
 
     def _check_embedded(self) -> None:
         """Refuse, before it is computed, what could not be sent or kept after that."""
