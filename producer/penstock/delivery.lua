@@ -844,25 +844,54 @@ end
 settle()
 
 -- script: purge allow-oom
--- KEYS: the lists of a queue. Returns how many messages were dropped, those of tenants included.
-local n = 0
+-- KEYS: the lists of a queue. ARGV: most messages. Drops the next messages, those of tenants too.
+-- Returns how many were dropped, 1 if more are left, then id and `reply_to` of each that names an id.
+local most, n, bytes, told = tonumber(ARGV[1]), 0, 0, {}
+
+local function note_caller(message)
+  local is_json, envelope = pcall(cjson.decode, message)
+  if not is_json or type(envelope) ~= 'table' or type(envelope.headers) ~= 'table' then return end
+  local id, properties = envelope.headers.id, envelope.properties
+  local reply_to = type(properties) == 'table' and properties.reply_to
+  if type(id) == 'string' then
+    told[#told + 1] = id
+    told[#told + 1] = type(reply_to) == 'string' and reply_to or ''
+  end
+end
+
+local function drop_from(list)
+  local message = redis.pcall('LINDEX', list, -1)
+  while type(message) == 'string' do
+    if n >= most or bytes >= MAX_POP_BYTES then return false end
+    n, bytes = n + 1, bytes + #message
+    note_caller(message)
+    remove(list, message)
+    forget_past(tag_of(message))
+    message = redis.pcall('LINDEX', list, -1)
+  end
+  return true
+end
+
+local is_left = false
 for _, base in ipairs(KEYS) do
-  local lists = {base}
+  local is_empty = drop_from(base)
   for _, tenant in ipairs(redis.call('ZRANGE', TURNS .. base, 0, -1)) do
-    if tenant ~= '' then lists[#lists + 1] = part_of(base, tenant) end
-  end
-  for _, list in ipairs(lists) do
-    local length = redis.call('LLEN', list)
-    if redis.call('EXISTS', LOST, TRIES) > 0 then
-      for _ = 1, length do forget_past(tag_of(redis.call('RPOP', list))) end
+    local list = part_of(base, tenant)
+    if tenant ~= '' and drop_from(list) then
+      leave(base, tenant)
+      settle()
+      redis.call('DEL', LOAD .. list)
+    elseif tenant ~= '' then
+      is_empty = false
     end
-    redis.call('DEL', list)
-    n = n + length
-    if list ~= base then redis.call('DEL', LOAD .. list) end
   end
-  redis.call('DEL', TURNS .. base, PASSED .. base)
-  redis.call('HDEL', LOAD .. queue_of(base), level_of(base), level_of(base) .. '+', 'age:' .. level_of(base), 'turn:' .. level_of(base))
+  settle()
+  if is_empty then
+    redis.call('DEL', TURNS .. base, PASSED .. base)
+    redis.call('HDEL', LOAD .. queue_of(base), level_of(base), level_of(base) .. '+', 'age:' .. level_of(base), 'turn:' .. level_of(base))
+  end
+  is_left = is_left or not is_empty
   show(base)
 end
 settle()
-return n
+return {n, is_left and 1 or 0, unpack(told)}

@@ -26,7 +26,7 @@ from redis.commands.core import Script
 from penstock.background import Background
 from penstock.bucket import RETRIES, bucket_functions
 from penstock.clock import Clock
-from penstock.envelope import MAX_ENTRY_BYTES, MAX_POP_BYTES, printable
+from penstock.envelope import MAX_ENTRY_BYTES, MAX_POP_BYTES, is_clean, printable
 from penstock.identity import process_name
 from penstock.refusals import in_words
 
@@ -59,6 +59,7 @@ _BACKOFF_S: Final = (0.05, 1.0)
 IsAlive = Callable[[], bool]
 Room = Callable[[str], float | None]
 OnDead = Callable[[Mapping[str, Any], int], None]
+OnPurged = Callable[[Sequence[tuple[str, str]]], None]
 Value = str | bytes | int | float
 
 
@@ -75,6 +76,25 @@ def scripts() -> Mapping[str, str]:
         name: f"#!lua flags={(flag or '').strip()}\n{shared}\n{buckets if name in _TAKING else ''}\n{body}"
         for name, flag, body in zip(names[1:], flags[1:], bodies[1:], strict=True)
     }
+
+
+def purge(client: redis.Redis, lists: Sequence[str], on_purged: OnPurged | None = None) -> int:
+    """Drop what waits in the lists of a queue; returns how many messages.
+
+    Args:
+        client: of the broker.
+        lists: of all levels; those of tenants belong to them.
+        on_purged: called with id and `reply_to`, or nothing, of the jobs that were dropped, some at a time.
+    """
+    script, n_dropped, is_left = client.register_script(scripts()["purge"]), 0, 1
+    while is_left:
+        n, is_left, *fields = script(keys=lists, args=[_BATCH])
+        n_dropped += n
+        texts = [field.decode(errors="replace") for field in fields]
+        jobs = list(zip(texts[::2], texts[1::2], strict=True))
+        if on_purged is not None and jobs:
+            on_purged([job for job in jobs if is_clean(job[0])])
+    return n_dropped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,8 +41,10 @@ from penstock.leases import (
     Lease,
     Leases,
     OnDead,
+    OnPurged,
     Room,
     pop_arguments,
+    purge,
     push_arguments,
     scripts,
 )
@@ -92,6 +94,7 @@ class _Hooks:
     on_dead: OnDead | None = None
     room: Room | None = None
     clock: Clock | None = None
+    on_purged: OnPurged | None = None
 
 
 _hooks = _Hooks()
@@ -105,6 +108,7 @@ def install(
     on_dead: OnDead | None = None,
     room: Room | None = None,
     clock: Clock | None = None,
+    on_purged: OnPurged | None = None,
 ) -> None:
     """Take the place of kombu's Redis transports, under their own names.
 
@@ -115,6 +119,7 @@ def install(
         room: given a queue, tells how many tokens of its jobs this process may hold, apart from two jobs
             that it may hold in any case; None where only their number is bounded. It must not wait.
         clock: is told the broker's time.
+        on_purged: called with id and `reply_to` of jobs that were purged, some at a time.
 
     Raises:
         ConfigError: kombu or Celery is of a version that this was not tested with.
@@ -130,6 +135,7 @@ def install(
         kombu.transport._transport_cache.pop(scheme, None)  # whoever asked before us got kombu's own
     # No transport options: those are sent to whoever runs `celery inspect stats`.
     _hooks.is_alive, _hooks.on_dead, _hooks.room, _hooks.clock = is_alive, on_dead, room, clock
+    _hooks.on_purged = on_purged
 
 
 def is_stopping() -> bool:
@@ -377,9 +383,9 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         return bool(super()._has_queue(queue, **options)) or self._size(queue) > 0
 
     def _purge(self, queue: str) -> int:
-        """Drop what waits, tenants' messages too; returns how many."""
+        """Drop what waits, tenants' messages too, and tell their callers; returns how many."""
         with self.conn_or_acquire() as client:
-            return int(client.register_script(scripts()["purge"])(keys=self._lists([queue])))
+            return purge(client, self._lists([queue]), _hooks.on_purged)
 
     def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
         """Bind a queue; a fanout exchange is a channel, and needs no table that keeps all who were killed."""

@@ -25,6 +25,10 @@ from tests.eventually import eventually
 from tests.integration.ordinary_app import CALLS
 
 QUEUE = "cpu.minilm"
+RUN = {
+    "celery": "from celery.__main__ import main; main()",
+    "penstock": "from penstock_workers.cli import main; main()",
+}
 TOML = """
 [models.minilm]
 task = "embed"
@@ -349,6 +353,37 @@ def test_revoked_jobs_end_for_their_callers(worker: WorkerProcess, client: Clien
     eventually(lambda: by_stamp.state == "REVOKED", within_s=60)
     assert client.embed(["goes on"], model="minilm").shape == (1, 384)
     eventually(lambda: told(sender, worker, "active") == [], within_s=60)
+
+
+@pytest.mark.parametrize("command", ["celery -A penstock_workers purge -f", "penstock purge --all"])
+def test_purged_jobs_end_for_their_callers(
+    worker: WorkerProcess, client: Client, sender: Celery, server: Server, command: str
+) -> None:
+    """Without a list of queues purge finds all models' jobs, tenants' too, and each caller is told."""
+    told(sender, worker, "cancel_consumer", queue=QUEUE)
+    priorities, tenants = ("interactive", "default", "batch"), (None, "ada")
+    jobs = [
+        client.submit_embed(["waits"], model="minilm", priority=priority, tenant=tenant)
+        for priority in priorities
+        for tenant in tenants
+    ]
+    other = sender.send_task("penstock.embed", kwargs={"model": "other", "texts": ["a"]}, queue="cpu.other")
+
+    purged = subprocess.run(
+        [sys.executable, "-c", RUN[command.split()[0]], *command.split()[1:]],
+        env=worker.environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert "7" in purged.stdout
+    for job in (*jobs, ended(client, server, other.id)):
+        with pytest.raises(JobCancelledError):
+            job.result(timeout_s=60)
+    told(sender, worker, "add_consumer", queue=QUEUE)
+    assert client.embed(["goes on"], model="minilm").shape == (1, 384)
 
 
 def told(sender: Celery, worker: WorkerProcess, command: str, **arguments: object) -> Any:

@@ -1,11 +1,12 @@
 """The Celery app: its settings, its tasks, and the parts of Celery that are replaced."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from celery import Celery
 from celery.app.task import Context
 from celery.concurrency import ALIASES
+from kombu import Exchange, Queue
 from kombu.connection import failover_strategies
 from kombu.serialization import register
 
@@ -41,9 +42,13 @@ def build_app(settings: Settings) -> Celery:
     app.penstock_cancelled = Cancelled(_checked(settings.results_url))
     app.penstock_streams = Streams(_checked(settings.results_url), settings.worker.reader_timeout_s)
     app.conf.update(_configuration(settings))
-    models = settings.models.items()
+    ours = frozenset(
+        queue_name(pool, name) for name, model in settings.models.items() for pool in model.pools
+    )
+    # Commands without -Q, as `celery purge`, then mean these.
+    app.conf.task_queues = [Queue(name, Exchange(name), routing_key=name) for name in sorted(ours)]
     app.penstock_callbacks = Callbacks(
-        ours=frozenset(queue_name(pool, name) for name, model in models for pool in model.pools),
+        ours=ours,
         allowed=frozenset(settings.worker.callback_queues),
         default=app.conf.task_default_queue,
     )
@@ -70,7 +75,10 @@ def build_app(settings: Settings) -> Celery:
             error = WorkerLostError(job_id, n_deliveries)
             app.backend.mark_as_failure(job_id, error, request=sender, call_errbacks=False)
 
-    install(is_alive=is_alive, on_dead=tell, room=room, clock=BROKER_CLOCK)
+    def tell_purged(jobs: Sequence[tuple[str, str]]) -> None:
+        app.backend.revoke(jobs)
+
+    install(is_alive=is_alive, on_dead=tell, room=room, clock=BROKER_CLOCK, on_purged=tell_purged)
     return app
 
 

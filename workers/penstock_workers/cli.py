@@ -220,6 +220,25 @@ def queues(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> 
         click.echo("\n".join(table(states)))
 
 
+@cli.command()
+@_deployment
+@click.argument("names", nargs=-1, metavar="[QUEUE]...")
+@click.option("--all", "everything", is_flag=True, help="All queues of the configured models.")
+def purge(
+    config: Path | None, assignments: tuple[str, ...], names: tuple[str, ...], everything: bool
+) -> None:
+    """Drop the jobs of queues that wait; their callers get JobCancelledError."""
+    found = Queues(Deployment(config, assignments).loaded.settings)
+    known = [state.queue for state in found.states()]
+    if problems := [
+        f"queue {name!r} is of no model; queues: {', '.join(known)}" for name in set(names) - set(known)
+    ]:
+        raise ConfigError(problems)
+    if not everything and not names:
+        raise ConfigError(["name the queues, or say --all"])
+    click.echo(f"{sum(found.purge(name) for name in (known if everything else names))} dropped")
+
+
 @cli.group()
 def dead() -> None:
     """Look after jobs that were given up."""

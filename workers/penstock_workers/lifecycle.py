@@ -167,7 +167,10 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
             refuse_options_from_variables()
             refuse_forks(worker.pool_cls, sys.argv[1:])
             refuse_options(worker, self._options)
-            self._pool, self._names = choose_models(worker.app.amqp.queues.consume_from, self._settings)
+            queues = worker.app.amqp.queues
+            # Without -Q and -X Celery would take all: a process serves the models that it was started for.
+            asked = queues.consume_from if queues._consume_from is not None else ["celery"]
+            self._pool, self._names = choose_models(asked, self._settings)
             worker.app.penstock_queues.update({queue_name(self._pool, name): name for name in self._names})
         return self
 

@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from penstock.broker import connect_sync, redis_errors
-from penstock.codec import queue_key, queue_name
+from penstock.codec import encode_failure, queue_key, queue_name
 from penstock.delay import predict
 from penstock.envelope import EntryError, open_entry, printable
-from penstock.errors import InvalidMessageError, UnknownJobError
-from penstock.leases import DEAD_KEY, LEASE_S, scripts
+from penstock.errors import InvalidMessageError, JobCancelledError, UnknownJobError
+from penstock.leases import DEAD_KEY, LEASE_S, purge, scripts
 from penstock.registry import MODELS_KEY, WORKERS_KEY, Registry
 from penstock.request import Priority
 from penstock.settings import Settings
 from penstock.stacks import with_password
-from penstock.store import RECORD_TTL_S, SENT, record_key, result_key
+from penstock.store import END_JOB, RECORD_TTL_S, SENT, end_job_arguments, record_key, result_key
 
 LEASES_KEY: Final = "penstock:leases"
 DELAYED_KEY: Final = "penstock:delayed"
@@ -171,6 +171,29 @@ class Queues:
         """Forget a job for good; False if it was gone."""
         with redis_errors(self._settings.redis.broker_url):
             return bool(self._broker.lrem(DEAD_KEY, 1, job.entry))  # type: ignore[arg-type]  # bytes are fine
+
+    def purge(self, queue: str) -> int:
+        """Drop all jobs of a queue that wait, and end them for their callers; returns how many."""
+        lists = [queue_key(queue, priority) for priority in PRIORITIES]
+        with redis_errors(self._settings.redis.broker_url):
+            return purge(self._broker, lists, self._revoke)
+
+    def _revoke(self, jobs: Sequence[tuple[str, str]]) -> None:
+        with (
+            redis_errors(self._settings.redis.results_url),
+            self._results.pipeline(transaction=False) as pipe,
+        ):
+            for job_id, reply_to in jobs:
+                keys, arguments = end_job_arguments(
+                    job_id=job_id,
+                    payload=encode_failure(job_id, JobCancelledError(job_id)),
+                    status="REVOKED",
+                    is_final=True,
+                    result_ttl_s=self._settings.redis.result_ttl_s,
+                    reply_to=reply_to,
+                )
+                pipe.eval(END_JOB, len(keys), *keys, *arguments)
+            pipe.execute()
 
     def _state(
         self,

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -23,7 +23,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import NoScriptError, RedisError
 
 from penstock.background import Background
-from penstock.codec import MAX_RESULT_BYTES
+from penstock.codec import MAX_RESULT_BYTES, encode_failure
 from penstock.errors import JobCancelledError, ResultTooLargeError
 from penstock.refusals import OutageError, attentive, is_for_now
 from penstock.store import END_JOB, end_job_arguments, record_key
@@ -86,6 +86,22 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no types
         if isinstance(result, JobCancelledError):
             state = states.REVOKED
         return super().store_result(task_id, result, state, *args, **options)
+
+    def revoke(self, jobs: Iterable[tuple[str, str]]) -> None:
+        """End jobs that will never run, given by id and `reply_to`; returns when their callers are told."""
+        answers = []
+        for job_id, reply_to in jobs:
+            keys, arguments = end_job_arguments(
+                job_id=job_id,
+                payload=encode_failure(job_id, JobCancelledError(job_id)),
+                status=states.REVOKED,
+                is_final=True,
+                result_ttl_s=int(self.expires),
+                reply_to=reply_to,
+            )
+            answers.append(self._writer.put("EVALSHA", _SCRIPT_ID, len(keys), *keys, *arguments))
+        for answer in answers:
+            answer.result()
 
     def _store_result(
         self,
