@@ -14,7 +14,7 @@ from penstock_workers.bundled import bundled_folder
 from penstock_workers.lifecycle import EXIT_CONFIG
 from tests.deployment import BUNDLED, ROOT, Server, WorkerProcess
 from tests.eventually import eventually
-from tests.models.odd_models import drop_weights
+from tests.models.odd_models import change_json, drop_weights
 
 MODEL = '[models.broken]\ntask = "embed"\nsource = "{}"\n'
 
@@ -63,9 +63,25 @@ def full_of_holes(folder: Path) -> str:
     return MODEL.format(target)
 
 
+def wrong_options(folder: Path) -> str:
+    target = folder / "wrong"
+    shutil.copytree(bundled_folder("tiny-chat"), target)
+    change_json(target / "generation_config.json", eos_token_id=1 << 30)
+    return MODEL.format(target).replace("embed", "generate")
+
+
+def wordless(folder: Path) -> str:
+    target = folder / "wordless"
+    shutil.copytree(bundled_folder("tiny-chat"), target)
+    (target / "chat_template.jinja").write_text("{{ messages[1].content }}")
+    return MODEL.format(target).replace("embed", "generate")
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (wrong_options, "eos_token_id: 1073741824 is no token"),
+        (wordless, "its chat template refuses a question: UndefinedError"),
         (headless, "2 weights are missing in its files, the first is classifier.bias"),
         (full_of_holes, "16 weights are missing in its files, the first is encoder.layer.4."),
         (missing, "does not exist"),
