@@ -149,6 +149,36 @@ def test_flower_shows_workers_queues_and_tasks_without_texts(stack: Stack) -> No
     assert {"cpu.minilm", "cpu.chat"} <= {queue["name"] for queue in lengths["active_queues"]}
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:{port}", 200),
+        ("localhost:{port}", 200),
+        ("LOCALHOST", 200),
+        ("[::1]:{port}", 200),
+        ("evil.example", 403),
+        ("evil.example:{port}", 403),
+        ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example:{port}", 403),
+    ],
+)
+@pytest.mark.parametrize("path", ["/tasks", "/api/workers", "/static/js/flower.js", "/nowhere"])
+def test_flower_answers_to_this_machine_alone(stack: Stack, host: str, status: int, path: str) -> None:
+    """A page whose own name was made to point to this machine reads nothing of it."""
+    eventually(lambda: stack.flower("/api/workers") is not None, within_s=60)
+    request = urllib.request.Request(f"http://127.0.0.1:{stack.flower_port}{path}")
+    request.add_header("Host", host.format(port=stack.flower_port))
+
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            found = answer.status
+    except urllib.error.HTTPError as error:
+        with error:
+            found = error.code
+
+    assert found == (404 if path == "/nowhere" and status == 200 else status)
+
+
 def test_status_says_why_not(tmp_path: Path) -> None:
     """Without Redis, and without workers, `penstock status` says so and exits 1."""
     config = tmp_path / "none.toml"

@@ -3,9 +3,17 @@
 `celery -A penstock_workers` is the same, but looks for the package in the current folder first.
 """
 
+import sys
+from contextlib import suppress
+
 from celery.__main__ import main
 
 import penstock_workers.celery  # noqa: F401  Celery then finds it in memory
 
 if __name__ == "__main__":
+    if "flower" in sys.argv:
+        with suppress(ImportError):  # Celery says that there is no such command
+            from penstock_workers.monitoring import guard
+
+            guard()
     main()
