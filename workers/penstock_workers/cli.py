@@ -30,6 +30,7 @@ from penstock.stacks import RunningStack, announced, choose_stack, find_stacks, 
 from penstock.urls import mask_url
 from penstock_workers.layout import choose_layouts, read_machine
 from penstock_workers.queues import DeadJob, Queues, table
+from penstock_workers.server import look_at_servers
 from penstock_workers.stack import (
     Stack,
     has_engines,
@@ -124,6 +125,8 @@ def up(config: Path | None, assignments: tuple[str, ...]) -> None:
     """Start Redis (if no broker is configured), the workers and Flower, until Ctrl-C."""
     deployment = Deployment(config, assignments)
     _refuse_second(deployment)
+    if "redis.broker_url" in deployment.loaded.origins:
+        look_at_servers(deployment.loaded.settings)  # what is to be warned of, the workers tell
     stack = plan_stack(
         deployment.loaded,
         config=config,
@@ -203,8 +206,14 @@ def status(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> 
     deployment = Deployment(config, assignments).joined()
     models = deployment.stack.models if deployment.stack else ()
     found = read_status(deployment.loaded.settings, models)
-    told = {**found.to_dict(), "redis": mask_url(deployment.loaded.settings.redis.broker_url)}
-    click.echo(json.dumps(told, indent=2) if as_json else "\n".join([deployment.redis, *found.lines()]))
+    warnings = look_at_servers(deployment.loaded.settings)
+    told = {
+        **found.to_dict(),
+        "redis": mask_url(deployment.loaded.settings.redis.broker_url),
+        "warnings": warnings,
+    }
+    lines = [deployment.redis, *(f"warning: {warning}" for warning in warnings), *found.lines()]
+    click.echo(json.dumps(told, indent=2) if as_json else "\n".join(lines))
     sys.exit(0 if found.is_ready else 1)
 
 
