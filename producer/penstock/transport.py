@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import kombu.transport
 import redis
+from celery.signals import task_received
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
@@ -81,6 +82,8 @@ _REPLIES: Final = ".reply.celery.pidbox"
 _REPLIES_KEPT_MS: Final = 60_000
 """Answers to `celery inspect` that nobody has fetched."""
 
+_WAS_ETA = "penstock_eta"  # the header, within a process
+
 _OPTIONS = ("lease_s", "max_deliveries")
 
 
@@ -136,6 +139,13 @@ def install(
     # No transport options: those are sent to whoever runs `celery inspect stats`.
     _hooks.is_alive, _hooks.on_dead, _hooks.room, _hooks.clock = is_alive, on_dead, room, clock
     _hooks.on_purged = on_purged
+    task_received.connect(_show_eta, weak=False, dispatch_uid=_WAS_ETA)
+
+
+def _show_eta(request: Any, **_arguments: object) -> None:
+    """Let the task see when it was due; Celery itself, which would wait for it, has looked before."""
+    if (eta := request.request_dict.pop(_WAS_ETA, None)) is not None:
+        request.request_dict["eta"] = eta
 
 
 def is_stopping() -> bool:
@@ -601,7 +611,8 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
             if due_at > self._now():
                 self.leases.postpone(lease.id, due_at)
                 return None
-            message.headers["eta"] = None  # by Redis' clock; the worker's may be slow, and it would hold it
+            # By Redis' clock; the worker's may be slow, and it would hold it.
+            message.headers |= {"eta": None, _WAS_ETA: headers["eta"]}
         return message
 
     def _refused(self, lease: Lease, raw: bytes, refusal: EntryError) -> Any:

@@ -314,6 +314,17 @@ def test_foreign_messages_are_found_by_an_idle_worker(fleet: Fleet) -> None:
         assert time.monotonic() - began <= 3
 
 
+def test_a_delayed_task_sees_when_it_was_due(fleet: Fleet, sender: Celery) -> None:
+    """`request.eta` is what the sender wrote, though Celery does not wait for it."""
+    fleet.start()
+    due = datetime.now(UTC) + timedelta(seconds=1)
+
+    delayed, at_once = sender.send_task(f"{APP}.when", eta=due), sender.send_task(f"{APP}.when")
+
+    assert datetime.fromisoformat(delayed.get(timeout=60)) == due
+    assert at_once.get(timeout=60) is None
+
+
 def test_celery_features_work(fleet: Fleet, sender: Celery) -> None:
     """Chains, groups, chords, retries, delays, revokes and remote control do what Celery documents."""
     fleet.start(2)

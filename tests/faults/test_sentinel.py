@@ -4,11 +4,12 @@ import asyncio
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import pytest
 import redis
@@ -22,7 +23,7 @@ from penstock.registry import locate_results
 from penstock.request import Lane, Priority
 from penstock.store import result_key
 from penstock_workers.local_redis import free_port, wait_until_ready
-from tests.deployment import server_command
+from tests.deployment import BUNDLED, ROOT, WorkerProcess, server_command
 from tests.eventually import eventually
 from tests.faults.fleet import APP, Fleet, Worker, message
 from tests.faults.fleet import Broker as Book
@@ -254,6 +255,27 @@ def test_a_large_result_comes_from_the_master(deployment: Deployment) -> None:
         master.set("large", payload)
 
         assert get_large(master, "large") == payload
+
+
+def test_no_remote_command_tells_a_password(deployment: Deployment, tmp_path: Path) -> None:
+    """What `celery inspect` and Flower show of a worker holds no password."""
+    worker = WorkerProcess(tmp_path, cast("Any", deployment), toml=BUNDLED, queues="cpu.minilm")
+    try:
+        worker.wait_until_ready()
+        for command in ("stats", "conf"):
+            shown = subprocess.run(
+                [sys.executable, "-m", "celery", "-A", "penstock_workers", "inspect", "-t", "10", command],
+                env=worker.environment,
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            assert "1 node online" in shown.stdout
+            assert PASSWORD not in shown.stdout
+            assert SENTINEL_PASSWORD not in shown.stdout
+    finally:
+        worker.stop()
 
 
 def test_a_killed_master_is_survived(deployment: Deployment, fleet: Fleet) -> None:

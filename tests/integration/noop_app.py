@@ -144,6 +144,11 @@ def build_noop_app(
         return int(self.request.retries)
 
     @task(bind=True)
+    def when(self: Any) -> str | None:
+        """Tell when it was due."""
+        return None if self.request.eta is None else str(self.request.eta)
+
+    @task(bind=True)
     def fail_in_the_pool(self: Any) -> None:
         """Celery stores a MemoryError as any other, and then raises it again outside of the job."""
         if app.backend.is_ended(self.request.id):
