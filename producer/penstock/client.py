@@ -159,6 +159,7 @@ class AsyncClient:
         self._id = new_job_id()
         self._origin = f"penstock-{os.getpid()}@{socket.gethostname()}"
         self._store: ResultStore | None = None
+        self._is_guessed = True  # where results are
         self._opening = asyncio.Lock()
         self._registry: Registry | None = None
         self._registry_read_at = 0.0
@@ -583,9 +584,15 @@ class AsyncClient:
 
     async def _open_store(self) -> ResultStore:
         async with self._opening:
+            if self._is_guessed:
+                # Before the first worker, or after a loss, nobody says where: then it is looked up again.
+                announced = (await self._read_registry()).results
+                url = self._results_url or locate_results(self._url, announced or "/1")
+                self._is_guessed = announced is None and self._results_url is None
+                if self._store is not None and self._store.url != url:
+                    await self._store.close()
+                    self._store = None
             if self._store is None:
-                announced = (await self._read_registry()).results or "/1"
-                url = self._results_url or locate_results(self._url, announced)
                 results = connect(url, connect_timeout_s=self._connect_timeout_s)
                 store = ResultStore(results, url, Inbox(results, url, self._id))
                 await store.inbox.open()

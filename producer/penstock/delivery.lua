@@ -722,6 +722,12 @@ local reply = {0}
 local sweep = redis.call('HMGET', SWEEP, 'last', 'from')
 local last, from = number_in(sweep[1], 0), number_in(sweep[2], 0)
 if time - last > 0.6 * lease and time > from + 2 * lease then from = time + lease / 2 end
+if time < last - 1 then -- the clock was set back: leases would end late, and nobody be taken over before
+  from = time + lease / 2
+  for _, name in ipairs(redis.call('ZRANGEBYSCORE', INDEX, time + lease, '+inf')) do
+    redis.call('ZADD', INDEX, time + lease, name)
+  end
+end
 redis.call('HSET', SWEEP, 'last', time, 'from', from)
 if time < from then return reply end
 

@@ -1,6 +1,9 @@
 """What a worker writes once is there again after the server has lost it."""
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +16,7 @@ from celery import Celery
 from penstock import Client
 from penstock.registry import ANNOUNCED_KEY, MODELS_KEY, RESULTS_KEY, TENANTS_KEY, WORKERS_KEY
 from penstock_workers.local_redis import free_port
-from tests.deployment import Server, WorkerProcess
+from tests.deployment import ROOT, Server, WorkerProcess
 from tests.eventually import eventually
 from tests.faults.fleet import Broker
 
@@ -168,3 +171,59 @@ def test_callers_at_work_see_no_loss(broker: Broker, worker: WorkerProcess) -> N
             ]
 
         assert [call.result().shape for call in calls] == [(1, 384)] * 40
+
+
+ASKER = """
+import os, sys
+from celery import Celery
+app = Celery(broker=sys.argv[1])
+app.control.mailbox(app.connection_for_write())._publish("ping", {}, reply_ticket="t")
+os._exit(1)
+"""
+
+
+def documented() -> dict[re.Pattern[str], str]:
+    """Return what bounds a key, by its pattern, as docs/delivery.md says it."""
+    found = {}
+    lines = (ROOT / "docs/delivery.md").read_text().splitlines()
+    for line in (line for line in lines if line.startswith("| `")):
+        names, *_, bound = line.removeprefix("| ").removesuffix(" |").split(" | ")
+        for name in re.findall(r"`([^`]+)`", names):
+            known = name.replace(r"\x06", "\x06").replace(r"\x16", "\x16").replace(r"\x17", "\x17")
+            parts = re.split(r"<(\w+)[^>]*>", known)
+            kinds = {"queue": r"[cg]pu\.[\w.-]+", "list": r"[cg]pu\.[\w.-]+(\x06\x16\d)?(\x06\x17\w+)?"}
+            texts = [kinds.get(part, ".+") if i % 2 else re.escape(part) for i, part in enumerate(parts)]
+            found[re.compile("".join(texts))] = bound
+    return found
+
+
+def test_every_key_is_one_whose_bound_is_told(
+    broker: Broker, worker: WorkerProcess, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """After jobs, commands, askers and workers that were killed, each key left is bounded as documented."""
+    del worker
+    server, port = redis.Redis.from_url(broker.broker_url), int(broker.url.rpartition(":")[2])
+    other = WorkerProcess(tmp_path_factory.mktemp("killed"), Server(port), toml=TOML, queues="cpu.minilm")
+    eventually(lambda: server.hlen(WORKERS_KEY) == 2, within_s=60)
+    with Client(broker.broker_url) as client:
+        for tenant in (None, "alice"):
+            client.submit_embed(["a"], model="minilm", tenant=tenant, priority="batch").result(60)
+        client.submit_embed(["a"], model="minilm").cancel()
+    app = Celery(broker=broker.broker_url)
+    assert app.control.ping(timeout=5)
+    app.send_task("penstock.embed", kwargs={}, queue="cpu.minilm", countdown=3600)
+    subprocess.run([sys.executable, "-c", ASKER, broker.broker_url], check=False)
+    eventually(lambda: server.keys("*.reply.celery.pidbox"), within_s=30)
+    other.process.kill()
+    other.process.wait()
+
+    bounds, problems = documented(), []
+    for url in (broker.broker_url, broker.results_url):
+        database = redis.Redis.from_url(url)
+        for key in database.scan_iter():
+            told = [bound for name, bound in bounds.items() if name.fullmatch(key.decode())]
+            if not told or (told[0].startswith("time") and database.ttl(key) == -1):
+                problems.append((key, told))
+
+    assert len(bounds) > 30
+    assert problems == []

@@ -61,6 +61,10 @@ INTERNALS: list[tuple[Any, str, tuple[str, ...]]] = [
     (kombu_redis.Channel, "_on_connection_disconnect", ("connection",)),
     (kombu_redis.Channel, "_flush_brpop_reauth", ()),
     (kombu_redis.Channel, "_put", ("queue", "message")),
+    (kombu_redis.Channel, "_queue_bind", ("exchange", "routing_key", "pattern", "queue")),
+    (kombu_redis.Channel, "_refresh_bindings", ("queues",)),
+    (kombu_redis.Channel, "_has_queue", ("queue",)),
+    (kombu_redis.Channel, "_fanout_queues", ()),
     (kombu_redis.Channel, "_q_for_pri", ("queue", "pri")),
     (kombu_redis.Channel, "_maybe_update_queues_expire", ("client", "queue")),
     (kombu_redis.Channel, "_get_pool", ()),
@@ -465,6 +469,23 @@ def test_no_takeover_right_after_the_server_was_away(broker: redis.Redis) -> Non
     assert first == second == [0]
     assert broker.hlen("unacked") == 1
     assert run(broker, "renew", 60, lease.tag, lease.token) == []
+
+
+def test_a_clock_that_was_set_back_keeps_nobody_from_a_takeover(broker: redis.Redis) -> None:
+    """Leases that ended in an hour by the old clock end a lease from now, after holders could renew."""
+    put(broker, "dead", "alive")
+    dead, alive = pop(broker, "one/1", lease_s=3600)
+    broker.hset("penstock:sweep", mapping={"last": _now(broker) + 3600, "from": _now(broker) + 3000})
+
+    run(broker, "take_over", 1, 4, 10, "two/1")
+
+    def is_taken_over() -> bool:
+        run(broker, "renew", 60, alive.tag, alive.token)
+        return run(broker, "take_over", 1, 4, 10, "two/2") == [1]
+
+    eventually(is_taken_over, within_s=30)
+    assert broker.hkeys("unacked") == [alive.tag.encode()]
+    assert dead.tag.encode() in broker.lindex("q", -1)
 
 
 def test_a_pop_leaves_half_to_others(broker: redis.Redis) -> None:

@@ -174,7 +174,7 @@ def test_purged_messages_leave_no_past(broker: redis.Redis) -> None:
     broker.hset("penstock:tries", tag, 3)
     assert broker.hlen("penstock:lost") == 1
 
-    assert run(broker, "purge", keys=LISTS) == 1
+    assert run(broker, "purge", 1000, keys=LISTS)[0] == 1
 
     assert not broker.exists("penstock:lost", "penstock:tries")
 
