@@ -4,15 +4,18 @@ import logging
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from penstock_workers.engines.measured import recall, remember
 from penstock_workers.engines.weights import UNUSED_S, share
 
 LOAD = """
@@ -109,7 +112,7 @@ def test_a_disk_is_not_filled(folder: Path, caplog: pytest.LogCaptureFixture) ->
     """What would take half of a small disk stays in memory of its own; what is small lies there."""
     caplog.set_level(logging.INFO)
     folder.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("file systems cannot be mounted here")
     try:
@@ -140,3 +143,69 @@ def test_what_nobody_uses_is_removed(folder: Path, tensors: list[Tensor]) -> Non
     assert not old.exists()
     assert used.exists()
     assert new.exists()
+
+
+def test_files_are_for_this_user_alone(folder: Path, tensors: list[Tensor]) -> None:
+    """Whatever the mask of new files says."""
+    before = os.umask(0)
+    try:
+        share(tensors)
+        remember("key", {"engine": "torch"})
+    finally:
+        os.umask(before)
+
+    assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+    kept = [*folder.iterdir(), *(folder.parent / "measured").iterdir()]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in kept} == {0o600}
+    assert recall("key") == {"engine": "torch"}
+
+
+def link_to_a_folder(folder: Path) -> None:
+    """A place of somebody's choice."""
+    elsewhere = folder.parent.parent / "elsewhere"
+    folder.parent.rename(elsewhere)
+    folder.parent.symlink_to(elsewhere)
+
+
+def open_folder(folder: Path) -> None:
+    """Others may put files there."""
+    folder.chmod(0o777)
+
+
+def open_file(folder: Path) -> None:
+    """Others may write to what would be mapped."""
+    next(folder.iterdir()).chmod(0o666)
+
+
+def link_to_a_file(folder: Path) -> None:
+    """The same contents, elsewhere."""
+    file = next(folder.iterdir())
+    file.rename(folder.parent / "elsewhere.bin")
+    file.symlink_to(folder.parent / "elsewhere.bin")
+
+
+@pytest.mark.parametrize("spoil", [link_to_a_folder, open_folder, open_file, link_to_a_file])
+def test_what_others_may_change_is_not_used(
+    spoil: Callable[[Path], None], folder: Path, tensors: list[Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The process then has weights of its own."""
+    share(tensors)
+    spoil(folder)
+
+    with caplog.at_level(logging.INFO):
+        found = share(tensors)
+
+    assert {tensor.data_ptr() for tensor in found} == {tensor.data_ptr() for tensor in tensors}
+    assert "weights are not shared between processes" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_belongs_to_others_is_not_used(folder: Path, tensors: list[Tensor]) -> None:
+    """A folder that somebody else made first, and a file in ours."""
+    share(tensors)
+    file = next(folder.iterdir())
+    for path in (file, folder, folder.parent):
+        os.chown(path, 65534, 65534)
+        found = share(tensors)
+        os.chown(path, os.geteuid(), os.getegid())
+        assert {tensor.data_ptr() for tensor in found} == {tensor.data_ptr() for tensor in tensors}

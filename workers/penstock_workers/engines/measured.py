@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from penstock.identity import process_token
+from penstock_workers.engines import own
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ def machine_key(fingerprint: str, device: str, n_threads: int, code: str) -> str
 def recall(key: str) -> dict[str, str]:
     """Return what was chosen last week or later; empty if nothing was, or it cannot be read."""
     try:
-        kept = json.loads(_file(key).read_text())
+        with own.opened(_file(key)) as opened:
+            kept = json.loads(opened.read())
         if time.time() - kept["at"] < KEPT_S:
             return {str(name): str(choice) for name, choice in kept["choices"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -60,8 +62,9 @@ def remember(key: str, choices: dict[str, str]) -> None:
     file = _file(key)
     draft = file.with_suffix(f".{process_token()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps({"at": time.time(), "choices": choices}))
+        own.make_folder(file.parent)
+        with own.created(draft) as opened:
+            opened.write(json.dumps({"at": time.time(), "choices": choices}).encode())
         draft.replace(file)  # whole or not at all: the processes of a machine start together
     except OSError as error:
         logger.info("what was measured is not kept: %s", error)

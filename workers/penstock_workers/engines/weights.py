@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from penstock.identity import process_token
+from penstock_workers.engines import own
 from penstock_workers.engines.measured import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def share(tensors: Sequence[Tensor]) -> list[Tensor]:
         digest.update(row.numpy().data)
     file = cache_folder() / "weights" / f"{digest.hexdigest()}.bin"
     try:
+        own.make_folder(file.parent)
         parts = _map(file, rows, rooms)
         if parts is None:
             _write(file, rows, rooms)
@@ -61,15 +63,22 @@ def share(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _map(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> list[Tensor] | None:
     """Return the rows as they are in a file, or None if it is not there or damaged."""
     size = sum(rooms)
-    if not file.exists() or file.stat().st_size != size:
+    try:
+        with own.opened(file) as opened:
+            if os.fstat(opened.fileno()).st_size != size:
+                return None
+            # By its number where there is /proc: what was looked at is what is mapped.
+            by_number = Path(f"/proc/self/fd/{opened.fileno()}")
+            name = str(by_number if by_number.exists() else file)
+            whole = torch.from_file(name, shared=False, size=size, dtype=torch.uint8)
+    except FileNotFoundError:
         return None
-    mapped = torch.split(torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8), rooms)
+    mapped = torch.split(whole, rooms)
     found = [part[: len(row)] for row, part in zip(rows, mapped, strict=True)]
     return found if all(map(torch.equal, found, rows)) else None
 
 
 def _write(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     for old in file.parent.iterdir():
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > UNUSED_S:
@@ -78,7 +87,7 @@ def _write(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> None:
         raise OSError(errno.ENOSPC, "they would take half of what is free", str(file.parent))
     draft = file.with_suffix(f".{process_token()}")
     try:
-        with draft.open("wb") as to:
+        with own.created(draft) as to:
             for row, room in zip(rows, rooms, strict=True):
                 to.write(row.numpy().data)
                 to.write(bytes(room - len(row)))

@@ -1,0 +1,59 @@
+"""Files that are kept for the next start: made for this user alone, and believed from nobody else."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO, Final, cast
+
+_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder in our own part of a cache, and that part, for this user alone.
+
+    Raises:
+        OSError: one of both is a link, somebody else's, or others may write to it.
+    """
+    for each in (folder.parent, folder):
+        each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = each.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "no folder", str(each))
+        _check(each, found)
+
+
+def opened(file: Path) -> BinaryIO:
+    """Open a file of ours to read it.
+
+    Raises:
+        OSError: it is not there, a link, somebody else's, or others may write to it.
+    """
+    number = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        found = os.fstat(number)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "no file", str(file))
+        _check(file, found)
+        return cast(BinaryIO, os.fdopen(number, "rb"))
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def created(file: Path) -> BinaryIO:
+    """Make a file that this user alone can read, in place of what another start may have left.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    file.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return cast(BinaryIO, os.fdopen(os.open(file, flags, 0o600), "wb"))
+
+
+def _check(path: Path, found: os.stat_result) -> None:
+    if found.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "it belongs to somebody else", str(path))
+    if found.st_mode & _OTHERS_WRITE:
+        raise PermissionError(errno.EPERM, "others may write to it", str(path))
