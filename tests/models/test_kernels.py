@@ -15,7 +15,7 @@ from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
 from penstock_workers.engines.attention import Layout, _attend, packed
 from penstock_workers.engines.device import processor_flags
-from penstock_workers.engines.embedding import MIN_COSINE, PROBE, Embedder
+from penstock_workers.engines.embedding import MIN_COSINE, Embedder
 from penstock_workers.engines.fused import Fused
 from penstock_workers.engines.kernels import Kernels, compiled_path, find_kernels
 from penstock_workers.engines.products import use_bfloat16
@@ -243,7 +243,7 @@ def test_an_encoder_that_only_seems_plain_is_found_out(
     layer = engine._packed._transformer.encoder.layer[0]
     layer.output.register_forward_hook(lambda _module, _states, found: found.flip(-1))
 
-    products = engine._reduce(embed(engine, list(PROBE)), is_forced=True, known={})
+    products = engine._reduce(embed(engine, list(engine._texts)), is_forced=True, known={})
 
     assert products == "torch"
     assert engine._packed._fused is None
@@ -257,7 +257,8 @@ def test_a_text_never_sees_its_neighbours(tmp_path: Path, kind: str) -> None:
     build(tmp_path, kind)
     engine = load(tmp_path)
     known = {"products": "C" if kind in FUSED else "torch"}
-    assert engine._reduce(embed(engine, list(PROBE)), is_forced=True, known=known) == known["products"]
+    plain = embed(engine, list(engine._texts))
+    assert engine._reduce(plain, is_forced=True, known=known) == known["products"]
     texts, others = texts_of(LENGTHS), texts_of(LENGTHS, seed=1)
     mixed = [text if i % 2 else other for i, (text, other) in enumerate(zip(texts, others, strict=True))]
 
