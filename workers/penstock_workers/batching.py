@@ -15,6 +15,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import nullcontext, suppress
+from copy import copy
 from typing import Final, Generic, NoReturn, Protocol, TypeVar
 
 import numpy as np
@@ -29,6 +30,7 @@ from penstock.errors import (
 )
 from penstock.request import Priority
 from penstock_workers.clock import BROKER_CLOCK
+from penstock_workers.failures import forget_frames
 from penstock_workers.turns import Turn
 
 logger = logging.getLogger(__name__)
@@ -214,7 +216,9 @@ class Work(Generic[I, A]):
             HandBackError: they will not come from here.
             TryLaterError: they will not come soon.
         """
-        return self._future.result()
+        if (error := self._future.exception()) is None:
+            return self._future.result()
+        raise copy(error)  # its traceback will hold this job, which holds the error
 
     def fail(self, error: BaseException) -> None:
         """Answer with an error; what still waits of it is dropped. Any thread may call."""
@@ -269,11 +273,16 @@ class Work(Generic[I, A]):
             else:
                 self.computed_s = now - self._started
         self.is_over = True
+        self.is_unwanted = _never  # what was asked may hold this job
         with suppress(InvalidStateError):  # whoever is first decides
             if error is not None:
-                self._future.set_exception(error)
+                self._future.set_exception(forget_frames(error))
             else:
                 self._future.set_result(result or [])
+
+
+def _never() -> bool:
+    return False
 
 
 Entry = tuple[Work[I, A], int]

@@ -25,6 +25,7 @@ from penstock.transport import RefusedError
 from penstock_workers.callbacks import EMBEDDED, CallbackError, awaited_ids
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.control import replace_commands
+from penstock_workers.failures import forget_frames
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +227,10 @@ class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types
         is_transient = isinstance(error, UpstreamError) and error.retryable
         if retries and is_transient and self._kwargs.get("deadline") is None:
             self.message.channel.qos.bury(self.message, f"tried {retries + 1} times: {type(error).__name__}")
-        return super().on_failure(exc_info, *args, **options)
+        try:
+            return super().on_failure(exc_info, *args, **options)
+        finally:
+            forget_frames(error)  # all is told, and the frame of Celery's tracer, which holds it, is over
 
     def info(self, safe: bool = False) -> dict[str, Any]:
         """Describe it for `celery inspect` and Flower, always without its texts."""

@@ -303,7 +303,7 @@ class Decoding(Generic[A]):
                 try:
                     outcome = row.take(token)
                 except PenstockError as error:
-                    outcome = error
+                    outcome = error.with_traceback(None)  # it holds this frame, which holds it
                 except Exception as error:  # one row's text must not end the others'
                     logger.error("an answer's text failed", extra={"model": self.name}, exc_info=error)
                     outcome = EngineError(self.name, f"{type(error).__name__} in its text")
