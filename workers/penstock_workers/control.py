@@ -4,6 +4,7 @@ Commands that are not here do what Celery documents.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from importlib.util import find_spec
 from typing import Any, Final
 
@@ -38,6 +39,9 @@ def replace_commands() -> None:
     Panel.data.update({name: _refusal(reason) for name, reason in refused.items()})
     ours = (add_consumer, cancel_consumer, stats, revoke_by_stamped_headers)
     Panel.data.update({command.__name__: command for command in ours})
+    for name, command in Panel.data.items():
+        if not hasattr(command, "__wrapped__"):
+            Panel.data[name] = _in_words(command)
 
 
 def add_consumer(state: Any, queue: object = None, **options: object) -> dict[str, str]:
@@ -83,6 +87,19 @@ def stats(state: Any, **_: object) -> dict[str, Any]:
     options = broker.get("transport_options") or {}
     broker["transport_options"] = {name: value for name, value in options.items() if name not in SECRETS}
     return found | {"broker": broker}
+
+
+def _in_words(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Answer wrong arguments with a sentence; Celery's own would log a traceback and tell its type."""
+
+    @wraps(command)
+    def answer(state: Any, *args: object, **arguments: object) -> Any:
+        try:
+            return command(state, *args, **arguments)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            return {"error": f"{command.__name__} does not take these arguments: {error}"}
+
+    return answer
 
 
 def _refusal(reason: str) -> Callable[..., dict[str, str]]:
