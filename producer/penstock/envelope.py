@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from penstock.request import MAX_REQUEST_BYTES, TENANT
+from penstock.request import MAX_REQUEST_BYTES, TENANT, describe
 from penstock.store import is_reply_channel
 
 MAX_ENTRY_BYTES: Final = 4 * MAX_REQUEST_BYTES + (1 << 20)
@@ -78,17 +78,6 @@ def printable(text: object, most: int = MAX_NAME_CHARACTERS) -> str:
     if len(found) > most:
         found = f"{found[:most]}..."
     return _DIRT.sub(lambda match: match[0].encode("unicode_escape").decode(), found)
-
-
-def describe(value: object) -> str:
-    """Tell a value of unknown origin without a word of it: numbers as they are, others by type and length."""
-    if value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 1 << 63):
-        return repr(value)
-    if isinstance(value, str):
-        return f"a string of {len(value):,} characters"
-    if isinstance(value, dict | list | tuple):
-        return f"a {type(value).__name__} of {len(value):,} items"
-    return f"a {type(value).__name__}"
 
 
 def open_entry(raw: bytes) -> dict[str, Any]:

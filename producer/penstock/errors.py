@@ -100,6 +100,12 @@ class InvalidOptionError(RequestError):
     def __str__(self) -> str:
         return f"{self.option} is {self.value}; {self.allowed}"
 
+    def __repr__(self) -> str:
+        # Celery logs it and sends it to Flower: no word of what the caller wrote.
+        is_quoted = str(self.value).startswith(("'", '"'))
+        option = "..." if str(self.allowed).startswith("there is no option") else self.option
+        return f"InvalidOptionError({option!r}, {'...' if is_quoted else self.value!r}, {self.allowed!r})"
+
 
 class InvalidFormatError(RequestError):
     """No answer can follow the response format, the worker cannot read it, or it is too complex."""
@@ -110,6 +116,10 @@ class InvalidFormatError(RequestError):
 
     def __str__(self) -> str:
         return f"response_format cannot be followed: {self.problem}"
+
+    def __repr__(self) -> str:
+        # As IncompleteOutputError: the problem may quote the schema, or the pattern.
+        return f"InvalidFormatError({len(self.problem)} characters)"
 
 
 class InvalidTextError(RequestError):

@@ -43,6 +43,8 @@ MAX_TOOLS_BYTES = 256 << 10
 """All tools of a request, or the calls of a turn, as JSON in UTF-8."""
 MAX_FORMAT_DEPTH = 64
 """Objects and lists inside each other in a response format, tools or calls."""
+MAX_TURNS = 4096
+"""Earlier turns of a conversation."""
 MAX_CHOICES = 16
 """Answers to one request: as many as a batch has by default."""
 
@@ -72,6 +74,10 @@ class Lane(NamedTuple):
     priority: Priority
     tenant: str = ""
 
+
+_OPTION: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+
+_WORD: Final = re.compile(r"[A-Za-z0-9_.-]{0,16}")
 
 _exact = with_config(ConfigDict(extra="forbid", strict=True))
 _Name = Annotated[str, Field(min_length=1, max_length=128)]
@@ -368,7 +374,7 @@ class GenerateRequest(_Request, GenerationOptions):
 
     prompt: str | None = Field(default=None, min_length=1)
     system_prompt: str | None = None
-    history: tuple[Message, ...] = ()
+    history: Annotated[tuple[Message, ...], Field(max_length=MAX_TURNS)] = ()
     tools: Annotated[tuple[Tool, ...], Field(min_length=1)] | None = None
     mode: Mode = "chat"
     stream: bool = False
@@ -492,6 +498,17 @@ class RerankRequest(_Request):
 Request = EmbedRequest | GenerateRequest | RerankRequest
 
 
+def describe(value: object) -> str:
+    """Tell a value of unknown origin without a word of it: numbers as they are, others by type and length."""
+    if value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 1 << 64):
+        return repr(value)
+    if isinstance(value, str):
+        return f"a string of {len(value):,} characters"
+    if isinstance(value, dict | list | tuple):
+        return f"a {type(value).__name__} of {len(value):,} items"
+    return f"a {type(value).__name__}"
+
+
 def new_job_id() -> str:
     """Return a fresh id; unguessable, since whoever knows it can read the result."""
     return str(uuid.uuid4())
@@ -533,8 +550,8 @@ def _check_json(name: str, wanted: object, limit: int) -> None:
 
 
 def _explain(detail: ErrorDetails) -> PenstockError:
-    """Turn pydantic's first complaint into ours; never quotes a text."""
-    name, *rest = [str(part) for part in detail["loc"]] or ["request"]
+    """Turn pydantic's first complaint into ours; quotes numbers and names of options, never a text."""
+    name, *rest = [_path_part(part) for part in detail["loc"]] or ["request"]
     kind = detail["type"]
     path = ".".join([name, *rest])
     if kind == "missing":
@@ -542,7 +559,12 @@ def _explain(detail: ErrorDetails) -> PenstockError:
     if kind == "extra_forbidden":
         return InvalidOptionError(path, "set", "there is no option of that name")
     if name == "version":
-        return InvalidMessageError(f"version {detail['input']!r:.40}; version {VERSION} is read here")
+        # Unlike an option's value, this stands in logs.
+        asked = detail["input"]
+        told = (
+            repr(asked) if isinstance(asked, str) and re.fullmatch(r"[0-9.]{1,8}", asked) else describe(asked)
+        )
+        return InvalidMessageError(f"version {told}; version {VERSION} is read here")
     if name in ("texts", "documents", "query", "prompt", "system_prompt", "history", "prompt_name"):
         index = int(rest[0]) if rest and rest[0].isdigit() else 0
         problem = {
@@ -552,4 +574,18 @@ def _explain(detail: ErrorDetails) -> PenstockError:
             "list_type": f"came as a {type(detail['input']).__name__}: pass a list of strings",
         }.get(kind, detail["msg"].removeprefix("Value error, "))
         return InvalidTextError(index, problem if name != "history" else f"of history: {problem} ({path})")
-    return InvalidOptionError(path, repr(detail["input"])[:80], detail["msg"].lower())
+    if kind == "union_tag_invalid":  # whose sentence quotes the tag
+        allowed = f"its type does not match any of the expected tags: {detail['ctx']['expected_tags']}"
+        return InvalidOptionError(path, _quote(detail["input"]), allowed)
+    return InvalidOptionError(path, _quote(detail["input"]), detail["msg"].lower())
+
+
+def _quote(value: object) -> str:
+    """Tell a value: short words, where a choice or a number was asked for, as they are; no text."""
+    is_word = isinstance(value, str) and _WORD.fullmatch(value)
+    return repr(value) if is_word else describe(value)
+
+
+def _path_part(part: int | str) -> str:
+    """Return a part of a field's path; a key that a caller made up may hold anything."""
+    return str(part) if isinstance(part, int) or _OPTION.fullmatch(part) else "..."

@@ -38,7 +38,7 @@ CONFIG_VARIABLE = "PENSTOCK_CONFIG"
 _SEPARATOR = "__"
 PROVIDER: Final = "provider:"
 """What a remote source begins with that is one of Hugging Face's Inference Providers."""
-_MODEL_NAME = re.compile(r"[a-z0-9]([a-z0-9-]|_(?!_)){0,63}")
+MODEL_NAME = re.compile(r"[a-z0-9]([a-z0-9-]|_(?!_)){0,63}")
 _QUEUE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 AUTO: Final = "auto"
@@ -399,7 +399,7 @@ class Settings(BaseSettings):
     @field_validator("models")
     @classmethod
     def _names_fit_queues(cls, models: dict[str, ModelSettings]) -> dict[str, ModelSettings]:
-        if wrong := [name for name in models if not _MODEL_NAME.fullmatch(name)]:
+        if wrong := [name for name in models if not MODEL_NAME.fullmatch(name)]:
             raise ValueError(f"names {wrong}: up to 64 of a-z 0-9 - _, no __, a-z 0-9 first")
         return models
 

@@ -250,6 +250,50 @@ def test_a_text_that_utf8_cannot_carry_is_told_to_its_one_sender(scene: Scene) -
     assert scene.are_answered([job])
 
 
+def test_more_texts_than_the_limit_are_refused_by_the_worker_too(scene: Scene) -> None:
+    """Whoever pushes by himself has the limit of those who use our client."""
+    fields = {"model": MODEL, "texts": ["hostile 0"] * 17}
+    made = message(body=json.dumps([[], fields, None]))
+
+    scene.push(raw(made))
+
+    assert str(scene.error_of(made["headers"]["id"])).startswith("17 texts in one job, the limit is 16")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"xylophone": 1},
+        {"precision": "xylophone"},
+        {"deadline": "xylophone"},
+        {"version": "xylophone"},
+        {"model": "xylophone xylophone"},
+        {"truncate_dim": ["xylophone"]},
+        {"stop": ["xylophone" * 40], "task": "generate"},
+        {"tools": [{"type": "xylophone"}], "task": "generate"},
+        {"tools": [{"type": "function", "function": {"name": "f", "xylophone": 1}}], "task": "generate"},
+        {"response_format": {"type": "xylophone"}, "task": "generate"},
+        {"response_format": {"type": "choice", "choices": "xylophone"}, "task": "generate"},
+        {"response_format": {"type": "json_schema", "json_schema": "xylophone"}, "task": "generate"},
+        {"history": [{"role": "xylophone", "content": "xylophone"}], "task": "generate"},
+    ],
+    ids=str,
+)
+def test_the_log_has_no_word_of_what_was_wrong(scene: Scene, fields: dict[str, Any]) -> None:
+    """The caller hears what was wrong; the worker's log does not say what they wrote."""
+    texts = {"prompt": "xylophone"} if "task" in fields else {"texts": ["hostile 0"]}
+    task = f"penstock.{fields.get('task', 'embed')}"
+    sent = {"model": MODEL, **texts, **{name: value for name, value in fields.items() if name != "task"}}
+    made = message(headers__task=task, body=json.dumps([[], sent, None]))
+
+    scene.push(raw(made))
+
+    assert isinstance(scene.error_of(made["headers"]["id"]), PenstockError)
+    scene.wait_until_idle()
+    eventually(lambda: f"[{made['headers']['id']}] raised expected" in scene.worker.log, within_s=30)
+    assert "xylophone" not in scene.worker.log
+
+
 NASTY: list[Any] = [
     None,
     True,

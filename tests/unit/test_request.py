@@ -19,6 +19,7 @@ from penstock.request import (
     MAX_FORMAT_DEPTH,
     MAX_REQUEST_BYTES,
     MAX_TEXT_BYTES,
+    MAX_TURNS,
     EmbedRequest,
     GenerateRequest,
     GenerationOptions,
@@ -597,3 +598,11 @@ def test_several_answers_and_log_probabilities_have_limits(fields: dict[str, Any
     """What cannot be answered is refused before it is sent."""
     with pytest.raises(InvalidOptionError, match=problem):
         GenerateRequest.parse({"model": "chat", "prompt": "Who?", **fields})
+
+
+def test_turns_have_a_number() -> None:
+    """Empty turns count no bytes, so their number is bounded too."""
+    history = [{"role": "user", "content": ""}] * (MAX_TURNS + 1)
+
+    with pytest.raises(InvalidTextError, match=f"at most {MAX_TURNS} items"):
+        GenerateRequest.parse({"model": "m", "prompt": "a", "history": history})

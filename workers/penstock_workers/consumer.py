@@ -232,6 +232,11 @@ class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types
         finally:
             forget_frames(error)  # all is told, and the frame of Celery's tracer, which holds it, is over
 
+    def send_event(self, type: str, **fields: Any) -> None:  # noqa: A002  Celery's own name
+        """Send an event, without a traceback: its last line is what the error says of the caller's words."""
+        fields.pop("traceback", None)
+        super().send_event(type, **fields)
+
     def info(self, safe: bool = False) -> dict[str, Any]:
         """Describe it for `celery inspect` and Flower, always without its texts."""
         del safe

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from penstock.errors import ConfigError, ModelLoadError, UnknownModelError, WrongTaskError
 from penstock.registry import ModelInfo
-from penstock.request import Request, Task
+from penstock.request import Request, Task, describe
 from penstock.result import Usage
-from penstock.settings import ModelSettings, Settings
+from penstock.settings import MODEL_NAME, ModelSettings, Settings
 from penstock_workers.batching import Batcher, Cut, cut_by_tokens
 from penstock_workers.cache import VectorCache
 from penstock_workers.calling import Caller
@@ -135,7 +135,8 @@ class Serving:
         """
         served = self.models.get(model)
         if served is None:
-            raise UnknownModelError(model, sorted(self.models))
+            told = model if MODEL_NAME.fullmatch(model) else describe(model)
+            raise UnknownModelError(told, sorted(self.models))
         if not isinstance(served, kind):
             raise WrongTaskError(model, served.info.task, _TASKS[kind])
         return served

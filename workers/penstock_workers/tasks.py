@@ -10,7 +10,13 @@ from celery import Celery
 from celery.exceptions import Ignore, Reject, Retry
 
 from penstock.codec import MAX_RESULT_BYTES, TASK_NAMES, decode_request
-from penstock.errors import DeadlineExceededError, JobCancelledError, PenstockError, ResultTooLargeError
+from penstock.errors import (
+    DeadlineExceededError,
+    JobCancelledError,
+    PenstockError,
+    ResultTooLargeError,
+    TooManyTextsError,
+)
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
 from penstock.result import Choice, EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
 from penstock.stream import Part
@@ -131,6 +137,7 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
         HandBackError: the model will not answer any more.
     """
     served = serving.find(request.model, ServedEmbedder)
+    _check_number(len(request.texts), served.info.max_texts)
     _check_size(len(request.texts) * row_bytes(served.engine.dim, request))
 
     def compute(texts: list[str]) -> list[Embedded]:
@@ -215,6 +222,7 @@ def rerank(delivery: Delivery, request: RerankRequest, serving: Serving) -> Rera
         HandBackError: the model will not answer any more.
     """
     served = serving.find(request.model, ServedReranker)
+    _check_number(len(request.documents), served.info.max_texts)
     pairs = served.engine.prepare(request)
     scores = np.array(_wait_for(delivery, request, served.batcher, pairs), dtype=np.float32)
     best = np.argsort(-scores, kind="stable")[: request.top_n]  # equal ones in the order of the request
@@ -245,6 +253,12 @@ def _wait_for(
 
 def _part(piece: str) -> Part:
     return "reasoning" if isinstance(piece, Thought) else "text"
+
+
+def _check_number(n_texts: int, limit: int) -> None:
+    """Refuse more texts than a job may hold; our clients do so before they send."""
+    if n_texts > limit:
+        raise TooManyTextsError(n_texts, limit)
 
 
 def _check_size(n_bytes: int) -> None:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from penstock.errors import EngineError, InvalidOptionError, ModelLoadError, OutOfMemoryError, PenstockError
-from penstock.request import EmbedRequest
+from penstock.request import EmbedRequest, describe
 from penstock.result import Vectors
 from penstock.settings import ModelSettings
 from penstock_workers.engines.attention import download
@@ -236,7 +236,7 @@ class Embedder:
             return request.prompt
         if request.prompt_name is not None and request.prompt_name not in prompts:
             known = ", ".join(sorted(filter(None, prompts))) or "none"
-            raise InvalidOptionError("prompt_name", repr(request.prompt_name)[:80], f"prompts here: {known}")
+            raise InvalidOptionError("prompt_name", describe(request.prompt_name), f"prompts here: {known}")
         return prompts.get(request.prompt_name or self._model.default_prompt_name)
 
     @torch.inference_mode()

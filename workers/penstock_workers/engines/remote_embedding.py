@@ -18,7 +18,7 @@ from huggingface_hub import AsyncInferenceClient
 from numpy.typing import NDArray
 
 from penstock.errors import InvalidOptionError, ModelLoadError, PenstockError, UpstreamError
-from penstock.request import EmbedRequest
+from penstock.request import EmbedRequest, describe
 from penstock.result import Vectors
 from penstock.settings import ModelSettings
 from penstock_workers.calling import Limits
@@ -113,7 +113,7 @@ class RemoteEmbedder(Server):
         """
         if request.prompt_name is not None:
             allowed = "a remote model's prompts have no names here: pass prompt"
-            raise InvalidOptionError("prompt_name", repr(request.prompt_name)[:80], allowed)
+            raise InvalidOptionError("prompt_name", describe(request.prompt_name), allowed)
         if request.truncate_dim is not None and request.truncate_dim > self.dim:
             raise InvalidOptionError("truncate_dim", str(request.truncate_dim), f"at most {self.dim}")
         if request.precision == "int8" and self.int8_ranges is None:
