@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from penstock.errors import InputTooLongError, ModelLoadError
+from penstock.settings import ModelSettings
 from penstock_workers.engines.generation import Generator
 from tests.models.odd_models import change_json
-from tests.models.test_generation import answers, load, make_folder, make_tokenizer, one_thread, request
+from tests.models.test_generation import CPU, answers, load, make_folder, make_tokenizer, one_thread, request
 
 __all__ = ["one_thread"]
 
@@ -188,3 +189,13 @@ def test_max_length_bounds_prompt_and_answer(folder: Path) -> None:
     assert load(folder, max_new_tokens=90).prepare(request("a")).max_new_tokens == 90
     with pytest.raises(InputTooLongError):
         generator.prepare(request("word " * 60))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_attention_of_another_machine_is_replaced(dtype: str, folder: Path) -> None:
+    """The answers are those of an attention that is there."""
+    expected = say(load(folder))
+    change_json(folder / "config.json", _attn_implementation="flash_attention_3")
+    settings = {"task": "generate", "source": str(folder), "dtype": dtype}
+
+    assert say(Generator.load("chat", ModelSettings.model_validate(settings), CPU)) == expected

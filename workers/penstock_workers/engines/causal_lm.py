@@ -48,6 +48,9 @@ def load_causal_lm(
     tokenizer = AutoTokenizer.from_pretrained(source, **where)
     tokenizer.chat_template = choose_template(name, source, model, tokenizer)
     config = AutoConfig.from_pretrained(source, **where)
+    if options:
+        config._attn_implementation = None  # also for the empty model that is counted
+        options["config"] = config
     is_quantised = getattr(config, "quantization_config", None) is not None
     dtype = _choose_dtype(config, model, device, is_quantised=is_quantised)
     devices = _devices(model, device)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -111,6 +112,9 @@ def reading(name: str) -> Iterator[Weights]:
     except ModelLoadError:
         raise
     except Exception as error:
+        if tables.mismatch is not None:
+            told = f"its weights are of another shape than its configuration says, as {tables.mismatch}"
+            raise ModelLoadError(name, told) from error
         raise explain_failure(name, error) from error
     finally:
         transformer.from_pretrained = before
@@ -220,7 +224,18 @@ def _is_part(model: PreTrainedModel, key: str) -> bool:
 
 
 class _NoTables(logging.Filter):
-    """Keeps transformers from printing a table of what is missing: the load ends, or it has no effect."""
+    """Keeps transformers from printing a table of what is missing: the load ends, or it has no effect.
+
+    Attributes:
+        mismatch: name of the first weight that the table says is of another shape.
+    """
+
+    mismatch: str | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in str(record.msg)
+        text = str(record.msg)
+        if "LOAD REPORT" not in text:
+            return True
+        if found := re.search(r"^(\S+) *\|.*MISMATCH", text, re.MULTILINE):
+            self.mismatch = found.group(1)
+        return False
