@@ -50,7 +50,10 @@ RUN if python -c "import triton" 2>/dev/null; then \
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     pip install --no-cache-dir --constraint /etc/penstock/constraints.txt "$(echo /wheels/*.whl)[workers,remote,flower]"
 
+# Process 1: passes signals on, and reaps what nobody waits for. `-s`, where the container has one already.
+RUN apt-get update && apt-get install --yes --no-install-recommends tini && rm -rf /var/lib/apt/lists/*
+
 USER 10001:10001
 WORKDIR /tmp
-ENTRYPOINT ["penstock"]
+ENTRYPOINT ["tini", "-s", "--", "penstock"]
 CMD ["--help"]

@@ -421,7 +421,7 @@ def test_the_image_installs_what_the_project_declares() -> None:
     assert all("--constraint /etc/penstock/constraints.txt" in line for line in installed)
     assert any(line.startswith("torch==") for line in constraints)
     assert not [line for line in constraints if "+" in line.partition("#")[0]]
-    assert re.search(r'^ENTRYPOINT \["penstock"\]$', DOCKERFILE, re.MULTILINE)
+    assert re.search(r'^ENTRYPOINT \["tini", "-s", "--", "penstock"\]$', DOCKERFILE, re.MULTILINE)
     assert "penstock" in project["scripts"]
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -192,10 +193,13 @@ def worker(
     name = cast("PoolName", pool)
     queues = worker_queues(deployment.loaded.settings, name, models)
     command = worker_command(deployment.loaded.settings, queues, f"{pool}-{os.getpid()}")
-    environment = os.environ | deployment.environment
+    os.environ.update(deployment.environment)
     if config is not None:
-        environment[CONFIG_VARIABLE] = str(config)
-    os.execve(sys.executable, [*command, *celery_options], environment)  # noqa: S606  # our own interpreter
+        os.environ[CONFIG_VARIABLE] = str(config)
+    # Not as another program, whose first seconds would hear no signal as process 1.
+    _, _, module, *arguments = command
+    sys.argv[:] = [module, *arguments, *celery_options]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 @cli.command()

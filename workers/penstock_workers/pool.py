@@ -21,7 +21,7 @@ from celery.concurrency.thread import ApplyResult
 from celery.concurrency.thread import TaskPool as CeleryTaskPool
 from celery.exceptions import Reject
 from celery.platforms import EX_FAILURE, EX_OK
-from celery.signals import worker_shutdown, worker_shutting_down
+from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
 from celery.worker import state
 from celery.worker.control import Panel
 from kombu.asynchronous import get_event_loop
@@ -40,9 +40,9 @@ _TICK_S: Final = 0.1
 class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
     """Threads that run jobs, at most `limit` of each queue at a time.
 
-    SIGTERM, SIGINT: no new jobs; what runs may end within `worker_drain_s`, and each job is acknowledged as
-    it ends. The same signal again, or SIGQUIT: no waiting. Whatever has not ended is left to the transport,
-    which hands it back as its channel closes. The process ends with 0, whatever its threads do.
+    SIGTERM, SIGINT, SIGHUP: no new jobs; what runs may end within `worker_drain_s`, and each job is
+    acknowledged as it ends. The same signal again, or SIGQUIT: no waiting. Whatever has not ended is left to the
+    transport, which hands it back as its channel closes. The process ends with 0, whatever its threads do.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -56,13 +56,16 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
         self._deadlines = [math.inf]
         self._stops: SimpleQueue[str] = SimpleQueue()
         # In another thread, where tests run it, the process and its signals are somebody else's.
+        self._was_ready = False
         self._is_guest = threading.current_thread() is not threading.main_thread()
 
     def on_start(self) -> None:
         """Take over signals and those remote commands that Celery would answer with a traceback."""
         Panel.data.update(dict.fromkeys(("pool_grow", "pool_shrink", "autoscale"), self._refuse_resize))
         if not self._is_guest:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            worker_ready.connect(self._on_ready)
+            # SIGHUP too: Celery's restart would run our package as a script, whose `celery` is another.
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
                 signal.signal(number, self._on_signal)
             threading.Thread(target=self._watch_the_end, name="watch-the-end", daemon=True).start()
 
@@ -167,12 +170,24 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
         self._deadlines.append(time.monotonic() + (0 if at_once else self._drain_s))
         state.should_stop = EX_OK
         self._stops.put(signal.Signals(number).name)  # the one kind of queue that a signal handler may use
+        if not self._was_ready:
+            raise SystemExit(
+                EX_OK
+            )  # a model may load for minutes yet, and nothing here looks at `should_stop`
+
+    def _on_ready(self, **_: object) -> None:
+        self._was_ready = True
 
     def _watch_the_end(self) -> None:
         """Do what a signal handler cannot, and end the process if nothing else does."""
         if name := self._stops.get():
             hostname = self.options["initargs"][1]
             worker_shutting_down.send(sender=hostname, sig=name, how="Warm", exitcode=EX_OK)
+            if not self._was_ready:
+                # A model may load for minutes yet. Nothing was taken, and half of torch cannot be wound up.
+                logger.info("stopping: not ready yet, nothing is held")
+                logging.shutdown()
+                os._exit(EX_OK)
         while time.monotonic() < self._deadline + GRACE_S:
             if (hub := get_event_loop()) is not None:
                 hub.call_soon(_nothing)  # wakes it, so that it looks at the signal, the jobs and the time
@@ -189,7 +204,7 @@ def _hand_back(request: Any) -> None:
 
 def _end_process(sender: Any, **_: object) -> None:
     # An ordinary exit would wait for the threads of jobs that were handed back, maybe for ever.
-    atexit._run_exitfuncs()  # flushes logs; Celery saves its state here, and restarts on SIGHUP
+    atexit._run_exitfuncs()  # flushes logs; Celery saves its state here
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(sender.exitcode or EX_OK)

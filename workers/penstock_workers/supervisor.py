@@ -67,13 +67,14 @@ def write_line(line: str) -> None:
 
 
 class Supervisor:
-    """Runs children until SIGINT or SIGTERM comes, or one of them cannot be kept running.
+    """Runs children until SIGINT, SIGTERM or SIGHUP comes, or one of them cannot be kept running.
 
     A child that ends by itself is started again, after 1 s at first and 30 s at most. It ends the
     stack when it exits with `os.EX_CONFIG` (starting it again changes nothing), or three times in a
     row within 10 s. SIGINT or SIGTERM drains: SIGTERM to the children, highest stage first, SIGKILL
     to what a stage has left after its limit. SIGINT while that goes on is SIGKILL to all at once;
-    SIGTERM is not, for `timeout` and some process managers send it twice.
+    SIGTERM is not, for `timeout` and some process managers send it twice. SIGHUP, when a terminal is closed,
+    drains too; SIGQUIT never does.
 
     Each child leads a group outside of our session, so a terminal's Ctrl-C reaches the parent alone; what
     is left of its group when it ends is killed. On Linux the kernel sends a child SIGTERM when the parent
@@ -143,11 +144,14 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         loop.add_signal_handler(signal.SIGINT, self._interrupted)
-        loop.add_signal_handler(signal.SIGTERM, self._end_block, 0, "stopping")
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._end_block, 0, "stopping")
+        loop.add_signal_handler(signal.SIGQUIT, self._end_now)
+        numbers = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
         try:
             yield
         finally:
-            for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+            for number in numbers:
                 loop.remove_signal_handler(number)
 
     def _reap(self) -> None:
@@ -159,6 +163,10 @@ class Supervisor:
             self._kill_all()
         else:
             self._end_block(0, "stopping; Ctrl-C again stops without draining")
+
+    def _end_now(self) -> None:
+        self._end_block(0, "stopping without draining")
+        self._kill_all()
 
     def _end_block(self, exit_code: int, reason: str) -> None:
         if self._stopping.is_set() or self._block is None:
