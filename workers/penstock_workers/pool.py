@@ -41,8 +41,8 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
     """Threads that run jobs, at most `limit` of each queue at a time.
 
     SIGTERM, SIGINT, SIGHUP: no new jobs; what runs may end within `worker_drain_s`, and each job is
-    acknowledged as it ends. The same signal again, or SIGQUIT: no waiting. Whatever has not ended is left to the
-    transport, which hands it back as its channel closes. The process ends with 0, whatever its threads do.
+    acknowledged as it ends. The same signal again, or SIGQUIT: no waiting. Whatever has not ended is left to
+    the transport, which hands it back as its channel closes. The process ends with 0, whatever its threads do.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
