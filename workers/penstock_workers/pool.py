@@ -42,7 +42,7 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
 
     SIGTERM, SIGINT, SIGHUP: no new jobs; what runs may end within `worker_drain_s`, and each job is
     acknowledged as it ends. The same signal again, or SIGQUIT: no waiting. Whatever has not ended is left to
-    the transport, which hands it back as its channel closes. The process ends with 0, whatever its threads do.
+    the transport, which hands it back as its channel closes. The process ends with 0, whatever threads do.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
