@@ -6,6 +6,7 @@ from penstock.delay import Estimate
 from penstock.errors import (
     BrokerRefusedError,
     BrokerUnavailableError,
+    ClientUseError,
     ConfigError,
     DeadlineExceededError,
     EngineError,
@@ -54,6 +55,7 @@ __all__ = [
     "BrokerUnavailableError",
     "Choice",
     "Client",
+    "ClientUseError",
     "ConfigError",
     "DeadlineExceededError",
     "EngineError",

@@ -1,80 +1,108 @@
 """`Client`: an `AsyncClient` for code that does not await."""
 
-import asyncio
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+import weakref
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar, Unpack, cast
 
 from penstock.broker import CONNECT_TIMEOUT_S
+from penstock.calls import CLOSED
 from penstock.client import (
     DEFAULT_URL,
     AsyncClient,
     EmbedOptions,
     GenerateOptions,
     RerankOptions,
+    checked_timeout,
     progress_bar,
 )
 from penstock.delay import Estimate
+from penstock.errors import ClientUseError
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, JobState, T
 from penstock.registry import ModelInfo, Registry
 from penstock.request import PriorityName
 from penstock.result import GenerateResult, RerankResult, Timings, Usage, Vectors
+from penstock.running import Running
 from penstock.stream import OnRestart, Piece
 from penstock.urls import checked_url
 
 S = TypeVar("S")
 
-# A forked child keeps what it inherits here: collecting the parent's loop or its connections would change
-# the epoll set that both processes share.
-_RUNNING: Final[list[object]] = []
-
 
 class Job(Generic[T]):
-    """A job that was sent, for code that does not await; see `AsyncJob`."""
+    """A job that was sent, for code that does not await; see `AsyncJob`.
 
-    def __init__(self, job: AsyncJob[T], client: "Client") -> None:
-        self._job, self._client = job, client
+    In a forked child, and where it was unpickled, it is asked through the client that is there.
+    """
+
+    def __init__(
+        self, client: "Client", job_id: str, job: AsyncJob[T] | None = None, running: Running | None = None
+    ) -> None:
+        self._client, self._id, self._job, self._running = client, job_id, job, running
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the client's settings, its password too, and the id."""
+        return Job, (self._client, self._id)
 
     @property
     def id(self) -> str:
         """Whoever knows it can read the result."""
-        return self._job.id
+        return self._id
 
     def result(self, timeout_s: float | None = RESULT_TIMEOUT_S) -> T:
         """See `AsyncJob.result`."""
-        return self._client._run(self._job.result(timeout_s))
+        return self._ask(lambda job: job.result(timeout_s))
 
     def state(self) -> JobState:
         """See `AsyncJob.state`."""
-        return self._client._run(self._job.state())
+        return self._ask(lambda job: job.state())
 
     def cancel(self) -> bool:
         """See `AsyncJob.cancel`."""
-        return self._client._run(self._job.cancel())
+        return self._ask(lambda job: job.cancel())
 
     def forget(self) -> None:
         """See `AsyncJob.forget`."""
-        self._client._run(self._job.forget())
+        self._ask(lambda job: job.forget())
 
     @property
     def usage(self) -> Usage | None:
         """See `AsyncJob.usage`."""
-        return self._job.usage
+        return self._job.usage if self._job else None
 
     @property
     def timings(self) -> Timings | None:
         """See `AsyncJob.timings`."""
-        return self._job.timings
+        return self._job.timings if self._job else None
+
+    def _ask(self, question: Callable[[AsyncJob[T]], Coroutine[Any, Any, S]]) -> S:
+        running = self._client._running_here()
+        if self._job is None or self._running is not running:
+            found = cast("AsyncJob[T]", running.run(running.client.job(self._id)))
+            if self._job is not None:
+                found.know(self._job)
+            self._job, self._running = found, running
+        return running.run(question(self._job))
 
 
 class Client:
     """Sends jobs to Penstock's workers and waits for their results; may be shared by threads.
 
     An `AsyncClient` on an event loop in a thread of its own: all threads' jobs share its connections.
-    After a fork the child starts anew. Use it as `with Client(url) as client`, or call `close`.
+    After a fork the child starts anew, and so does a copy or what was unpickled: it has the same settings.
+    Use it as `with Client(url) as client`, or call `close`.
 
     Args:
         url: Redis that holds the queues.
@@ -91,13 +119,20 @@ class Client:
     ) -> None:
         self._url = checked_url("url", url)
         self._results_url = None if results_url is None else checked_url("results_url", results_url)
-        self._connect_timeout_s = connect_timeout_s
-        self._lock = threading.Lock()
-        self._pid = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._connect_timeout_s = checked_timeout(connect_timeout_s)
+        self._lock = threading.RLock()  # a signal's handler may use the client that it interrupts
+        self._running: Running | None = None
+        self._is_closed = False
+        _CLIENTS.add(self)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle what it was made with, its password too; it connects anew where it is unpickled."""
+        made = partial(type(self), results_url=self._results_url, connect_timeout_s=self._connect_timeout_s)
+        return made, (self._url,)
 
     def __enter__(self) -> Self:
+        if self._is_closed:
+            raise ClientUseError(CLOSED)
         return self
 
     def __exit__(
@@ -106,15 +141,11 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close all connections; jobs that were sent go on."""
+        """Close all connections; jobs that were sent go on, calls that wait end with `ClientUseError`."""
         with self._lock:
-            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
-        if loop is not None and thread is not None and self._pid == os.getpid():
-            asyncio.run_coroutine_threadsafe(self._async.close(), loop).result()
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-            loop.close()
-            _RUNNING.remove(self._running)
+            running, self._running, self._is_closed = self._running, None, True
+        if running is not None:
+            running.close()
 
     def models(self) -> Mapping[str, ModelInfo]:
         """See `AsyncClient.models`."""
@@ -145,14 +176,15 @@ class Client:
         self, texts: Sequence[str], *, model: str, **options: Unpack[EmbedOptions]
     ) -> Job[Vectors]:
         """See `AsyncClient.submit_embed`."""
-        return Job(self._run(self._started().submit_embed(texts, model=model, **options)), self)
+        return self._submit(lambda client: client.submit_embed(texts, model=model, **options))
 
     def submit_many(
         self, lists_of_texts: Iterable[Sequence[str]], *, model: str, **options: Unpack[EmbedOptions]
     ) -> list[Job[Vectors]]:
         """See `AsyncClient.submit_many`; `lists_of_texts` is read in the calling thread."""
-        sent = self._started().submit_many(list(lists_of_texts), model=model, **options)
-        return [Job(job, self) for job in self._run(sent)]
+        lists, running = list(lists_of_texts), self._running_here()
+        sent = running.run(running.client.submit_many(lists, model=model, **options))
+        return [Job(self, job.id, job, running) for job in sent]
 
     def generate(
         self,
@@ -169,7 +201,7 @@ class Client:
         self, prompt: str | None, *, model: str, **options: Unpack[GenerateOptions]
     ) -> Job[GenerateResult]:
         """See `AsyncClient.submit_generate`."""
-        return Job(self._run(self._started().submit_generate(prompt, model=model, **options)), self)
+        return self._submit(lambda client: client.submit_generate(prompt, model=model, **options))
 
     def stream(
         self,
@@ -203,11 +235,11 @@ class Client:
         self, query: str, documents: Sequence[str], *, model: str, **options: Unpack[RerankOptions]
     ) -> Job[RerankResult]:
         """See `AsyncClient.submit_rerank`."""
-        return Job(self._run(self._started().submit_rerank(query, documents, model=model, **options)), self)
+        return self._submit(lambda client: client.submit_rerank(query, documents, model=model, **options))
 
     def job(self, job_id: str) -> Job[Vectors | GenerateResult | RerankResult]:
         """See `AsyncClient.job`."""
-        return Job(self._run(self._started().job(job_id)), self)
+        return self._submit(lambda client: client.job(job_id))
 
     def embed_many(
         self,
@@ -219,58 +251,72 @@ class Client:
         **options: Unpack[EmbedOptions],
     ) -> Iterator[Vectors]:
         """See `AsyncClient.embed_many`; `texts` is read in the calling thread, shape (n, dim) at a time."""
-        pacer = self._started()._pace(texts, model, timeout_s, options)
+        running = self._running_here()
+        pacer = running.client._pace(texts, model, timeout_s, options)
         with progress_bar(texts, progress) as bar:
             try:
-                self._run(pacer.open())
+                running.run(pacer.open())
                 while True:
                     while part := pacer.take():
-                        self._run(pacer.send(part))
-                    if not self._run(pacer.wait()):
+                        running.run(pacer.send(part))
+                    if not running.run(pacer.wait()):
                         return
                     for vectors in pacer.read():
                         yield vectors
                         bar.update(len(vectors))
             finally:
-                self._run(pacer.close())
+                running.leave(pacer.close)
+
+    def _running_here(self) -> Running:
+        with self._lock:
+            if self._is_closed:
+                raise ClientUseError(CLOSED)
+            if self._running is None or self._running.is_inherited:  # a fork leaves the thread behind
+                self._running = Running(self._make)
+                # Who is dropped without `close` leaves neither a thread nor connections.
+                weakref.finalize(self, self._running.abandon).atexit = False
+            return self._running
 
     def _started(self) -> AsyncClient:
-        with self._lock:
-            if self._loop is None or self._pid != os.getpid():  # a fork leaves the thread behind
-                self._pid = os.getpid()
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=self._loop.run_forever, name="penstock-client", daemon=True
-                )
-                self._thread.start()
-                self._async = asyncio.run_coroutine_threadsafe(self._make(), self._loop).result()
-                self._running = (self._loop, self._async)
-                _RUNNING.append(self._running)
-            return self._async
+        return self._running_here().client
 
-    async def _make(self) -> AsyncClient:
-        return AsyncClient(
-            self._url, results_url=self._results_url, connect_timeout_s=self._connect_timeout_s
+    @property
+    def _make(self) -> Callable[[], AsyncClient]:
+        return partial(
+            AsyncClient,
+            self._url,
+            results_url=self._results_url,
+            connect_timeout_s=self._connect_timeout_s,
         )
 
+    def _submit(self, send: Callable[[AsyncClient], Coroutine[Any, Any, AsyncJob[S]]]) -> Job[S]:
+        running = self._running_here()
+        job = running.run(send(running.client))
+        return Job(self, job.id, job, running)
+
     def _iterate(self, items: AsyncIterator[S]) -> Iterator[S]:
+        running = self._running_here()
+
         async def next_item() -> tuple[S, ...]:
             return (item,) if (item := await anext(items, None)) is not None else ()
 
-        async def leave() -> None:
-            await cast("AsyncGenerator[S]", items).aclose()
-
         try:
-            while found := self._run(next_item()):
+            while found := running.run(next_item()):
                 yield found[0]
         finally:
-            self._run(leave())
+            running.leave(cast("AsyncGenerator[S]", items).aclose)
 
     def _run(self, work: Coroutine[Any, Any, S]) -> S:
-        assert self._loop is not None
-        future: Future[S] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except KeyboardInterrupt:
-            future.cancel()
-            raise
+        return self._running_here().run(work)
+
+
+def _after_fork() -> None:
+    """Let a child begin anew: another thread may have held the lock of a client, and is not here."""
+    for client in list(_CLIENTS):
+        client._lock = threading.RLock()
+        client._running = None
+
+
+_CLIENTS: Final[weakref.WeakSet[Client]] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

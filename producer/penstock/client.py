@@ -4,20 +4,26 @@ import asyncio
 import contextlib
 import math
 import os
+import re
 import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence, Sized
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypedDict, TypeVar, Unpack
 
 from tqdm import tqdm
 
 from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, forget_sent, record_sent
+from penstock.calls import CALL_S, CLOSE_S, CLOSING, TAKEN_BACK, Call, Calls
 from penstock.clock import ticks
 from penstock.codec import encode_message, queue_key, queue_name
 from penstock.delay import Estimate, Router, count_tokens, predict, queue_limits
 from penstock.errors import (
+    BrokerUnavailableError,
+    ConfigError,
     InvalidOptionError,
+    PenstockError,
     QueueDelayError,
     RateLimitError,
     TooManyTextsError,
@@ -56,6 +62,11 @@ from penstock.waiting import WaitPolicy, try_again
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
 REGISTRY_TTL_S: Final = 5.0
+MOST_CONNECT_S: Final = 600.0
+
+_JOB_ID: Final = re.compile(r"[!-~]{1,256}")
+# A forked child keeps what it inherits here.
+_INHERITED: Final[list[object]] = []
 _LOOK_AGAIN_S: Final = 0.25
 
 _OF_SENDING: Final = ("priority", "tenant", "deadline_s", "wait")
@@ -154,8 +165,13 @@ class AsyncClient:
     ) -> None:
         self._url = with_password(checked_url("url", url))
         self._results_url = None if results_url is None else checked_url("results_url", results_url)
-        self._connect_timeout_s = connect_timeout_s
-        self._broker = Broker(self._url, connect_timeout_s=connect_timeout_s)
+        self._connect_timeout_s = checked_timeout(connect_timeout_s)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have no connections yet, in whatever loop the first call comes from."""
+        self._calls = Calls()
+        self._broker = Broker(self._url, connect_timeout_s=self._connect_timeout_s)
         self._id = new_job_id()
         self._origin = f"penstock-{os.getpid()}@{socket.gethostname()}"
         self._store: ResultStore | None = None
@@ -168,6 +184,11 @@ class AsyncClient:
         self._router = Router(self._estimate)
         self._joiner = Joiner(self._send_unrecorded, self._n_workers)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle what it was made with, its password too; it connects anew where it is unpickled."""
+        made = partial(type(self), results_url=self._results_url, connect_timeout_s=self._connect_timeout_s)
+        return made, (self._url,)
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -177,19 +198,35 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close all connections; jobs that were sent go on."""
-        await self._joiner.close()
-        if self._store is not None:
-            await self._store.close()
-        await self._broker.close()
+        """Close all connections; jobs that were sent go on, calls that wait end with `ClientUseError`."""
+        await self._calls.close()
+        if self._calls.is_over:  # with the loop, or the parent process, that the connections belong to
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await self._joiner.close()
+                if self._store is not None:
+                    await self._store.close()
+                await self._broker.close()
+
+    def _call(self, timeout_s: float | None = CALL_S, *, closing: PenstockError = CLOSING) -> Call:
+        """Return the block that a public call is made in."""
+        if self._calls.is_over and not self._calls.is_closed:
+            if self._calls.is_inherited:
+                # Collecting the parent's connections would change what both processes wait on.
+                _INHERITED.append((self._broker, self._store, self._joiner, self._reading))
+            self._begin()
+        return self._calls.limited(timeout_s, closing=closing)
 
     async def models(self) -> Mapping[str, ModelInfo]:
         """Return the models that workers announced, by name."""
-        return (await self._read_registry(max_age_s=0)).models
+        async with self._call():
+            return (await self._read_registry(max_age_s=0)).models
 
     async def registry(self) -> Registry:
         """Return models and workers as they are now."""
-        return await self._read_registry(max_age_s=0)
+        async with self._call():
+            return await self._read_registry(max_age_s=0)
 
     async def estimate(
         self, model: str, *, priority: PriorityName = "default", tenant: str | None = None
@@ -199,10 +236,11 @@ class AsyncClient:
         Raises:
             UnknownModelError: no worker ever announced it.
         """
-        info = await self._find_model(model)
-        registry, lane = await self._read_registry(), Lane(_priority(priority), _tenant(tenant))
-        pool = await self._router.choose(info, registry, lane)
-        return await self._estimate(queue_name(pool, model), lane)
+        async with self._call():
+            info = await self._find_model(model)
+            registry, lane = await self._read_registry(), Lane(_priority(priority), _tenant(tenant))
+            pool = await self._router.choose(info, registry, lane)
+            return await self._estimate(queue_name(pool, model), lane)
 
     async def _estimate(self, queue: str, lane: Lane) -> Estimate:
         load = await self._broker.load(queue_key(queue, *lane))
@@ -223,7 +261,7 @@ class AsyncClient:
         Args:
             texts: up to the model's `max_texts`; `embed_many` takes any number.
             model: name it is served under.
-            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes. Texts
+            timeout_s: how long the call may take, seconds; None waits for as long as it takes. Texts
                 that nobody waits for any more are not computed, if no worker has begun.
             **options: see `EmbedOptions`.
 
@@ -237,10 +275,11 @@ class AsyncClient:
             TransportError: Redis is out of reach, or the result did not come in time.
             WorkerError: the model failed on these texts.
         """
-        request, lane = await self._prepare(EmbedRequest, "embed", _embed_fields(texts, model, options))
-        return await self._again(
-            options.get("wait"), lambda: self._joiner.embed(request, lane, timeout_s), request
-        )
+        async with self._call(timeout_s, closing=TAKEN_BACK) as call:
+            request, lane = await self._prepare(EmbedRequest, "embed", _embed_fields(texts, model, options))
+            return await self._again(
+                options.get("wait"), lambda: self._joiner.embed(request, lane, call), request, call
+            )
 
     async def submit_embed(
         self, texts: Sequence[str], *, model: str, **options: Unpack[EmbedOptions]
@@ -253,7 +292,8 @@ class AsyncClient:
         self, lists_of_texts: Iterable[Sequence[str]], *, model: str, **options: Unpack[EmbedOptions]
     ) -> list[AsyncJob[Vectors]]:
         """Send an embedding job for each list of texts: all together or none, at the price of one."""
-        return await self._submit_embed(lists_of_texts, model, options, is_recorded=True)
+        async with self._call(_submit_s(options.get("wait"))):
+            return await self._submit_embed(lists_of_texts, model, options, is_recorded=True)
 
     async def generate(
         self,
@@ -269,7 +309,7 @@ class AsyncClient:
             prompt: the user's turn; None answers the last turn of `history`, such as a tool's. With
                 `mode="complete"` the text to go on with.
             model: name it is served under.
-            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes. A call
+            timeout_s: how long the call may take, seconds; None waits for as long as it takes. A call
                 that is cancelled takes its job back.
             **options: see `GenerateOptions`.
 
@@ -280,15 +320,17 @@ class AsyncClient:
             TransportError: Redis is out of reach, or the result did not come in time.
             WorkerError: the model failed on this prompt.
         """
-        request, lane = await self._prepare_generate(prompt, model, options, is_stream=False)
-        result: GenerateResult = await self._answer(request, lane, options.get("wait"), timeout_s)
-        return result
+        async with self._call(timeout_s, closing=TAKEN_BACK) as call:
+            request, lane = await self._prepare_generate(prompt, model, options, is_stream=False)
+            result: GenerateResult = await self._answer(request, lane, options.get("wait"), call)
+            return result
 
     async def submit_generate(
         self, prompt: str | None, *, model: str, **options: Unpack[GenerateOptions]
     ) -> AsyncJob[GenerateResult]:
         """Send a generation job and return at once; see `generate`."""
-        return await self._submit_generate(prompt, model, options, is_stream=False)
+        async with self._call(_submit_s(options.get("wait"))):
+            return await self._submit_generate(prompt, model, options, is_stream=False)
 
     async def stream(
         self,
@@ -320,7 +362,8 @@ class AsyncClient:
             StreamRestartedError: a restart was to be hidden, and the text is another.
             PenstockError: see `generate`.
         """
-        job = await self._submit_generate(prompt, model, options, is_stream=True)
+        async with self._call(timeout_s):
+            job = await self._submit_generate(prompt, model, options, is_stream=True)
         is_over = False
         try:
             async for piece in job.pieces(on_restart=on_restart, timeout_s=timeout_s):
@@ -328,8 +371,7 @@ class AsyncClient:
                 yield piece
         finally:
             if not is_over:
-                with contextlib.suppress(TransportError):  # then its reader is missed, and it ends by itself
-                    await job.cancel()
+                await job.take_back()
 
     async def _submit_generate(
         self, prompt: str | None, model: str, options: GenerateOptions, *, is_stream: bool
@@ -370,7 +412,7 @@ class AsyncClient:
             query: what is asked.
             documents: up to the model's `max_texts`.
             model: name it is served under.
-            timeout_s: how long to wait for the result, seconds; None waits for as long as it takes. A call
+            timeout_s: how long the call may take, seconds; None waits for as long as it takes. A call
                 that is cancelled takes its job back.
             **options: see `RerankOptions`.
 
@@ -380,19 +422,21 @@ class AsyncClient:
         Raises:
             PenstockError: see `embed`.
         """
-        request, lane = await self._prepare_rerank(query, documents, model, options)
-        result: RerankResult = await self._answer(request, lane, options.get("wait"), timeout_s)
-        return result
+        async with self._call(timeout_s, closing=TAKEN_BACK) as call:
+            request, lane = await self._prepare_rerank(query, documents, model, options)
+            result: RerankResult = await self._answer(request, lane, options.get("wait"), call)
+            return result
 
     async def submit_rerank(
         self, query: str, documents: Sequence[str], *, model: str, **options: Unpack[RerankOptions]
     ) -> AsyncJob[RerankResult]:
         """Send a reranking job and return at once; see `rerank`."""
-        request, lane = await self._prepare_rerank(query, documents, model, options)
-        jobs: list[AsyncJob[RerankResult]] = await self._again(
-            options.get("wait"), lambda: self._send([request], lane, is_recorded=True), request
-        )
-        return jobs[0]
+        async with self._call(_submit_s(options.get("wait"))):
+            request, lane = await self._prepare_rerank(query, documents, model, options)
+            jobs: list[AsyncJob[RerankResult]] = await self._again(
+                options.get("wait"), lambda: self._send([request], lane, is_recorded=True), request
+            )
+            return jobs[0]
 
     async def _prepare_rerank(
         self, query: str, documents: Sequence[str], model: str, options: RerankOptions
@@ -401,21 +445,28 @@ class AsyncClient:
         fields = {**options, "model": model, "query": query, "documents": listed}
         return await self._prepare(RerankRequest, "rerank", fields)
 
-    async def _answer(
-        self, request: Request, lane: Lane, wait: WaitPolicy | None, timeout_s: float | None
-    ) -> Any:
+    async def _answer(self, request: Request, lane: Lane, wait: WaitPolicy | None, call: Call) -> Any:
         """Send a job whose id nobody is told, and wait for its result."""
 
         async def answer() -> Any:
             job: AsyncJob[Any]
             (job,) = await self._send([request], lane, is_recorded=True)
-            return await _result_or_cancel(job, timeout_s)
+            call.job_id = job.id
+            try:
+                return await job.wait()
+            except asyncio.CancelledError:
+                if not call.is_late:  # else its id is told, and it can be asked for
+                    await job.take_back()
+                raise
 
-        return await self._again(wait, answer, request)
+        return await self._again(wait, answer, request, call)
 
     async def job(self, job_id: str) -> AsyncJob[Vectors | GenerateResult | RerankResult]:
         """Return a job that any client sent, by its id; whether it exists shows when it is asked."""
-        return AsyncJob(job_id, self._broker, await self._open_store(), is_ours=False)
+        if not (isinstance(job_id, str) and _JOB_ID.fullmatch(job_id)):
+            raise InvalidOptionError("job_id", repr(job_id)[:80], "up to 256 printable characters")
+        async with self._call():
+            return AsyncJob(job_id, self._broker, await self._open_store(), is_ours=False)
 
     async def embed_many(
         self,
@@ -478,10 +529,20 @@ class AsyncClient:
             min(requests, key=lambda request: request.deadline or math.inf),
         )
 
-    async def _again(self, wait: WaitPolicy | None, call: Callable[[], Awaitable[S]], request: Request) -> S:
-        """Call, and again as `wait` says until the request's deadline."""
-        left_s = None if request.deadline is None else request.deadline - self._broker.clock.now()
-        return await try_again(wait, call, left_s=left_s, ask=self._broker.ask_for_retry)
+    async def _again(
+        self,
+        wait: WaitPolicy | None,
+        attempt: Callable[[], Awaitable[S]],
+        request: Request,
+        call: Call | None = None,
+    ) -> S:
+        """Try, and again as `wait` says until the request's deadline, or the end of the call's time."""
+        limits = [] if request.deadline is None else [request.deadline - self._broker.clock.now()]
+        if call is not None and (left_s := call.left_s()) is not None:
+            limits.append(left_s)
+        return await try_again(
+            wait, attempt, left_s=min(limits, default=None), ask=self._broker.ask_for_retry
+        )
 
     def _pace(
         self, texts: Iterable[str], model: str, timeout_s: float | None, options: EmbedOptions
@@ -537,14 +598,22 @@ class AsyncClient:
             await record_sent(store.redis, store.url, job_ids)
         try:
             await self._broker.push(queue, lane, *messages, limits=limits)
+            self._router.sent(model, registry, lane, pool, sum(n_tokens))
+            if pool != registry.choose_pool(model):
+                with contextlib.suppress(
+                    TransportError
+                ):  # they are sent, and must not look as if they were not
+                    await self._broker.count_spilled(queue, len(jobs))
         except (QueueDelayError, RateLimitError):
             if is_recorded:
                 await forget_sent(store.redis, store.url, job_ids)
             raise
-        self._router.sent(model, registry, lane, pool, sum(n_tokens))
-        if pool != registry.choose_pool(model):
-            with contextlib.suppress(TransportError):  # they are sent, and must not look as if they were not
-                await self._broker.count_spilled(queue, len(jobs))
+        except BrokerUnavailableError:
+            store.calls.later(_end(jobs))  # they may have arrived, and nobody will hear their ids
+            raise
+        except asyncio.CancelledError:
+            await store.calls.settle(_end(jobs))
+            raise
         return jobs
 
     async def _send_unrecorded(self, request: EmbedRequest, lane: Lane) -> AsyncJob[Vectors]:
@@ -594,8 +663,12 @@ class AsyncClient:
                     self._store = None
             if self._store is None:
                 results = connect(url, connect_timeout_s=self._connect_timeout_s)
-                store = ResultStore(results, url, Inbox(results, url, self._id))
-                await store.inbox.open()
+                store = ResultStore(results, url, Inbox(results, url, self._id), self._calls)
+                try:
+                    await store.inbox.open()
+                except BaseException:
+                    self._calls.later(store.close())
+                    raise
                 self._store = store
             return self._store
 
@@ -610,12 +683,14 @@ class _Sender:
         self._options.update(options)
 
     async def look(self) -> tuple[Registry, ModelInfo]:
-        model = await self._client._find_model(self._model, "embed")
-        return await self._client._read_registry(), model
+        async with self._client._call():
+            model = await self._client._find_model(self._model, "embed")
+            return await self._client._read_registry(), model
 
     async def send(self, part: list[str]) -> AsyncJob[Vectors]:
-        (job,) = await self._client._submit_embed([part], self._model, self._options, is_recorded=False)
-        return job
+        async with self._client._call(_submit_s(self._options.get("wait"))):
+            (job,) = await self._client._submit_embed([part], self._model, self._options, is_recorded=False)
+            return job
 
 
 def progress_bar(texts: Iterable[str], progress: bool) -> "tqdm[NoReturn]":
@@ -624,18 +699,31 @@ def progress_bar(texts: Iterable[str], progress: bool) -> "tqdm[NoReturn]":
     return tqdm(total=total, unit=" texts", disable=None if progress else True)
 
 
+async def _end(jobs: Sequence[AsyncJob[Any]]) -> None:
+    """Take jobs back whose ids nobody was told."""
+    await asyncio.gather(*(job.end() for job in jobs), return_exceptions=True)
+
+
+def _submit_s(wait: WaitPolicy | None) -> float:
+    """Return the most that sending may take, with the time that its caller gave it."""
+    return RESULT_TIMEOUT_S + (wait.max_wait_s if wait else 0.0)
+
+
+def checked_timeout(connect_timeout_s: object) -> float:
+    """Return the limit of time for connecting.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    is_number = isinstance(connect_timeout_s, int | float) and not isinstance(connect_timeout_s, bool)
+    if not (is_number and 0 < connect_timeout_s <= MOST_CONNECT_S):  # type: ignore[operator]  # it is a number
+        told = repr(connect_timeout_s)[:80]
+        raise ConfigError([f"connect_timeout_s is {told}; seconds above 0, up to {MOST_CONNECT_S:g}"])
+    return float(connect_timeout_s)  # type: ignore[arg-type]  # it is a number
+
+
 def _embed_fields(texts: Sequence[str], model: str, options: EmbedOptions) -> dict[str, Any]:
     return {**options, "model": model, "texts": list(texts) if isinstance(texts, tuple) else texts}
-
-
-async def _result_or_cancel(job: AsyncJob[T], timeout_s: float | None) -> T:
-    """Wait for the result of a job whose id nobody else knows."""
-    try:
-        return await job.result(timeout_s)
-    except asyncio.CancelledError:
-        with contextlib.suppress(TransportError):
-            await job.cancel()
-        raise
 
 
 def _n_texts(request: Request) -> int:

@@ -3,6 +3,7 @@
 ```
 PenstockError
 ├── ConfigError                  a setting, a file or a `PENSTOCK_*` variable
+├── ClientUseError               the client was closed, or belongs to another event loop
 ├── RequestError                 the caller's fault, never retried
 │   ├── UnknownModelError
 │   ├── WrongTaskError
@@ -61,6 +62,17 @@ class ConfigError(PenstockError):
 
     def __str__(self) -> str:
         return "\n".join(self.problems)
+
+
+class ClientUseError(PenstockError):
+    """The client, or a job of it, cannot be used here: it was closed, or belongs to another event loop."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"the client cannot be used here: {self.problem}"
 
 
 class RequestError(PenstockError):
@@ -326,6 +338,8 @@ class ResultTimeoutError(TransportError):
         self.job_id, self.timeout_s = job_id, timeout_s
 
     def __str__(self) -> str:
+        if not self.job_id:
+            return f"no answer after {self.timeout_s:g} s; what was sent is taken back"
         return f"job {self.job_id} has no result after {self.timeout_s:g} s"
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 import redis.asyncio as aioredis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
 from penstock.broker import redis_errors
@@ -59,7 +60,8 @@ class Inbox:
             if self._listener is None:
                 with redis_errors(self._url):
                     await self._pubsub.subscribe(self.reply_to)
-                    await self._pubsub.get_message(timeout=LOOK_AGAIN_S)
+                    if await self._pubsub.get_message(timeout=LOOK_AGAIN_S) is None:
+                        raise RedisTimeoutError("it does not confirm a subscription")
                 self._listener = asyncio.create_task(self._listen(), name="penstock-inbox")
 
     def expect(self, job_id: str) -> Note:

@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from enum import StrEnum
-from typing import Final, Generic, TypeVar, cast, get_args
+from typing import Final, Generic, NoReturn, TypeVar, cast, get_args
 
 import redis.asyncio as aioredis
 
 from penstock.broker import Broker, connect_sync, get_large, redis_errors
+from penstock.calls import CALL_S, Calls
 from penstock.codec import Outcome, decode_outcome, encode_failure
 from penstock.errors import (
     BrokerUnavailableError,
@@ -16,13 +17,13 @@ from penstock.errors import (
     PenstockError,
     ResultDecodeError,
     ResultExpiredError,
-    ResultTimeoutError,
     UnknownJobError,
 )
 from penstock.inbox import LOOK_AGAIN_S, Inbox
 from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
 from penstock.store import END_JOB, RECORD_TTL_S, SENT, end_job_arguments, record_key, result_key
 from penstock.stream import OnRestart, Part, Piece, Reader, stream_key
+from penstock.threads import Threads
 
 T = TypeVar("T")
 
@@ -55,8 +56,9 @@ class ResultStore:
     Large results come through blocking connections, in threads: asyncio would hold the loop for megabytes.
     """
 
-    def __init__(self, redis: aioredis.Redis, url: str, inbox: Inbox) -> None:
-        self.redis, self.url, self.inbox = redis, url, inbox
+    def __init__(self, redis: aioredis.Redis, url: str, inbox: Inbox, calls: Calls) -> None:
+        self.redis, self.url, self.inbox, self.calls = redis, url, inbox, calls
+        self._threads = Threads()
         self._blocking = connect_sync(url)
         self._unwanted: list[str] = []
         self._clearing: asyncio.Task[None] | None = None
@@ -71,7 +73,8 @@ class ResultStore:
             payload: bytes | memoryview | None = head
             known = record.decode(errors="replace") if record else None
             if head and len(head) == LARGE_BYTES:
-                payload = await asyncio.to_thread(get_large, self._blocking, result_key(job_id))
+                loop, key = asyncio.get_running_loop(), result_key(job_id)
+                payload = await loop.run_in_executor(self._threads, get_large, self._blocking, key)
         # A retry in between is stored too, with a status that is not the end.
         outcome = decode_outcome(job_id, payload) if payload and known in _ENDED else None
         return outcome, known
@@ -131,6 +134,7 @@ class ResultStore:
         await self.inbox.close()
         await self.redis.aclose()
         self._blocking.close()
+        self._threads.shutdown()
 
 
 class AsyncJob(Generic[T]):
@@ -164,12 +168,13 @@ class AsyncJob(Generic[T]):
             UnknownJobError: no job of this id was sent.
             PenstockError: whatever the worker raised.
         """
+        async with self._store.calls.limited(timeout_s, self.id):
+            return await self.wait()
+
+    async def wait(self) -> T:
+        """Wait within a call that has its limit already; see `result`."""
         if self._outcome is None:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    self._outcome = await self._wait()
-            except TimeoutError:
-                raise ResultTimeoutError(self.id, float(timeout_s or 0)) from None
+            self._outcome = await self._wait()
             if not self._is_recorded:
                 self._store.forget_soon(self.id)
         if self._outcome.error is not None:
@@ -199,28 +204,26 @@ class AsyncJob(Generic[T]):
         self, last_id: str, timeout_s: float | None
     ) -> tuple[list[tuple[bytes, dict[bytes, bytes]]], Outcome | None]:
         """Wait for pieces behind the last one, or for the end of the job."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while True:
-                    self._note.clear()
-                    with contextlib.suppress(BrokerUnavailableError):  # it may come back before the timeout
-                        entries = await self._store.read_stream(self.id, last_id)
-                        # Pieces first: behind the last of them the next look finds none, and asks.
-                        outcome = self._told() or (None if entries else await self._look())
-                        if entries or outcome is not None:
-                            return entries, outcome
-                    await self._hear()
-        except TimeoutError:
-            raise ResultTimeoutError(self.id, float(timeout_s or 0)) from None
+        async with self._store.calls.limited(timeout_s, self.id):
+            while True:
+                self._note.clear()
+                with contextlib.suppress(BrokerUnavailableError):  # it may come back before the timeout
+                    entries = await self._store.read_stream(self.id, last_id)
+                    # Pieces first: behind the last of them the next look finds none, and asks.
+                    outcome = self._told() or (None if entries else await self._look())
+                    if entries or outcome is not None:
+                        return entries, outcome
+                await self._hear()
 
     async def state(self) -> JobState:
         """Say where the job is."""
-        outcome, record = await self._store.look(self.id)
-        if record == SENT:
-            return JobState.RUNNING if await self._broker.is_taken(self.id) else JobState.WAITING
-        if record is None:
-            return JobState.UNKNOWN
-        return _ENDED[record] if outcome else JobState.EXPIRED
+        async with self._store.calls.limited(CALL_S, self.id):
+            outcome, record = await self._store.look(self.id)
+            if record == SENT:
+                return JobState.RUNNING if await self._broker.is_taken(self.id) else JobState.WAITING
+            if record is None:
+                return JobState.UNKNOWN
+            return _ENDED[record] if outcome else JobState.EXPIRED
 
     async def cancel(self) -> bool:
         """Take the job back; whoever waits for it gets `JobCancelledError`.
@@ -229,11 +232,32 @@ class AsyncJob(Generic[T]):
             True if it had not ended. A job that still waits is then never computed; of what a worker has
             begun, no further batch and no further step.
         """
+        async with self._store.calls.limited(CALL_S, self.id):
+            return await self.end()
+
+    async def end(self) -> bool:
+        """Cancel it within a call that has its limit already."""
         return await self._store.end(self.id, JobCancelledError(self.id), must_be_sent=self._is_recorded)
+
+    async def take_back(self) -> None:
+        """Cancel it for a caller who has left; what keeps that from happening is nobody's error."""
+        if not self._store.calls.is_over:
+            await self._store.calls.settle(self.end())
 
     async def forget(self) -> None:
         """Delete the stored result, for those who have read it and will not ask again."""
-        await self._store.forget(self.id)
+        async with self._store.calls.limited(CALL_S, self.id):
+            await self._store.forget(self.id)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse: its connections stay in this process and loop."""
+        raise TypeError(
+            "an AsyncJob cannot be pickled; send its id, and ask the other process' client.job(id)"
+        )
+
+    def know(self, earlier: "AsyncJob[T]") -> None:
+        """Take over how the job ended from an earlier object of it."""
+        self._outcome = self._outcome or earlier._outcome
 
     @property
     def usage(self) -> Usage | None:

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
+from penstock.calls import TAKEN_BACK, Call
 from penstock.errors import (
     InputTooLongError,
     InvalidTextError,
-    JobCancelledError,
     PenstockError,
     RequestTooLargeError,
-    ResultTimeoutError,
     WorkerError,
 )
 from penstock.job import AsyncJob
@@ -37,7 +36,6 @@ TEXTS_PER_WORKER: Final = 8
 _OPTIONS: Final = tuple(EmbedRequest.model_fields.keys() - {"texts", "sent_at", "deadline"})
 # Errors that may be about one text; the others would come again, for each call.
 _OF_ONE_TEXT: Final = (InvalidTextError, InputTooLongError, RequestTooLargeError, WorkerError)
-_CLOSED: Final = JobCancelledError("of a client that was closed")
 
 Send = Callable[[EmbedRequest, Lane], Awaitable[AsyncJob[Vectors]]]
 """Sends a job whose id nobody else is told."""
@@ -86,11 +84,12 @@ class Joiner:
         self._groups: dict[tuple[object, ...], _Group] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def embed(self, request: EmbedRequest, lane: Lane, timeout_s: float | None) -> Vectors:
+    async def embed(self, request: EmbedRequest, lane: Lane, limit: Call) -> Vectors:
         """Return the request's vectors, shape (n_texts, dim).
 
+        When the call ends before, the job is taken back if nobody else waits for it.
+
         Raises:
-            ResultTimeoutError: they did not come in time; the job is taken back if nobody else waits for it.
             PenstockError: see `AsyncClient.embed`.
         """
         call = _Call(request, asyncio.get_running_loop().create_future())
@@ -99,17 +98,17 @@ class Joiner:
         else:
             self._wait_for_company(call, lane)
         try:
-            async with asyncio.timeout(timeout_s):
-                return await call.answer
-        except TimeoutError:
-            raise ResultTimeoutError(call.job_id, float(timeout_s or 0)) from None
+            return await call.answer
+        except asyncio.CancelledError:
+            limit.job_id = call.job_id
+            raise
 
     async def close(self) -> None:
         """Stop; whoever still waits gets an error."""
         for group in self._groups.values():
             if group.timer is not None:
                 group.timer.cancel()
-            _fail(group.waiting, _CLOSED)
+            _fail(group.waiting, TAKEN_BACK)
             group.waiting = []
         for task in self._tasks:
             task.cancel()
@@ -162,13 +161,13 @@ class Joiner:
         try:
             await self._answer(part, await self._send(_join(part), lane), lane)
         except asyncio.CancelledError:
-            _fail(part, _CLOSED)
+            _fail(part, TAKEN_BACK)
             raise
         except Exception as error:  # noqa: BLE001  whatever it is, nobody may wait for ever
             _fail(part, error)
 
     async def _answer(self, part: Sequence[_Call], job: AsyncJob[Vectors], lane: Lane) -> None:
-        result = asyncio.create_task(job.result(None))
+        result = asyncio.create_task(job.wait())
 
         def leave(_: object) -> None:
             if all(call.answer.done() for call in part):
@@ -183,7 +182,7 @@ class Joiner:
         finally:
             result.cancel()
         if result.cancelled():
-            await job.cancel()
+            await job.take_back()
         elif (error := result.exception()) is None:
             _share_out(result.result(), part)
         elif isinstance(error, _OF_ONE_TEXT) and len(part) > 1:

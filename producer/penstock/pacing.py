@@ -138,7 +138,7 @@ class Pacer:
             part.answer.cancel()
         await asyncio.gather(
             *(part.answer for part in self._parts),
-            *(part.job.cancel() for part in self._under_way()),
+            *(part.job.take_back() for part in self._under_way()),
             return_exceptions=True,
         )
 

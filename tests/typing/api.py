@@ -16,6 +16,7 @@ from penstock import (
     BrokerUnavailableError,
     Choice,
     Client,
+    ClientUseError,
     ConfigError,
     DeadlineExceededError,
     EngineError,
@@ -353,6 +354,8 @@ def other_ends(error: PenstockError) -> None:
             assert_type((error.job_id, error.late_s), tuple[str, float])
             assert_type(error.timings, Mapping[str, float])
         case ResultDecodeError():
+            assert_type(error.problem, str)
+        case ClientUseError():
             assert_type(error.problem, str)
         case ConfigError():
             assert_type(error.problems, tuple[str, ...])

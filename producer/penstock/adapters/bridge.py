@@ -78,15 +78,15 @@ class Bridge(Client):
             async with using:
                 await items.aclose()
 
+        running = self._running_here()
         try:
-            while found := await self._wait(next_item()):
+            while found := await running.wait(next_item()):
                 yield found[0]
         finally:
-            await self._wait(leave())
+            await running.wait(leave())
 
     async def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        assert self._loop is not None
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        return await self._running_here().wait(work)
 
 
 @cache
