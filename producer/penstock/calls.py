@@ -21,6 +21,7 @@ CALL_S: Final = 60.0
 TAKE_BACK_S: Final = 0.5
 """How long a call that is left waits to see its job taken back; after that it is tried without it."""
 CLOSE_S: Final = 5.0
+_TURNS: Final = 20  # of the loop, in which a call that is left tells the job that it shares
 
 CLOSED: Final = "it was closed; make a new one"
 CLOSING: Final = ClientUseError(CLOSED)
@@ -107,6 +108,13 @@ class Calls:
         self._behind.add(task)
         task.add_done_callback(self._behind.discard)
         return task
+
+    async def settled(self) -> None:
+        """Wait a moment for what calls that were left put in order."""
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        if self._behind:
+            await asyncio.wait(list(self._behind), timeout=TAKE_BACK_S)
 
     async def close(self) -> None:
         """End all calls, and wait a moment for what they put in order."""

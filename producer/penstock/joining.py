@@ -179,6 +179,9 @@ class Joiner:
         leave(None)
         try:
             await asyncio.wait([result])
+        except asyncio.CancelledError:  # the client closes, and nobody else knows the id
+            await job.take_back()
+            raise
         finally:
             result.cancel()
         if result.cancelled():

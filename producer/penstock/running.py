@@ -187,6 +187,8 @@ class Running:
             for job in found if isinstance(found, list) else [found]:
                 if isinstance(job, AsyncJob):
                     _Work(self._home.loop, job.take_back()).future.result(TAKE_BACK_S)
+        with contextlib.suppress(Exception):
+            _Work(self._home.loop, self.client._calls.settled()).future.result(2 * TAKE_BACK_S)
 
 
 class _Home:
