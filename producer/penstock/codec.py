@@ -16,10 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.envelope import MAX_ENTRY_BYTES
 from penstock.errors import (
     InvalidMessageError,
     JobCancelledError,
     PenstockError,
+    RequestTooLargeError,
     ResultDecodeError,
     ResultTooLargeError,
     rebuild_error,
@@ -89,6 +91,9 @@ def encode_message(
 
     With `n_tokens`, what it is expected to cost, it has to be pushed by the script `push`, which counts it.
 
+    Raises:
+        RequestTooLargeError: escaped as JSON it has more bytes than a worker would take.
+
     Source: Celery's message protocol 2 (docs.celeryq.dev, Message Protocol) and the envelope of kombu's
     virtual transports; `body_encoding` utf-8 leaves out base64.
     """
@@ -129,7 +134,10 @@ def encode_message(
             "delivery_tag": job_id,
         },
     }
-    return _dumps(envelope).encode()
+    raw = _dumps(envelope).encode()
+    if len(raw) > MAX_ENTRY_BYTES:  # texts of control characters: seven bytes for each of theirs
+        raise RequestTooLargeError("the message", len(raw), MAX_ENTRY_BYTES)
+    return raw
 
 
 def decode_request(task: str, args: tuple[object, ...], kwargs: Mapping[str, Any]) -> Request:

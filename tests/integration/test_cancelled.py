@@ -7,7 +7,9 @@ import redis
 
 from penstock import Client
 from penstock.store import CANCELLED_KEY, MAX_CANCELLED, SENT, record_key
+from penstock.stream import stream_key
 from penstock_workers.cancelled import Cancelled
+from penstock_workers.streams import Streams
 from tests.deployment import Server, WorkerProcess
 from tests.eventually import eventually
 
@@ -84,3 +86,46 @@ def test_the_text_of_a_cancelled_stream_is_removed(server: Server, worker: Worke
 
         assert len(begun) == 1
         assert set(results.keys("penstock:stream:*")) <= before
+
+
+def test_nothing_that_is_no_id_ends_the_listening(own: Server, results: redis.Redis, client: Client) -> None:
+    """Whatever lies in set and channel is passed by, and no more than the bound is read."""
+    junk = [b"\xff", b"\xff\xfe", b"", b"a\nb", b"\xed\xa0\x80", b"x" * 100_000]
+    results.zadd(CANCELLED_KEY, dict.fromkeys(junk, 9000000000000.0))
+    results.zadd(CANCELLED_KEY, {f"old {n:06d}": 1 for n in range(MAX_CANCELLED)})
+    cancelled = Cancelled(own.results_url)
+    cancelled.start()
+    eventually(lambda: results.pubsub_numsub(CANCELLED_KEY)[0][1] == 1, within_s=30)
+
+    for entry in junk:
+        results.publish(CANCELLED_KEY, entry)
+    assert cancel(client, results, "now")
+
+    eventually(lambda: "now" in cancelled, within_s=30)
+    assert cancelled.is_alive()
+    assert not cancelled.is_lost()
+    assert "old 000000" not in cancelled
+    assert results.pubsub_numsub(CANCELLED_KEY)[0][1] == 1
+    cancelled.end()
+
+
+def test_a_stream_that_cannot_be_written_keeps_no_other(own: Server, results: redis.Redis) -> None:
+    """An id or a piece that is no UTF-8, or a key that holds something else, is the matter of one job."""
+    streams = Streams(own.results_url, 30.0)
+    streams.start()
+    results.set(stream_key("taken"), "a string")
+
+    with (
+        streams.open("\ud800z", "penstock:reply:\udfff") as odd,
+        streams.open("taken", None) as taken,
+        streams.open("good", None) as good,
+    ):
+        for stream in (odd, taken, good):
+            stream.write("half \ud83d")
+        eventually(lambda: results.xlen(stream_key("good")), within_s=30)
+        good.write("more")
+        eventually(lambda: results.xlen(stream_key("good")) == 2, within_s=30)
+
+    assert streams.is_alive()
+    assert not streams.is_lost()
+    streams.end()

@@ -17,6 +17,7 @@ from penstock.envelope import (
     open_entry,
     printable,
 )
+from penstock.errors import RequestTooLargeError
 from penstock.request import MAX_REQUEST_BYTES, EmbedRequest, Priority
 
 NAMES = ("id", "task", "root_id", "parent_id", "group", "lang", "origin", "shadow", "eta", "expires")
@@ -241,3 +242,13 @@ def test_what_passes_is_clean(changes: list[tuple[str, str, Any]]) -> None:
 def test_any_bytes_are_refused(raw: bytes) -> None:
     """Bytes that are no message raise the one error, whatever they are."""
     assert refusal(raw).problem
+
+
+def test_our_client_hears_of_a_message_above_the_bound() -> None:
+    """Texts of control characters take seven bytes each: they are refused before they are sent."""
+    request = EmbedRequest(model="m", texts=["\0" * (1 << 20)] * 10)
+
+    with pytest.raises(RequestTooLargeError, match="the message has"):
+        encode_message(
+            request, job_id="job", queue="cpu.m", priority=Priority.DEFAULT, reply_to="", origin="tests"
+        )
