@@ -272,6 +272,7 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded"),
     (lambda folder: (folder / "modules.json").write_text('[{"idx": 0}]'), "cannot be loaded"),
     (lambda folder: change_json(folder / "config.json", model_type="surprise"), "surprise"),
+    (lambda folder: change_json(folder / "tokenizer_config.json", model_max_length=-1), "OverflowError"),
     (lambda folder: change_json(folder / "config.json", num_attention_heads=5), "cannot be loaded"),
     (lambda folder: change_json(folder / "config.json", hidden_act="nope"), "cannot be loaded"),
     (lambda folder: change_json(folder / "adapter_config.json", peft_type="LORA"), "it is an adapter"),

@@ -121,6 +121,15 @@ class Embedder:
         Raises:
             ModelLoadError: one line that says why.
         """
+        try:
+            return cls._load(name, model, device)
+        except ModelLoadError:
+            raise
+        except Exception as error:  # of foreign code on foreign files
+            raise explain_failure(name, error) from error
+
+    @classmethod
+    def _load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:
         loaded, weights = _load(name, model, device)
         engine = cls(name, loaded)
         if model.cache is not None:

@@ -17,7 +17,7 @@ from penstock_workers.engines.collating import Padded, check_vocabulary, set_pad
 from penstock_workers.engines.positions import fit_positions
 from penstock_workers.engines.products import use_bfloat16
 from penstock_workers.engines.source import explain_failure, resolve_source
-from penstock_workers.engines.tokenizing import AT_ONCE, FOREIGN, Encoded
+from penstock_workers.engines.tokenizing import AT_ONCE, Encoded
 
 PROBE: Final = RerankRequest(
     model="probe", query="What is a penstock?", documents=["A pipe.", "A long one. " * 9]
@@ -59,6 +59,15 @@ class Reranker:
         Raises:
             ModelLoadError: one line that says why.
         """
+        try:
+            return cls._load(name, model, device)
+        except ModelLoadError:
+            raise
+        except Exception as error:  # of foreign code on foreign files
+            raise explain_failure(name, error) from error
+
+    @classmethod
+    def _load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:
         loaded, weights = _load(name, model, device)
         engine = cls(name, loaded)
         if (n_labels := engine._model.num_labels) != 1:
@@ -68,10 +77,7 @@ class Reranker:
         elif model.dtype == "bfloat16":
             use_bfloat16(engine._model)
         engine.dtype = "float32" if model.dtype == "auto" else model.dtype
-        try:
-            scores = engine._forward(engine.prepare(PROBE))
-        except FOREIGN as error:
-            raise explain_failure(name, error) from error
+        scores = engine._forward(engine.prepare(PROBE))
         if scores.shape == (2,) and not np.isfinite(scores).all():
             weights.check_all(name)
         if scores.shape != (2,) or not np.isfinite(scores).all():
