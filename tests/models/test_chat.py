@@ -196,6 +196,70 @@ def test_reasoning_comes_apart(marks: bool, tmp_path: Path) -> None:
     assert answer(generator, "the wheel").reasoning is None
 
 
+PAIRS = [
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<thought>", "</thought>"),
+]
+
+
+@pytest.mark.parametrize("is_special", [True, False], ids=["special", "plain"])
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_marks_are_the_templates(pair: tuple[str, str], is_special: bool, tmp_path: Path) -> None:
+    """Other families mark reasoning otherwise, by tokens that are special or not."""
+    make_folder(tmp_path, LlamaConfig(**SIZES | {"vocab_size": 330}))
+    tokenizer = make_tokenizer(THINKS.replace("</think>", pair[1]))
+    marks = [AddedToken(mark, normalized=False, special=is_special) for mark in pair]
+    tokenizer.add_tokens(marks, special_tokens=is_special)
+    tokenizer.save_pretrained(tmp_path)
+
+    found = answer(load(tmp_path), f"{pair[0]}water falls{pair[1]}the wheel")
+
+    assert (found.reasoning, found.text) == ("water falls", "the wheel")
+
+
+HARMONY = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|message|>' + m['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+FINAL = "<|channel|>final<|message|>the wheel"
+ANALYSIS = "<|channel|>analysis<|message|>water falls<|end|><|start|>assistant"
+CALL = "<|channel|>commentary to=functions.a<|message|>{}<|end|><|start|>assistant"
+
+
+@pytest.mark.parametrize(
+    ("said", "reasoning", "text"),
+    [
+        (ANALYSIS + FINAL, "water falls", "the wheel"),
+        (ANALYSIS + ANALYSIS + FINAL, "water fallswater falls", "the wheel"),
+        (ANALYSIS + CALL + FINAL, "water falls{}", "the wheel"),
+        (FINAL, None, "the wheel"),
+        (FINAL + "<|end|><|start|>assistant" + ANALYSIS, None, "the wheel"),
+        ("the wheel", None, "the wheel"),
+        (ANALYSIS, "water falls", ""),
+    ],
+)
+def test_channels_are_told_apart(said: str, reasoning: str | None, text: str, tmp_path: Path) -> None:
+    """Messages say what they are (harmony): what is for users is the text, what is before, reasoning."""
+    make_folder(tmp_path, LlamaConfig(**SIZES | {"vocab_size": 330}))
+    tokenizer = make_tokenizer(HARMONY)
+    names = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in names], special_tokens=True)
+    tokenizer.eos_token = "<|return|>"
+    tokenizer.save_pretrained(tmp_path)
+    generation = tmp_path / "generation_config.json"
+    end = tokenizer.convert_tokens_to_ids("<|return|>")
+    generation.write_text(generation.read_text().replace('"eos_token_id": 1', f'"eos_token_id": {end}'))
+    generator = load(tmp_path)
+
+    with saying(generator, said + "<|return|>"):
+        (found,) = answers(generator, [generator.prepare(request(max_new_tokens=100))])
+
+    assert (found.reasoning, found.text) == (reasoning, text)
+
+
 def test_pieces_say_what_they_are(tmp_path: Path) -> None:
     """A listener hears reasoning as thoughts, the text as text."""
     generator = make(tmp_path, OPENS)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from penstock.errors import InvalidOptionError, InvalidTextError, ModelLoadError, PenstockError
 from penstock.request import Message, Tool, parse_arguments
 from penstock_workers.engines.templates import ALL_ROLES, Shape, find_losses
-from penstock_workers.engines.thinking import CLOSE
+from penstock_workers.engines.thinking import Marks
 
 # For models without a template: "System: ...\n\nUser: ...\n\nAssistant: ...\n\nUser: ...\n\nAssistant:".
 _PLAIN_TEMPLATE = (
@@ -39,7 +39,7 @@ class Chat:
 
     Attributes:
         stop: strings that end an answer in this format.
-        marks_thinking: whether reasoning stands between marks.
+        marks: around what the model thinks.
         takes_tools: whether the template shows tools to the model.
     """
 
@@ -76,7 +76,7 @@ class Chat:
             raise ModelLoadError(name, "its chat template leaves out what a user writes")
         self._ends_texts = _ends_texts(tokenizer)
         user = {"role": "user", "content": "."}
-        self.marks_thinking = CLOSE in self._template
+        self.marks = Marks(tokenizer, self._template)
         self._switch = next((name for name in _SWITCHES if self._knows(name)), None)
         self.takes_tools = _SENTINEL in self._render([user], tools=[_TOOL])
         self._lost_beside_tools = self._lost

@@ -39,7 +39,7 @@ from penstock_workers.engines.generation_config import read_own_config
 from penstock_workers.engines.grammar import Grammar, Grammars
 from penstock_workers.engines.sampling import Sampling, Trail
 from penstock_workers.engines.source import explain_failure, resolve_source
-from penstock_workers.engines.thinking import Marks, Speech, Stage
+from penstock_workers.engines.thinking import Speech, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class Prompt:
         stop_token_ids: tokens that end the answer, besides the model's own.
         grammar: what the text has to follow, at its beginning; it alone then says where the answer ends.
         stage: what the answer begins with.
+        is_chat: whether it is a chat template's.
         tools: that the model may call.
         cut_tokens: see `Usage`.
         n_choices: how many answers are wanted.
@@ -78,6 +79,7 @@ class Prompt:
     stop_token_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None
     stage: Stage = "text"
+    is_chat: bool = True
     tools: Sequence[Tool] | None = None
     cut_tokens: int | None = None
     n_choices: int = 1
@@ -151,11 +153,11 @@ class Generator:
         # Chat models often name one more than their tokenizer.
         self._end_ids = own.end_ids | ({tokenizer.eos_token_id} - {None})
         self._grammars = Grammars(tokenizer, self._n_vocab, self._end_ids)
-        self.marks = Marks(tokenizer)
+        self.marks = self._chat.marks
         self._hidden = {
             i: str(token)
             for i, token in tokenizer.added_tokens_decoder.items()
-            if token.special and i not in (self.marks.open_id, self.marks.close_id)
+            if token.special and i not in self.marks.ids
         }
         if self._defaults.enable_thinking is not None:
             try:
@@ -244,7 +246,8 @@ class Generator:
             stop_marks=self._marks_in(stop),
             stop_token_ids=frozenset(() if grammar else options.stop_token_ids or ()),
             grammar=grammar,
-            stage=self._begin(ids, grammar) if is_chat and self._chat.marks_thinking else "text",
+            stage=self._begin(ids, grammar) if is_chat and self.marks.are_used else "text",
+            is_chat=is_chat,
             tools=request.tools,
             cut_tokens=n_cut or None,
             n_choices=request.n,
@@ -414,6 +417,7 @@ class _Answering:
             on_piece,
             context=prompt.context,
             is_exact=self._grammar is not None,
+            is_framed=prompt.is_chat,
         )
         self._bind()
 

@@ -11,8 +11,18 @@ if TYPE_CHECKING:  # the tasks import this file, and transformers loads with the
 
 # Source: the chat templates of DeepSeek-R1, QwQ, Qwen3 and SmolLM3. They leave line breaks between the marks
 # and what is inside or behind out of older turns, as is done here.
-OPEN: Final = "<think>"
-CLOSE: Final = "</think>"
+PAIRS: Final = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("<thought>", "</thought>"),  # EXAONE Deep
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThinker
+    ("◁think▷", "◁/think▷"),  # Kimi
+)
+# Source: OpenAI's harmony format, github.com/openai/harmony: the channel `final` is what users see.
+_START, _CHANNEL, _MESSAGE, _END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
+_FINAL: Final = "final"
 _BREAKS: Final = "\n"
 _TAIL_TOKENS: Final = 16
 
@@ -29,20 +39,44 @@ class Thought(str):
 class Marks:
     """The marks around reasoning, as one tokenizer has them.
 
+    Args:
+        tokenizer: of the model.
+        template: its chat template, which shows which marks these are.
+
     Attributes:
+        are_used: whether the template knows any.
+        open, close: as text.
         open_id: the token that is the opening mark; None where it is several, or does not exist.
         close_id: the same of the closing one.
+        channels: tokens of the harmony format, by name: messages then say what they are; empty in others.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str = "") -> None:
         self._tokenizer = tokenizer
         added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
-        self.open_id, self.close_id = added.get(OPEN), added.get(CLOSE)
+        found = next((pair for pair in PAIRS if pair[1] in template), None)
+        self.open, self.close = found or PAIRS[0]
+        self.open_id, self.close_id = added.get(self.open), added.get(self.close)
+        names = (_START, _CHANNEL, _MESSAGE, _END)
+        is_harmony = _MESSAGE in template and all(name in added for name in names)
+        self.channels = {name: added[name] for name in names} if is_harmony else {}
+        if is_harmony:
+            self.open_id, self.close_id = added[_CHANNEL], None
+        self.are_used = found is not None or is_harmony
+
+    @property
+    def ids(self) -> set[int]:
+        """Tokens that say what others are."""
+        return {i for i in (self.open_id, self.close_id, *self.channels.values()) if i is not None}
 
     def begin(self, ids: Sequence[int]) -> Stage:
         """Say where the answer to a prompt begins: templates open the reasoning, or close it, or neither."""
         tail = str(self._tokenizer.decode(list(ids[-_TAIL_TOKENS:]), skip_special_tokens=False)).rstrip()
-        return "reasoning" if tail.endswith(OPEN) else "text" if tail.endswith(CLOSE) else "either"
+        if self.channels:
+            header = tail.removesuffix(_MESSAGE).rpartition(_CHANNEL)[2].split()
+            is_open = tail.endswith(_MESSAGE)
+            return "either" if not is_open else "text" if header[:1] == [_FINAL] else "reasoning"
+        return "reasoning" if tail.endswith(self.open) else "text" if tail.endswith(self.close) else "either"
 
 
 class Speech:
@@ -56,6 +90,7 @@ class Speech:
         on_piece: called with each new piece: of the reasoning, a `Thought`, or of the text.
         context: the last tokens of a prompt whose text goes on; without, a text begins.
         is_exact: the text is all that comes behind the reasoning, line breaks too.
+        is_framed: messages may say what they are, where the model has tokens for that.
 
     Attributes:
         stage: what the next token is of.
@@ -72,14 +107,18 @@ class Speech:
         *,
         context: Sequence[int] = (),
         is_exact: bool = False,
+        is_framed: bool = True,
     ) -> None:
         self.stage: Stage = stage
         self.reasoning: str | None = None
         self._detokenizer, self._marks, self._stop, self._on_piece = detokenizer, marks, stop, on_piece
         self._is_exact = is_exact
+        self._channels = marks.channels if is_framed else {}
+        self._frame = frozenset(self._channels.values())
         self._spelling = detokenizer.begin(context)
         self._waiting: list[int] = []  # tokens that nobody has to read yet
         self._held = ""  # what may become an opening mark
+        self._header: str | None = None  # of a message that begins: names of who speaks, and where
         self._is_blank = False  # line breaks that come now are neither's
         self._words = Wording(stop, on_piece, loose=HALF_CHARACTER)
         if stage == "reasoning":
@@ -87,6 +126,8 @@ class Speech:
 
     def add(self, token: int) -> str | None:
         """Take a token; return the whole text if a stop string is now complete."""
+        if token in self._frame or self._header is not None:
+            return self._route(token)
         if self.stage == "text" and self._words.is_deaf:
             self._waiting.append(token)
             return None
@@ -126,6 +167,29 @@ class Speech:
         """Pass on what of the final text was not yet passed on."""
         self._words.tell_rest(text)
 
+    def _route(self, token: int) -> str | None:
+        """Take a token of a message's frame; return the whole text if it is complete."""
+        if token == self._channels[_MESSAGE]:
+            words, self._header = (self._header or "").partition(_CHANNEL)[2].split(), None
+            if self.stage == "either":
+                self._think("")
+            if words[:1] == [_FINAL] and self.stage == "reasoning":
+                text = self._speak(self._words.end(), "")
+                self.reasoning = self.reasoning or None
+                return text
+            return None
+        if self._header is None:
+            rest = self._spelling.add(self._waiting) + self._spelling.end()
+            self._waiting, self._header = [], ""
+            if (text := self._hear(rest)) is not None:
+                return text
+            if self.stage == "either":
+                self._think("")
+            elif self.stage == "text":
+                return self._words.end()  # what follows its message is for others
+        self._header += _CHANNEL if token == self._channels[_CHANNEL] else self._spelling.add((token,))
+        return None
+
     def _hear(self, text: str) -> str | None:
         """Take what tokens say."""
         if self._is_blank:
@@ -143,9 +207,9 @@ class Speech:
     def _begin(self, text: str) -> str | None:
         self._held += text
         began = self._held.lstrip()
-        if began.startswith(OPEN):
-            return self._think(began.removeprefix(OPEN))
-        return None if OPEN.startswith(began) else self._begin_text()
+        if began.startswith(self._marks.open):
+            return self._think(began.removeprefix(self._marks.open))
+        return None if self._marks.open.startswith(began) else self._begin_text()
 
     def _begin_text(self) -> str | None:
         held, self._held, self.stage = self._held, "", "text"
@@ -155,7 +219,9 @@ class Speech:
         on_piece = self._on_piece
         tell = None if on_piece is None else (lambda piece: on_piece(Thought(piece)))
         self.stage, self._is_blank, self._held = "reasoning", True, ""
-        self._words = Wording([CLOSE], tell, trims=_BREAKS, loose=HALF_CHARACTER)
+        self._words = Wording(
+            [] if self._frame else [self._marks.close], tell, trims=_BREAKS, loose=HALF_CHARACTER
+        )
         return self._hear(lead)
 
     def _speak(self, reasoning: str, lead: str) -> str | None:
