@@ -45,6 +45,9 @@ class OutageError(redis.ConnectionError):
         super().__init__(text)
         self.code = code
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"  # Celery's log shows it
+
 
 class UnsuitableServerError(ResponseError):
     """The server is of a kind that cannot hold queues; waiting changes nothing."""

@@ -1,6 +1,8 @@
 """A server that refuses for a while is waited for: running jobs are kept, and nobody exits."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +56,19 @@ def test_a_worker_outlives_it(refusing: RefusingServer, light: LightWorker, kind
         assert client.embed([f"after-{name} 0"], model=MODEL, timeout_s=60).shape == (1, 3)
     assert light.process.process.poll() is None
     assert light.runs()[name] == 1
+
+
+@pytest.mark.parametrize("kind", ["READONLY", "OOM", "NOAUTH"])
+def test_a_worker_that_starts_waits_for_it(
+    refusing: RefusingServer, server: Server, tmp_path: Path, kind: str
+) -> None:
+    """A worker that is started meanwhile does not end, says what it waits for, and takes jobs afterwards."""
+    urls = {"broker_url": refusing.broker_url, "results_url": refusing.results_url}
+    worker = LightWorker(tmp_path, server, **urls)
+    with ExitStack() as stack:
+        with refusing.refusing(kind):
+            stack.enter_context(worker.starting())
+            eventually(lambda: refusing.n_refused() > N_REFUSED, within_s=60)
+            eventually(lambda: kind in worker.process.log, within_s=60)
+            assert not worker.process.is_ready
+        eventually(lambda: worker.process.is_ready, within_s=60)
