@@ -182,7 +182,7 @@ class AsyncClient:
         self._known: set[str] = set()  # models that were ever served here
         self._reading: asyncio.Task[Registry] | None = None
         self._router = Router(self._estimate)
-        self._joiner = Joiner(self._send_unrecorded, self._n_workers)
+        self._joiner = Joiner(self._send_unrecorded, self._n_workers, self._max_texts)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle what it was made with, its password too; it connects anew where it is unpickled."""
@@ -624,6 +624,10 @@ class AsyncClient:
         registry = self._registry
         model = registry.models.get(name) if registry else None
         return registry.ready_workers(name, registry.choose_pool(model)) if registry and model else 0
+
+    def _max_texts(self, name: str) -> int:
+        model = self._registry.models.get(name) if self._registry else None
+        return model.max_texts if model else 1
 
     async def _find_model(self, name: str, task: Task | None = None) -> ModelInfo:
         registry = await self._read_registry()

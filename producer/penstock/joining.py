@@ -6,9 +6,10 @@ or until it is back. Knows what a call is; not how a job is sent.
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Final
 
 from penstock.calls import TAKEN_BACK, Call
@@ -77,10 +78,11 @@ class Joiner:
     Args:
         send: sends a request as a job.
         n_workers: counts the live workers of a model.
+        max_texts: says how many texts a job of a model may have.
     """
 
-    def __init__(self, send: Send, n_workers: Callable[[str], int]) -> None:
-        self._send, self._n_workers = send, n_workers
+    def __init__(self, send: Send, n_workers: Callable[[str], int], max_texts: Callable[[str], int]) -> None:
+        self._send, self._n_workers, self._max_texts = send, n_workers, max_texts
         self._groups: dict[tuple[object, ...], _Group] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -137,9 +139,10 @@ class Joiner:
             n_texts = sum(len(call.request.texts) for call in calls)
             n_jobs = max(1, min(self._n_workers(calls[0].request.model), n_texts // TEXTS_PER_WORKER))
             # Each by itself: of jobs that come together the first idle worker takes all.
-            for start in range(n_jobs):
+            most = self._max_texts(calls[0].request.model)
+            for part in chain.from_iterable(_cut(calls[start::n_jobs], most) for start in range(n_jobs)):
                 group.n_under_way += 1
-                task = self._start(calls[start::n_jobs], group.lane)
+                task = self._start(part, group.lane)
                 task.add_done_callback(lambda _: self._returned(key))
         elif not group.n_under_way:
             del self._groups[key]
@@ -193,6 +196,21 @@ class Joiner:
             await asyncio.gather(*alone)
         else:
             _fail(part, error)
+
+
+def _cut(calls: Sequence[_Call], most: int) -> Iterator[list[_Call]]:
+    """Yield the calls in parts of so many texts at most; a call stays whole."""
+    part: list[_Call] = []
+    n_texts = 0
+    for call in calls:
+        n_own = len(call.request.texts)
+        if part and n_texts + n_own > most:
+            yield part
+            part, n_texts = [], 0
+        part.append(call)
+        n_texts += n_own
+    if part:
+        yield part
 
 
 def _join(part: Sequence[_Call]) -> EmbedRequest:

@@ -101,10 +101,11 @@ class Running:
         carried = self._carry(work)
         try:
             return self._wait_for(carried.future)
-        except BaseException:
+        except BaseException as error:
             if not carried.future.done():
                 carried.leave()
-            self._settle(carried.future)
+            if not (carried.future.done() and carried.future.exception() is error):  # else it is the call's
+                self._settle(carried.future)
             raise
 
     async def wait(self, work: Coroutine[Any, Any, S]) -> S:
