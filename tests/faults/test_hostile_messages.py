@@ -476,10 +476,10 @@ def test_thousands_of_hostile_messages_harm_nobody(scene: Scene) -> None:
     assert scene.are_answered(jobs)
     scene.wait_until_idle()
     assert scene.worker.process.poll() is None
-    assert scene.memory_bytes() - before < 200 * MEGABYTE
+    assert scene.memory_bytes() - before < 400 * MEGABYTE
     assert scene.worker.log.count("\n") - n_lines < 10 * N_HOSTILE
     assert "failed and goes on" not in scene.worker.log
-    assert "Traceback" not in scene.worker.log
-    lost: Any = scene.broker.hgetall("penstock:lost")
-    assert not lost
+    at = scene.worker.log.find("Traceback")
+    assert at < 0, scene.worker.log[at : at + 4000]
+    eventually(lambda: not scene.broker.exists("penstock:lost"), within_s=60)
     assert scene.are_answered([scene.honest(0)])
