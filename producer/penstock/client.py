@@ -657,7 +657,7 @@ class AsyncClient:
 
     async def _open_store(self) -> ResultStore:
         async with self._opening:
-            if self._is_guessed:
+            if self._is_guessed or self._store is None:
                 # Before the first worker, or after a loss, nobody says where: then it is looked up again.
                 announced = (await self._read_registry()).results
                 url = self._results_url or locate_results(self._url, announced or "/1")

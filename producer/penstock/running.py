@@ -111,8 +111,10 @@ class Running:
     async def wait(self, work: Coroutine[Any, Any, S]) -> S:
         """Return what `work` returns; it runs in this loop, the caller waits in his own."""
         carried = self._carry(work)
+        answer = asyncio.wrap_future(carried.future)
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # its caller may be gone
         try:
-            return await asyncio.shield(asyncio.wrap_future(carried.future))
+            return await asyncio.shield(answer)
         except asyncio.CancelledError:
             if not carried.future.done():
                 carried.leave()
