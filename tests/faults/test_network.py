@@ -13,6 +13,8 @@ import pytest
 import redis
 
 from penstock import AsyncClient, BrokerUnavailableError, Client, ConfigError, JobState
+from penstock.adapters.langchain import PenstockEmbeddings
+from penstock.adapters.llama_index import PenstockEmbedding
 from penstock.broker import ANSWER_TIMEOUT_S
 from penstock.inbox import LOOK_AGAIN_S
 from penstock.store import record_key
@@ -171,9 +173,13 @@ def test_results_may_be_kept_elsewhere(own: Server, tmp_path: Path) -> None:
             with pytest.raises(ConfigError, match="name it, with its login"):
                 untold.embed(["a 0"], model=MODEL, timeout_s=20)
             vectors = client.embed(["a 0", "b 0"], model=MODEL, timeout_s=20)
+            urls = {"url": own.broker_url, "results_url": other.results_url}
+            by_langchain = PenstockEmbeddings(MODEL, **urls).embed_query("a 0")
+            by_llama_index = PenstockEmbedding(model_name=MODEL, **urls).get_query_embedding("a 0")
             waiting = client.submit_embed(["c 5"], model=MODEL)
 
             assert vectors.shape == (2, 3)
+            assert by_langchain == by_llama_index == vectors[0].tolist()
             assert waiting.cancel()
             with (
                 redis.Redis.from_url(own.results_url) as here,

@@ -90,9 +90,9 @@ class Bridge(Client):
 
 
 @cache
-def shared(url: str) -> Bridge:
-    """Return this process' client of a URL, for objects that nobody closes."""
-    return Bridge(url)
+def shared(url: str, results_url: str | None = None) -> Bridge:
+    """Return this process' client of these URLs, for objects that nobody closes."""
+    return Bridge(url, results_url=results_url)
 
 
 class Sending(BaseModel):
@@ -100,12 +100,14 @@ class Sending(BaseModel):
 
     Attributes:
         url: Redis that holds the queues.
+        results_url: Redis that holds the results, where that is another server.
         priority: which waiting jobs go first.
         tenant: whose jobs they are; tenants take turns.
         wait: how to try again what may pass, all within the time of one call; None tries once.
     """
 
     url: str = Field(default=DEFAULT_URL, repr=False, exclude=True)  # it may hold a password
+    results_url: str | None = Field(default=None, repr=False, exclude=True)
     priority: PriorityName = "default"
     tenant: str | None = None
     wait: WaitPolicy | None = UNTIL_LATE
@@ -115,7 +117,7 @@ class Sending(BaseModel):
     def model_post_init(self, context: Any, /) -> None:
         """Take the process' client of this URL; it connects at the first call."""
         super().model_post_init(context)
-        self._client = shared(self.url)
+        self._client = shared(self.url, self.results_url)
 
 
 async def patiently(

@@ -77,6 +77,7 @@ class PenstockEmbeddings(Embeddings):
     Args:
         model: name it is served under.
         url: Redis that holds the queues.
+        results_url: Redis that holds the results, where that is another server.
         query_prompt_name: prompt of the model that goes before queries.
         document_prompt_name: prompt that goes before documents.
         priority: of documents; queries are interactive.
@@ -90,6 +91,7 @@ class PenstockEmbeddings(Embeddings):
         model: str,
         *,
         url: str = DEFAULT_URL,
+        results_url: str | None = None,
         query_prompt_name: str | None = None,
         document_prompt_name: str | None = None,
         priority: PriorityName = "default",
@@ -98,7 +100,7 @@ class PenstockEmbeddings(Embeddings):
         timeout: float = RESULT_TIMEOUT_S,
     ) -> None:
         self.model = model
-        self._client = shared(url)
+        self._client = shared(url, results_url)
         self._query_prompt_name = query_prompt_name
         self._tenant, self._wait, self._timeout_s = tenant, wait, timeout
         self._of_documents = EmbedOptions(

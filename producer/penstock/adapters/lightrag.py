@@ -99,6 +99,7 @@ class LightRAGModels(Bridge):
 
     Args:
         url: Redis that holds the queues; the models must have been announced by workers.
+        results_url: Redis that holds the results, where that is another server.
         llm: model that generates.
         embedding: model that embeds.
         rerank: cross-encoder; None leaves the order of what was found.
@@ -121,6 +122,7 @@ class LightRAGModels(Bridge):
         self,
         url: str = DEFAULT_URL,
         *,
+        results_url: str | None = None,
         llm: str,
         embedding: str,
         rerank: str | None = None,
@@ -133,7 +135,7 @@ class LightRAGModels(Bridge):
         embedding_timeout_s: float | None = None,
         rerank_timeout_s: float | None = None,
     ) -> None:
-        super().__init__(url)
+        super().__init__(url, results_url=results_url)
         self._llm = llm
         try:
             served = self.models()
