@@ -1,5 +1,6 @@
 """Pairs of query and document to scores: sentence-transformers' cross-encoders, batches of our own."""
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, Literal, Self
@@ -19,9 +20,15 @@ from penstock_workers.engines.products import use_bfloat16
 from penstock_workers.engines.source import explain_failure, resolve_source
 from penstock_workers.engines.tokenizing import AT_ONCE, Encoded
 
+logger = logging.getLogger(__name__)
+
 PROBE: Final = RerankRequest(
-    model="probe", query="What is a penstock?", documents=["A pipe.", "A long one. " * 9]
+    model="probe",
+    query="What is a penstock?",
+    documents=["A pipe.", "A long one. " * 9, "One that feeds a turbine."],
 )
+TOLERANCE: Final = 1e-3
+"""How far from its score alone a pair's may be in company, over the largest; float32 stays far below."""
 
 
 class Reranker:
@@ -48,6 +55,7 @@ class Reranker:
         self.max_tokens = model.max_seq_length
         # A decoder is read at its last token, so its padding is on the left.
         self._collator = Padded(model, model.tokenizer.padding_side)
+        self._is_one_by_one = False
         self._n_rows = check_vocabulary(name, model)  # where its tokenizer knows more than that
         self.dtype = "float32"
         self._tokenizing = threading.Lock()  # fast tokenizers refuse two threads that change their settings
@@ -72,16 +80,14 @@ class Reranker:
         engine = cls(name, loaded)
         if (n_labels := engine._model.num_labels) != 1:
             raise ModelLoadError(name, f"it gives {n_labels} numbers for a pair; to rerank takes one")
+        engine._choose_padding(weights)
         if model.dtype == "float16":
             engine._model.half()
         elif model.dtype == "bfloat16":
             use_bfloat16(engine._model)
         engine.dtype = "float32" if model.dtype == "auto" else model.dtype
-        scores = engine._forward(engine.prepare(PROBE))
-        if scores.shape == (2,) and not np.isfinite(scores).all():
-            weights.check_all(name)
-        if scores.shape != (2,) or not np.isfinite(scores).all():
-            raise ModelLoadError(name, "it gives no finite score for a pair")
+        if not np.isfinite(engine._forward(engine.prepare(PROBE))).all():
+            raise ModelLoadError(name, f"it gives no finite score for a pair in {engine.dtype}")
         return engine
 
     def prepare(self, request: RerankRequest) -> list[Encoded]:
@@ -113,13 +119,43 @@ class Reranker:
             else:
                 yield index, EngineError(self.name, "a score is not finite")
 
+    def _choose_padding(self, weights: Weights) -> None:
+        """Settle on which side pairs are padded: where none leaves a pair its score, each is computed alone.
+
+        A tokenizer may name the wrong side, and positions that count from the left know no right one.
+
+        Raises:
+            ModelLoadError: it scores no pair, or all alike.
+        """
+        pairs = self.prepare(PROBE)
+        alone = np.concatenate([self._raw([pair]).cpu().numpy().reshape(-1) for pair in pairs])
+        if len(alone) != len(pairs) or not np.isfinite(alone).all():
+            weights.check_all(self.name)
+            raise ModelLoadError(self.name, "it gives no finite score for a pair")
+        if np.ptp(alone) == 0:
+            raise ModelLoadError(self.name, "it gives all pairs the same score")
+        own = self._model.tokenizer.padding_side
+        limit = TOLERANCE * max(1.0, float(np.abs(alone).max()))
+        for side in (own, "left" if own == "right" else "right"):
+            self._collator = Padded(self._model, side)
+            together = self._raw(self.prepare(PROBE)).cpu().numpy().reshape(-1)
+            if np.allclose(together, alone, rtol=0, atol=limit):
+                return
+        self._is_one_by_one = True
+        logger.warning("model %s: pairs are scored one by one, padding changes their scores", self.name)
+
+    def _raw(self, pairs: Sequence[Encoded]) -> torch.Tensor:
+        """Return scores before their activation, float32, shape (n_pairs, 1) or (n_pairs,)."""
+        groups = [[pair] for pair in pairs] if self._is_one_by_one else [pairs]
+        with torch.inference_mode():
+            batches = [self._collator.collate(group, self._model.device) for group in groups]
+            return torch.cat([self._model(batch)["scores"].float() for batch in batches])
+
     @torch.inference_mode()
     def _forward(self, pairs: Sequence[Encoded]) -> NDArray[np.float32]:
         """Return shape (n_pairs,)."""
         try:
-            scores = self._model.activation_fn(
-                self._model(self._collator.collate(pairs, self._model.device))["scores"].float()
-            )
+            scores = self._model.activation_fn(self._raw(pairs))
             found: NDArray[np.float32] = scores.cpu().numpy().reshape(len(pairs))
             return found
         except torch.OutOfMemoryError as error:
