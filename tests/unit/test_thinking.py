@@ -86,6 +86,13 @@ def test_text_without_reasoning_is_all_text(text: str) -> None:
     assert speak(spell(text)) == (None, text)
 
 
+@pytest.mark.parametrize("mark", [[1], spell("<think>")])
+def test_a_mark_behind_text_is_text(mark: list[int]) -> None:
+    """What comes before it is not lost, also where it might have begun a mark."""
+    assert speak([*spell("<"), *mark, *spell("a")]) == (None, "<<think>a")
+    assert speak([*spell("\n "), *mark, *spell("a"), 2, *spell("b")]) == ("a", "b")
+
+
 def test_reasoning_that_is_cut_off() -> None:
     """What there is of it is reasoning, and the text is empty."""
     assert speak(MARKED[:8], is_cut_off=True) == ("So\n\nit", "")

@@ -44,6 +44,14 @@ def test_earliest_of_several_stop_strings() -> None:
     assert say("xx abc", "bc", "abc")[0] == "xx "
 
 
+@pytest.mark.parametrize("pieces", [["xabcb"], ["x", "a", "b", "c", "b"], ["xa", "bcb"], ["xab", "cb"]])
+def test_the_stop_string_that_is_complete_first_counts(pieces: list[str]) -> None:
+    """However the text comes in pieces, it is the same."""
+    wording = Wording(["abc", "b", "cb"])
+
+    assert next(text for piece in pieces if (text := wording.add(piece)) is not None) == "xa"
+
+
 def test_what_is_behind_a_stop_string_is_kept_apart() -> None:
     """It is no text, and whoever stopped there can go on with it."""
     wording = Wording(["</x>"])

@@ -134,7 +134,7 @@ class Speech:
         if self.stage == "reasoning" and token == self._marks.close_id:
             self._hear(self._spelling.end())
             return self._speak(self._words.end(), "") if self.stage == "reasoning" else None
-        if self.stage == "either" and token == self._marks.open_id:
+        if self.stage == "either" and token == self._marks.open_id and not self._held.strip():
             self._think("")
             return None
         return self._hear(self._spelling.add((token,)))

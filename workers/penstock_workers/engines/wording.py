@@ -45,9 +45,10 @@ class Wording:
         if not is_seen:
             self._unseen.append((len(self._held), len(self._held) + len(text)))
         self._held += text
-        places = [(at, at + len(string)) for string in self._stop if (at := self._held.find(string)) >= 0]
+        places = [(at + len(string), at) for string in self._stop if (at := self._held.find(string)) >= 0]
         if places:
-            start, end = min(places)
+            # The one that is complete first, however long a piece: tokens make no difference to the text.
+            end, start = min(places)
             self.rest = self._held[end:]
             self._held = self._held[:start]
             return self.end()
