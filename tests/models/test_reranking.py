@@ -19,10 +19,7 @@ from penstock_workers.engines.reranking import Reranker
 from tests.models.odd_models import ENCODERS, SIZES, change_json, make_classifier, make_tokenizer
 
 DOCUMENTS = ["the water falls", "a <pad> in water", "water " * 300, "", "wheel " * 7]
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] + ': ' + m['content'] }}</s>{% endfor %}"
-    "<s>answer:"
-)
+TEMPLATE = "{% for m in messages %}<s>{{ m['role'] + ': ' + m['content'] }}</s>{% endfor %}<s>answer:"
 
 
 def load(folder: Path) -> Reranker:
