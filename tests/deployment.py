@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
 import pytest
@@ -41,13 +42,17 @@ class Server:
     def running(self) -> Iterator["Server"]:
         """Run it while the block runs; keeps nothing."""
         command = server_command(port=self.port, password=self.password)
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            wait_until_ready(self.broker_url, within_s=10)
-            yield self
-        finally:
-            process.kill()
-            process.wait()
+        # A folder of its own: a test may let it write files, and the next server here must not read them.
+        with TemporaryDirectory() as folder:
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder
+            )
+            try:
+                wait_until_ready(self.broker_url, within_s=30)
+                yield self
+            finally:
+                process.kill()
+                process.wait()
 
 
 class WorkerProcess:
