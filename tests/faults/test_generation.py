@@ -211,6 +211,30 @@ def test_a_schema_that_never_ends_is_cut(caller: Client) -> None:
     assert caught.value.text.startswith("".join(piece.text for piece in pieces))
 
 
+DEEP = {
+    "type": "json_schema",
+    "json_schema": {
+        "schema": {
+            "$defs": {str(n): {"properties": {"a": {"$ref": f"#/$defs/{n + 1}"}}} for n in range(1000)}
+            | {"1000": {"type": "null"}},
+            "$ref": "#/$defs/0",
+        }
+    },
+}
+"""Definitions that lead from one to the next, as many as 64 KiB hold: llguidance recurses through them."""
+
+
+def test_definitions_that_lead_deep_end_no_worker(caller: Client) -> None:
+    """A schema whose definitions lead through a thousand others is followed, and neighbours are answered."""
+    expected = [caller.generate(line, model="poisoned").text for line in LINES]
+
+    deep = caller.submit_generate("?", model="poisoned", response_format=DEEP)
+    beside = [caller.submit_generate(line, model="poisoned") for line in LINES]
+
+    assert outcomes(beside) == expected
+    assert isinstance(outcomes([deep])[0], str | IncompleteOutputError)
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("pattern", "ends"),

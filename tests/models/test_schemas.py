@@ -292,3 +292,26 @@ def test_what_tokens_cannot_say_is_refused() -> None:
 
     with pytest.raises(InvalidFormatError, match="nothing matches it that the model's tokens can say"):
         Grammars(tokenizer, len(tokenizer), [2]).compile({"type": "choice", "choices": ["q"]})
+
+
+@pytest.mark.parametrize(
+    "key", ["items", "properties", "patternProperties", "prefixItems", "allOf", "anyOf", "oneOf"]
+)
+def test_a_schema_is_as_deep_as_its_definitions_lead(grammars: Grammars, key: str) -> None:
+    """Definitions that lead through two thousand levels are followed: a thread's usual stack has no room."""
+
+    def around(inner: dict[str, Any]) -> dict[str, Any]:
+        if key.endswith("roperties"):
+            return {key: {"a": inner}}
+        return {key: inner if key == "items" else [inner]}
+
+    definitions: dict[str, Any] = {"70": {"type": "null"}}
+    for n in range(70):
+        definitions[str(n)] = {"$ref": f"#/$defs/{n + 1}"}
+        for _ in range(28):
+            definitions[str(n)] = around(definitions[str(n)])
+    deep = {"$ref": "#/$defs/0", "$defs": definitions}
+    grammar = grammars.compile({"type": "json_schema", "json_schema": {"schema": deep}})
+
+    assert grammar is not None
+    grammar.fill(np.zeros((1, grammar.n_words), dtype=np.int32), 0)

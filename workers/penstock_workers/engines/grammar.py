@@ -9,8 +9,9 @@ import contextlib
 import json
 import re
 import threading
-from collections.abc import Iterable, Sequence
-from typing import Final, Self
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Final, Self, TypeVar
 
 import llguidance.hf
 import llguidance.numpy
@@ -25,6 +26,13 @@ from penstock.errors import InvalidFormatError
 from penstock.request import ResponseFormat
 from penstock_workers.engines.detokenizing import Detokenizer
 from penstock_workers.engines.schemas import simplify
+
+T = TypeVar("T")
+
+_STACK_BYTES: Final = 256 << 20
+"""Of a thread that compiles a format: llguidance follows definitions by recursion, some 7 KB a level, and a
+schema of 64 KiB has up to 5,000. Only what is used of it takes memory, until the thread ends."""
+_sizing_stacks = threading.Lock()
 
 # Not verbose: the parser's state would be quoted, and with it the answer.
 _LIMITS: Final = LLParserLimits(verbose_errors=False)
@@ -93,8 +101,14 @@ class Grammars:
         if wanted["type"] == "text":
             return None
         is_json = wanted["type"].startswith("json")
-        matcher = LLMatcher(tokenizer := self._tokenizer(), _rules(wanted), log_level=0, limits=_LIMITS)
-        matcher.compute_bitmask()  # where some dead ends show
+        tokenizer = self._tokenizer()
+
+        def build() -> LLMatcher:
+            matcher = LLMatcher(tokenizer, _rules(wanted), log_level=0, limits=_LIMITS)
+            matcher.compute_bitmask()  # where some dead ends show
+            return matcher
+
+        matcher = _on_a_deep_stack(build)
         if matcher.is_error():
             raise InvalidFormatError(_problem(matcher))
         return Grammar(tokenizer, matcher, is_json=is_json)
@@ -236,6 +250,25 @@ def restrict(logits: Tensor, grammars: Sequence[Grammar]) -> Tensor:
     # The model's width counts: bits that are missing are 0.
     bits = np.unpackbits(words.astype("<i4").view("u1"), axis=1, count=logits.shape[-1], bitorder="little")
     return logits.masked_fill(torch.from_numpy(bits == 0).to(logits.device), -torch.inf)
+
+
+def _on_a_deep_stack(work: Callable[[], T]) -> T:
+    """Do it in a thread that has room for any recursion: where a stack is too small, the process ends."""
+    done: Future[T] = Future()
+
+    def carry_out() -> None:
+        try:
+            done.set_result(work())
+        except Exception as error:  # noqa: BLE001  the caller's matter
+            done.set_exception(error)
+
+    with _sizing_stacks:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            threading.Thread(target=carry_out, name="compile-format", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return done.result()
 
 
 def _rules(wanted: ResponseFormat) -> str:
