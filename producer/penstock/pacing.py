@@ -14,7 +14,7 @@ from itertools import islice
 from statistics import median
 from typing import Final, Protocol
 
-from penstock.errors import ResultTimeoutError
+from penstock.errors import InvalidTextError, ResultTimeoutError
 from penstock.job import AsyncJob
 from penstock.registry import ModelInfo, Registry
 from penstock.result import Vectors
@@ -71,6 +71,8 @@ class Pacer:
     """
 
     def __init__(self, texts: Iterable[str], sender: Sender, timeout_s: float | None) -> None:
+        if isinstance(texts, str | bytes):  # whose items would be embedded one by one
+            raise InvalidTextError(0, f"came as a {type(texts).__name__}: pass an iterable of strings")
         self._texts: Iterator[str] = iter(texts)
         self._left = len(texts) if isinstance(texts, Sized) else None
         self._sender, self._timeout_s = sender, timeout_s

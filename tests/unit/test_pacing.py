@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from penstock.errors import InvalidTextError
 from penstock.job import AsyncJob
 from penstock.pacing import FEWEST_TEXTS, TEXTS_PER_JOB, Pacer
 from penstock.registry import ModelInfo, Registry, WorkerInfo
@@ -94,3 +95,10 @@ def test_few_texts_reach_all_workers() -> None:
 )
 def test_other_jobs_are_of_one_size(texts: Iterable[str], n_workers: int) -> None:
     assert set(sizes(texts, n_workers=n_workers)[:-1]) == {TEXTS_PER_JOB}
+
+
+@pytest.mark.parametrize("texts", ["one string", b"bytes"])
+def test_one_string_is_no_list_of_texts(texts: Iterable[str]) -> None:
+    """A string instead of a list is refused: its characters would be embedded one by one."""
+    with pytest.raises(InvalidTextError, match="pass an iterable of strings"):
+        Pacer(texts, Announced(1), None)
