@@ -4,6 +4,7 @@ With it `penstock status` finds the Redis of a stack, whatever its port, and cli
 runs a stack holds a lock on its file: one without is left over from a stack that was killed.
 """
 
+import errno
 import json
 import os
 import stat
@@ -67,10 +68,29 @@ class RunningStack:
         return f"process {self.pid} in {self.folder}, Redis at {self.broker_url}"
 
 
+def cache_folder() -> Path:
+    """Return where what can be made again is kept for this user; it may not exist.
+
+    Raises:
+        FileNotFoundError: nobody says where, as in a container for a user without a home.
+    """
+    # Source: XDG Base Directory Specification 0.8, user-specific non-essential data.
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "penstock"
+    try:
+        return Path.home() / ".cache" / "penstock"
+    except RuntimeError:
+        told = "this user has no home folder, and XDG_CACHE_HOME is not set"
+        raise FileNotFoundError(errno.ENOENT, told) from None
+
+
 def stacks_folder() -> Path:
-    """Return where the files lie."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "penstock" / "stacks"
+    """Return where the files lie.
+
+    Raises:
+        FileNotFoundError: see `cache_folder`.
+    """
+    return cache_folder() / "stacks"
 
 
 @contextmanager
@@ -80,8 +100,9 @@ def announced(stack: RunningStack) -> Iterator[None]:
     Raises:
         ConfigError: the folder is not ours alone, or cannot be written.
     """
-    folder = stacks_folder()
+    folder = Path("stacks")
     try:
+        folder = stacks_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_private(folder)
         for file in folder.glob("*.json"):
@@ -111,8 +132,8 @@ def find_stacks() -> Sequence[RunningStack]:
     """Return the stacks of this user; also those that ended without a word, until the next one starts."""
     if fcntl is None:
         return ()
-    folder = stacks_folder()
     try:
+        folder = stacks_folder()
         check_private(folder)
         found = [_read(file) for file in sorted(folder.glob("*.json"))]
     except OSError:  # there is none, or it is not ours

@@ -36,6 +36,7 @@ from penstock.request import PoolName
 from penstock.settings import Settings
 from penstock.urls import announce_results
 from penstock_workers.clock import BROKER_CLOCK
+from penstock_workers.folders import settle_folders
 from penstock_workers.layout import choose_threads, read_machine, thread_variables
 from penstock_workers.server import look_at_servers
 from penstock_workers.serving import Serving, load_model
@@ -189,6 +190,7 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
         with _or_exit():
             device = None
             if any(model.engine != "remote" for model in models):
+                settle_folders()
                 # torch, and the file that knows it, load here: the app itself imports without.
                 from penstock_workers.engines.device import choose_device, share_cores
 

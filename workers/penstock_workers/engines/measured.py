@@ -7,7 +7,6 @@ vectors at each load.
 import hashlib
 import json
 import logging
-import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from penstock.identity import process_token
+from penstock.stacks import cache_folder
 from penstock_workers.engines import own
 
 logger = logging.getLogger(__name__)
@@ -59,21 +59,15 @@ def recall(key: str) -> dict[str, str]:
 
 def remember(key: str, choices: dict[str, str]) -> None:
     """Keep what was chosen, if there is a place for it."""
-    file = _file(key)
-    draft = file.with_suffix(f".{process_token()}")
     try:
+        file = _file(key)
+        draft = file.with_suffix(f".{process_token()}")
         own.make_folder(file.parent)
         with own.created(draft) as opened:
             opened.write(json.dumps({"at": time.time(), "choices": choices}).encode())
         draft.replace(file)  # whole or not at all: the processes of a machine start together
     except OSError as error:
         logger.info("what was measured is not kept: %s", error)
-
-
-def cache_folder() -> Path:
-    """Return where what can be made again is kept; it may not exist."""
-    # Source: XDG Base Directory Specification 0.8, user-specific non-essential data.
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock"
 
 
 def _file(key: str) -> Path:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from penstock.identity import process_token
+from penstock.stacks import cache_folder
 from penstock_workers.engines import own
-from penstock_workers.engines.measured import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ def share(tensors: Sequence[Tensor]) -> list[Tensor]:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row.numpy().data)
-    file = cache_folder() / "weights" / f"{digest.hexdigest()}.bin"
     try:
+        file = cache_folder() / "weights" / f"{digest.hexdigest()}.bin"
         own.make_folder(file.parent)
         parts = _map(file, rows, rooms)
         if parts is None:
