@@ -46,7 +46,11 @@ end
 
 local names = {}
 for i = 4, #ARGV, 3 do names[#names + 1] = ARGV[i] end
-local stored = redis.call('HMGET', announced, unpack(names))
+local stored = {}
+for first = 1, #names, 1000 do -- a call takes 8,000 arguments at most
+  local last = math.min(first + 999, #names)
+  for _, text in ipairs(redis.call('HMGET', announced, unpack(names, first, last))) do stored[#stored + 1] = text end
+end
 local version = tonumber(ARGV[3])
 if not version then
   version = now * 1000

@@ -118,6 +118,19 @@ def test_a_tenant_that_left_the_settings_loses_its_terms(broker: redis.Redis) ->
     assert b"tenant:alice" not in broker.hkeys(ANNOUNCED_KEY)
 
 
+def test_thousands_of_models_and_tenants_are_announced(broker: redis.Redis) -> None:
+    """A worker's settings may name more than Lua passes to one command, 8,000; all are there, also again."""
+    tenants = {f"tenant:t{n}": f"{n + 1} 0" for n in range(9000)}
+    worker = Told(broker, "large", {**tenants, "model:m": "1"}, *(f"other{n}" for n in range(9000)))
+    assert [worker.beat(), worker.beat()] == [True, False]
+    broker.delete(TENANTS_KEY, ANNOUNCED_KEY)
+
+    assert worker.beat()
+
+    assert broker.hlen(TENANTS_KEY) == 9000
+    assert broker.hget(TENANTS_KEY, "t8999") == b"9000 0"
+
+
 def test_a_model_that_left_the_settings_is_forgotten_after_a_week(broker: redis.Redis) -> None:
     """One that some worker's settings have stays, though nobody serves it."""
     Told(broker, "old", {"model:gone": "1", "model:resting": "2"}).beat()
