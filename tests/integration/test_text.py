@@ -1,5 +1,6 @@
 """Texts of odd tokenizers through a real worker: pieces, first spaces, stop strings, formats."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,6 +129,21 @@ def test_formats_may_begin_with_a_space(client: Client, mode: str) -> None:
         text = client.generate("Hello", response_format=pattern, **options).text
         assert text[0] == text[-1] == " "
         assert len(text) == 5
+
+
+@pytest.mark.parametrize("name", ["<|user|>", "</s>", "a<s>", "<unk>"])
+def test_formats_may_name_special_tokens(client: Client, name: str) -> None:
+    """The name of a token is letters to a format, as any other string."""
+    schema = {"type": "object", "properties": {name: {"const": name}}, "required": [name]}
+    schema["additionalProperties"] = False
+    object_format = {"type": "json_schema", "json_schema": {"schema": schema}}
+    options = {"model": "random", "max_new_tokens": 200}
+
+    choice = client.generate("Hello", response_format={"type": "choice", "choices": [name]}, **options)
+    told = client.generate("Hello", response_format=object_format, **options)
+
+    assert choice.text == name
+    assert json.loads(told.text) == {name: name}
 
 
 def test_random_tokens_come_as_the_text(client: Client) -> None:

@@ -1,5 +1,6 @@
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from penstock.request import GenerationOptions
 from penstock.settings import ModelSettings
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.engines.generation import Answer, Generator, Prompt
-from penstock_workers.engines.grammar import Grammars
+from penstock_workers.engines.grammar import Grammars, restrict
+from tests.models.odd_models import make_tokenizer
+from tests.models.odd_tokenizers import byte_fallback, byte_level
 from tests.models.test_generation import CPU, make_folder, one_thread, request
 
 __all__ = ["one_thread"]
@@ -334,3 +337,21 @@ def test_tiny_chat_answers_in_json() -> None:
     (said,) = texts(generator, [wanted(generator, schema(PERSON), temperature=0)])
 
     assert json.loads(said)["age"] in range(151)
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback, make_tokenizer])
+def test_no_text_is_a_special_token(make: Callable[[], PreTrainedTokenizerBase]) -> None:
+    """Names of tokens may be chosen as letters; the tokens themselves stay out of any text."""
+    tokenizer = make()
+    names = [str(token) for token in tokenizer.added_tokens_decoder.values() if "<" in str(token)]
+    grammars = Grammars(tokenizer, len(tokenizer), [1])
+
+    for name in names:
+        for choices in ([name], [f"a{name}b", "c"]):
+            assert grammars.compile({"type": "choice", "choices": choices}) is not None
+    anything = grammars.compile({"type": "regex", "pattern": "(?s:.+)"})
+    assert anything is not None
+    allowed = restrict(torch.zeros(1, len(tokenizer)), [anything.begin()])[0].isfinite()
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    assert not allowed[special].any()
+    assert allowed.any()

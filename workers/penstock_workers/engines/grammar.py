@@ -11,9 +11,9 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Final, Self, TypeVar
+from copy import copy
+from typing import Any, Final, Self, TypeVar, cast
 
-import llguidance.hf
 import llguidance.numpy
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ _WORDS: Final = (
         r"Unimplemented keys: \[(.*)\]",
         r"Unimplemented keys: \1; nothing enforces them, leave them out and check the answer",
     ),
+    ("forced bytes", "the model's tokenizer has other letters for a part of it"),
     ("NoExtension(Bias)?", "nothing matches it that the model's tokens can say"),
     (
         "lookarounds not supported.*",
@@ -73,6 +74,8 @@ _WORDS: Final = (
         _TOO_COMPLEX,
     ),
 )
+_UNTYPED: Final = "\U0010fffe"
+"""Stands before names of special tokens. No character, so nobody types it."""
 _PLACE: Final = re.compile(r"^(?:at )?\d+\(\d+\): ")  # in the grammar that is made of the format
 
 
@@ -116,7 +119,7 @@ class Grammars:
     def token_bytes(self, token: int) -> bytes | None:
         """Return what a token stands for, maybe not whole characters; None if the tokenizer does not tell."""
         try:
-            return self._tokenizer().decode_bytes([token])
+            return self._tokenizer().decode_bytes([token]).removeprefix(_UNTYPED.encode())
         except InvalidFormatError:
             return None
 
@@ -129,11 +132,8 @@ class Grammars:
 
     def _open(self) -> LLTokenizer:
         with contextlib.suppress(Exception):  # it knows two kinds of tokenizers, which are most
-            return llguidance.hf.from_tokenizer(
-                self._hf,  # type: ignore[arg-type]  # it looks itself
-                n_vocab=max(self._n_vocab, len(self._hf)),  # the wider one, often the model
-                eos_token=self._end_ids,
-            )
+            n_vocab = max(self._n_vocab, len(self._hf))  # the wider one, often the model
+            return LLTokenizer(_rename_special(self._hf), n_vocab=n_vocab, eos_token=self._end_ids)
         try:
             n_vocab = max(self._n_vocab, len(self._hf))
             tokens = _Tokens(self._hf, self._end_ids)
@@ -141,6 +141,33 @@ class Grammars:
         except Exception as error:  # noqa: BLE001  whatever a tokenizer of its own raises
             problem = " ".join(str(error).split())[:_MOST_PROBLEM_CHARACTERS]
             raise InvalidFormatError(f"the model's tokenizer takes no formats: {problem}") from None
+
+
+def _rename_special(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a fast tokenizer as JSON in which no text is a special token.
+
+    Where only one text may follow, llguidance has its tokens from the tokenizer, which takes the name of a
+    special token for that token; a format means the letters. Added tokens in angle brackets are special to
+    llguidance, whatever they say of themselves.
+    """
+    backend = copy(cast(Any, tokenizer).backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    state: dict[str, Any] = json.loads(backend.to_str())
+    names = {}
+    for one in state["added_tokens"]:
+        name = one["content"]
+        if one["special"] or (name.startswith("<") and name.endswith(">")):
+            one["content"] = names[name] = _UNTYPED + name
+            one["special"] = True
+    model = state["model"]
+    if isinstance(vocab := model["vocab"], dict):
+        model["vocab"] = {names.get(name, name): i for name, i in vocab.items()}
+    else:
+        model["vocab"] = [[names.get(name, name), *rest] for name, *rest in vocab]
+    if (unknown := model.get("unk_token")) in names:
+        model["unk_token"] = names[unknown]
+    return json.dumps(state)
 
 
 class _Tokens:
