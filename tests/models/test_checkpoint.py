@@ -275,6 +275,10 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: change_json(folder / "tokenizer_config.json", model_max_length=-1), "OverflowError"),
     (lambda folder: change_json(folder / "config.json", num_attention_heads=5), "cannot be loaded"),
     (lambda folder: change_json(folder / "config.json", hidden_act="nope"), "cannot be loaded"),
+    (
+        lambda folder: change_json(folder / "config.json", intermediate_size=48),
+        r"another shape than its configuration says, as encoder.layer.{0, 1}.",
+    ),
     (lambda folder: change_json(folder / "adapter_config.json", peft_type="LORA"), "it is an adapter"),
     (
         lambda folder: change_json(folder / "config.json", architectures=["BertForTokenClassification"]),

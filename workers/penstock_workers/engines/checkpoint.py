@@ -236,6 +236,6 @@ class _NoTables(logging.Filter):
         text = str(record.msg)
         if "LOAD REPORT" not in text:
             return True
-        if found := re.search(r"^(\S+) *\|.*MISMATCH", text, re.MULTILINE):
+        if found := re.search(r"^(\S.*?) *\|.*MISMATCH", text, re.MULTILINE):
             self.mismatch = found.group(1)
         return False
