@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import math
 import os
-import re
 import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence, Sized
@@ -19,6 +18,7 @@ from penstock.calls import CALL_S, CLOSE_S, CLOSING, TAKEN_BACK, Call, Calls
 from penstock.clock import ticks
 from penstock.codec import encode_message, queue_key, queue_name
 from penstock.delay import Estimate, Router, count_tokens, predict, queue_limits
+from penstock.envelope import is_clean
 from penstock.errors import (
     BrokerUnavailableError,
     ConfigError,
@@ -64,7 +64,6 @@ DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
 REGISTRY_TTL_S: Final = 5.0
 MOST_CONNECT_S: Final = 600.0
 
-_JOB_ID: Final = re.compile(r"[!-~]{1,256}")
 # A forked child keeps what it inherits here.
 _INHERITED: Final[list[object]] = []
 _LOOK_AGAIN_S: Final = 0.25
@@ -463,7 +462,7 @@ class AsyncClient:
 
     async def job(self, job_id: str) -> AsyncJob[Vectors | GenerateResult | RerankResult]:
         """Return a job that any client sent, by its id; whether it exists shows when it is asked."""
-        if not (isinstance(job_id, str) and _JOB_ID.fullmatch(job_id)):
+        if not is_clean(job_id):
             raise InvalidOptionError("job_id", repr(job_id)[:80], "up to 256 printable characters")
         async with self._call():
             return AsyncJob(job_id, self._broker, await self._open_store(), is_ours=False)

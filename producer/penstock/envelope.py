@@ -139,24 +139,17 @@ def sender_of(envelope: Mapping[str, Any]) -> Sender | None:
 
 def problem_of_headers(headers: Mapping[str, Any]) -> str | None:
     """Say what is wrong with the headers of a message; those of Celery's protocol 1 are its body's fields."""
-    for name in _NAMES:
-        value = headers.get(name)
-        if value is not None and not is_clean(value):
-            return _bad_name(f"header {name}", value)
-    if "task" in headers and (headers["task"] is None or headers.get("id") is None):
-        return "it names a task and no id" if headers["task"] else "it names no task"
-    tenant = headers.get("tenant")
-    if tenant not in (None, "") and not (isinstance(tenant, str) and TENANT.fullmatch(tenant)):
-        return f"header tenant is {describe(tenant)}; up to 64 of a-z A-Z 0-9 . _ @ - are allowed"
-    for name, is_allowed, allowed in _OTHERS:
-        value = headers.get(name)
-        if value is not None and not is_allowed(value):
-            return f"header {name} is {describe(value)}; {allowed}"
     for name, value in headers.items():
-        if name not in _KNOWN and not is_clean(name):
-            return "the name of a header is not clean text"
+        rule = _RULES.get(name)
+        if rule is None:
+            if not is_clean(name):
+                return "the name of a header is not clean text"
+        elif value is not None and not rule[0](value):
+            return f"header {name} is {describe(value)}; {rule[1]}"
         if type(value) in _CONTAINERS and not _is_shallow(value):
             return f"header {name} is deeper than {MAX_DEPTH} levels"
+    if "task" in headers and (headers["task"] is None or headers.get("id") is None):
+        return "it names a task and no id" if headers["task"] else "it names no task"
     return None
 
 
@@ -184,7 +177,7 @@ def _problem_of_properties(properties: Mapping[str, Any]) -> str | None:
     for name in ("correlation_id", "reply_to", "delivery_tag"):
         value = properties.get(name)
         if value not in (None, "") and not is_clean(value):
-            return _bad_name(f"property {name}", value)
+            return f"property {name} is {describe(value)}; {_CLEAN_IS_ALLOWED}"
     priority, info = properties.get("priority"), properties.get("delivery_info")
     if priority is not None and not _is_whole(priority, 255):
         return f"property priority is {describe(priority)}; 0 to 255 are allowed"
@@ -211,11 +204,6 @@ def _problem_of_surrogates(envelope: Mapping[str, Any], raw: bytes) -> str | Non
     return None
 
 
-def _bad_name(what: str, value: object) -> str:
-    allowed = f"up to {MAX_NAME_CHARACTERS} characters without control characters and lone surrogates"
-    return f"{what} is {describe(value)}; {allowed} are allowed"
-
-
 def _sender(job_id: object, reply_to: object) -> Sender | None:
     if not isinstance(job_id, str) or not is_clean(job_id):
         return None
@@ -233,6 +221,10 @@ def _sender_in_text(tail: bytes) -> Sender | None:
         )
     }
     return _sender(found["id"], found["reply_to"])
+
+
+def _is_tenant(value: object) -> bool:
+    return value == "" or (isinstance(value, str) and TENANT.fullmatch(value) is not None)
 
 
 def _is_whole(value: object, most: int) -> bool:
@@ -263,13 +255,20 @@ def _refuse_constant(name: str) -> float:
 
 _DECODER: Final = json.JSONDecoder(parse_constant=_refuse_constant)
 
-_OTHERS: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
-    ("retries", lambda value: _is_whole(value, 1000), "0 to 1000 are allowed"),
-    ("timelimit", _are_limits, "two numbers of seconds, each of which may be null, are allowed"),
-    ("ignore_result", lambda value: isinstance(value, bool), "true and false are allowed"),
-    ("group_index", lambda value: _is_whole(value, 1 << 31), "a number from 0 on is allowed"),
-    ("replaced_task_nesting", lambda value: _is_whole(value, 1000), "0 to 1000 are allowed"),
-    ("stamps", lambda value: isinstance(value, dict), "an object is allowed"),
-    ("stamped_headers", lambda value: isinstance(value, list), "a list is allowed"),
+_CLEAN_IS_ALLOWED: Final = (
+    f"up to {MAX_NAME_CHARACTERS} characters without control characters and lone surrogates are allowed"
 )
-_KNOWN: Final = frozenset((*_NAMES, *(name for name, _, _ in _OTHERS), "tenant", "argsrepr", "kwargsrepr"))
+_RULES: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    **dict.fromkeys(_NAMES, (is_clean, _CLEAN_IS_ALLOWED)),
+    "tenant": (_is_tenant, "up to 64 of a-z A-Z 0-9 . _ @ - are allowed"),
+    "retries": (lambda value: _is_whole(value, 1000), "0 to 1000 are allowed"),
+    "timelimit": (_are_limits, "two numbers of seconds, each of which may be null, are allowed"),
+    "ignore_result": (lambda value: isinstance(value, bool), "true and false are allowed"),
+    "group_index": (lambda value: _is_whole(value, 1 << 31), "a number from 0 on is allowed"),
+    "replaced_task_nesting": (lambda value: _is_whole(value, 1000), "0 to 1000 are allowed"),
+    "stamps": (lambda value: isinstance(value, dict), "an object is allowed"),
+    "stamped_headers": (lambda value: isinstance(value, list), "a list is allowed"),
+    # Never shown: whatever stands there is replaced.
+    **dict.fromkeys(("argsrepr", "kwargsrepr"), (lambda _: True, "")),
+}
+"""What each header may be, and how that is said; of others the names are looked at."""

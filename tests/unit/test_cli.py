@@ -18,6 +18,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in os.environ:
         if name.startswith("PENSTOCK_"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # which `main` sets for all that this process starts
     monkeypatch.chdir(tmp_path)
 
 

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Final
@@ -88,7 +88,10 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no types
         return super().store_result(task_id, result, state, *args, **options)
 
     def revoke(self, jobs: Iterable[tuple[str, str]]) -> None:
-        """End jobs that will never run, given by id and `reply_to`; returns when their callers are told."""
+        """End jobs that will never run, given by id and `reply_to`; returns when their callers are told.
+
+        A store that is away is waited for `PATIENCE_S` at most; then it is said that some do not know.
+        """
         answers = []
         for job_id, reply_to in jobs:
             keys, arguments = end_job_arguments(
@@ -100,8 +103,9 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no types
                 reply_to=reply_to,
             )
             answers.append(self._writer.put("EVALSHA", _SCRIPT_ID, len(keys), *keys, *arguments))
-        for answer in answers:
-            answer.result()
+        _, untold = wait(answers, PATIENCE_S)
+        if untold:
+            logger.error("result store out of reach: %d callers of purged jobs are not told", len(untold))
 
     def _store_result(
         self,
