@@ -29,6 +29,14 @@ OUTAGES: Final = frozenset(
 REFUSALS: Final = frozenset(["NOAUTH", "NOPERM", "OOM", "WRONGPASS"])
 """Somebody has to change something; a worker waits for that, a caller is told."""
 
+_SENTENCES: Final[Mapping[str, str]] = {
+    "NOAUTH": "this Redis wants a password: redis://USER:PASSWORD@HOST, without user redis://:PASSWORD@HOST; "
+    "a Redis of `penstock up` is for the user who started it",
+    "WRONGPASS": "this Redis knows no such user with this password, or the user is switched off",
+    "NOPERM": "the user lacks a right, configs/users.acl has all that are needed: {}",
+}
+"""What to do about those that servers tell in words of their own; {} stands for these."""
+
 _DEMOTED: Final = frozenset(["MASTERDOWN", "READONLY", "UNBLOCKED"])
 # How servers before version 7 pass on what a command in a script was refused with.
 _IN_SCRIPT: Final = re.compile(r"-([A-Z]+) ")
@@ -51,6 +59,13 @@ class OutageError(redis.ConnectionError):
 
 class UnsuitableServerError(ResponseError):
     """The server is of a kind that cannot hold queues; waiting changes nothing."""
+
+
+def _in_our_words(error: redis.RedisError, code: str) -> str:
+    text = str(error).removeprefix(code).strip()
+    sentence = _SENTENCES.get(code, "{}")
+    is_told = text.startswith(sentence.partition("{")[0])
+    return text if is_told else sentence.replace("{}", text)
 
 
 def code_of(error: BaseException) -> str:
@@ -138,7 +153,9 @@ class _Attentive:
         if code in _DEMOTED or isinstance(error.__context__, ReadOnlyError):  # redis-py's for Sentinel
             self._give_up()
         if code in self.waits_for and not isinstance(error, OutageError):
-            return OutageError(f"{code} {str(error).removeprefix(code).strip()}", code)
+            return OutageError(f"{code} {_in_our_words(error, code)}", code)
+        if code in _SENTENCES:
+            error.args = (_in_our_words(error, code),)
         if "unknown command" in str(error).lower() and "HELLO" in str(error):
             return UnsuitableServerError(f"it knows no HELLO, so it is too old: {_NEEDED}")
         return error

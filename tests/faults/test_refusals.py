@@ -1,5 +1,6 @@
 """A server that refuses for a while is waited for: running jobs are kept, and nobody exits."""
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -72,3 +73,5 @@ def test_a_worker_that_starts_waits_for_it(
             eventually(lambda: kind in worker.process.log, within_s=60)
             assert not worker.process.is_ready
         eventually(lambda: worker.process.is_ready, within_s=60)
+        told = re.findall("registry (?:out of|within) reach.*", worker.process.log)
+        assert len(told) == len(set(told)), told  # each reason once, not with every heartbeat

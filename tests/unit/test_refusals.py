@@ -43,6 +43,31 @@ def test_each_answer_has_one_meaning(answer: str, meaning: str) -> None:
         assert code_of(error) in answer
 
 
+SENTENCES = {
+    "NOAUTH HELLO must be called with the client already": "this Redis wants a password: redis://USER",
+    "NOAUTH Authentication required.": "a Redis of `penstock up` is for the user who started it",
+    "WRONGPASS invalid username-password pair or user is disabled.": "knows no such user with this password",
+    "NOPERM User x has no permissions to run 'get'": r"lacks a right, .*users\.acl.* run 'get'",
+    "ERR Error running script: @user_script:1: -NOPERM User x has no": r"lacks a right, .*-NOPERM User x",
+}
+
+
+@pytest.mark.parametrize(("answer", "sentence"), SENTENCES.items())
+def test_who_may_not_is_told_what_to_do(answer: str, sentence: str) -> None:
+    """Words of the protocol become a sentence, once, and mean what they meant."""
+    error = BaseParser.parse_error(answer)
+    code, connection = code_of(error), attentive(redis.Connection)()
+
+    judged = connection._judge(connection._judge(error))
+
+    with pytest.raises(BrokerRefusedError, match=sentence) as caught, redis_errors("redis://r:1/0"):
+        raise judged
+    assert str(caught.value).count("://USER:") == ("wants a password" in str(caught.value))
+    assert str(caught.value).count("lacks a right") <= 1
+    assert code_of(judged) == code
+    assert is_for_now(judged)
+
+
 @pytest.mark.parametrize(("answer", "meaning"), ANSWERS.items())
 def test_callers_are_told_whether_trying_again_helps(answer: str, meaning: str) -> None:
     """What a caller gets for an outage is retryable, for what somebody has to change it is not."""

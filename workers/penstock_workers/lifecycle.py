@@ -24,6 +24,7 @@ from penstock.clock import ticks
 from penstock.codec import queue_name
 from penstock.errors import ConfigError, ModelLoadError
 from penstock.identity import process_name, process_token
+from penstock.refusals import in_words
 from penstock.registry import (
     BEAT,
     HEARTBEAT_S,
@@ -246,6 +247,7 @@ class Heartbeat(Background):
         }
         self._script = self._redis.register_script(BEAT)
         self._announcing = threading.Lock()
+        self._outage: set[str] = set()  # why the registry was out of reach, since it last was not
         self._version, self._told = "0", self._announcement()
         worker_ready.connect(self._on_ready, weak=False)
         worker_shutting_down.connect(self._on_stopping, weak=False)
@@ -267,9 +269,22 @@ class Heartbeat(Background):
         try:
             self._announce(state)
         except (redis.RedisError, OSError) as error:
-            logger.warning("registry out of reach: %s", type(error).__name__)
+            self._note_outage(error)
+        else:
+            self._note_end_of_outage()
         self._wake.wait(HEARTBEAT_S)
         self._wake.clear()
+
+    def _note_outage(self, error: Exception) -> None:
+        """Log each reason once, not with every beat."""
+        if (reason := in_words(error)) not in self._outage:
+            self._outage.add(reason)
+            logger.warning("registry out of reach: %s", reason)
+
+    def _note_end_of_outage(self) -> None:
+        if self._outage:
+            self._outage.clear()
+            logger.warning("registry within reach again")
 
     def stop(self) -> None:
         """Take the process out of the registry, and its file away."""
@@ -354,7 +369,7 @@ class Heartbeat(Background):
         try:
             self._announce("ready")  # before the file says so
         except (redis.RedisError, OSError) as error:
-            logger.warning("registry out of reach: %s", type(error).__name__)
+            self._note_outage(error)
         self._is_ready = True
         self._wake.set()
 
