@@ -55,9 +55,9 @@ from penstock.request import (
     new_job_id,
 )
 from penstock.result import GenerateResult, RerankResult, Vectors
-from penstock.stacks import with_password
+from penstock.stacks import tell_elsewhere, with_password
 from penstock.stream import OnRestart, Piece
-from penstock.urls import checked_url, locate_results
+from penstock.urls import checked_url, locate_results, mask_url
 from penstock.waiting import WaitPolicy, try_again
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
@@ -639,7 +639,8 @@ class AsyncClient:
             registry = await self._read_registry(max_age_s=0)
         model = registry.models.get(name)
         if model is None:
-            raise UnknownModelError(name, sorted(registry.models))
+            elsewhere = "" if registry.models else tell_elsewhere(self._url)
+            raise UnknownModelError(name, sorted(registry.models), mask_url(self._url), elsewhere)
         if task is not None and model.task != task:
             raise WrongTaskError(name, model.task, task)
         return model

@@ -80,15 +80,21 @@ class RequestError(PenstockError):
 
 
 class UnknownModelError(RequestError):
-    """No worker ever announced a model of that name."""
+    """No worker ever announced a model of that name.
 
-    def __init__(self, model: str, known: Sequence[str] = ()) -> None:
-        super().__init__(model, list(known))
-        self.model, self.known = model, tuple(known)
+    A client says which Redis it asked, and where else stacks of its user run if no model at all is known.
+    """
+
+    def __init__(self, model: str, known: Sequence[str] = (), where: str = "", elsewhere: str = "") -> None:
+        told = [where, elsewhere] if where or elsewhere else []  # earlier versions take two arguments
+        super().__init__(model, list(known), *told)
+        self.model, self.known, self.where, self.elsewhere = model, tuple(known), where, elsewhere
 
     def __str__(self) -> str:
         known = ", ".join(self.known) or "none: no worker has announced a model yet"
-        return f"model {self.model!r} is not served here; known models: {known}"
+        where = f"at {self.where}" if self.where else "here"
+        elsewhere = f"; a stack of this user runs elsewhere: {self.elsewhere}" if self.elsewhere else ""
+        return f"model {self.model!r} is not served {where}; known models: {known}{elsewhere}"
 
 
 class WrongTaskError(RequestError):

@@ -10,9 +10,9 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from pydantic import (
@@ -30,6 +30,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from penstock.errors import ConfigError
 from penstock.request import TENANT, GenerationOptions, PoolName, Task
+from penstock.stacks import with_password
 from penstock.urls import mask_url, plain_url
 
 PREFIX = "PENSTOCK_"
@@ -425,13 +426,16 @@ class Settings(BaseSettings):
 
     @property
     def broker_url(self) -> str:
-        """The broker's URL with its password: for connections, never for a log."""
-        return self.redis.with_password(self.redis.broker_url)
+        """The broker's URL with its password: for connections, never for a log.
+
+        Where none is configured, that of the stack that this user runs at its port of this machine.
+        """
+        return with_password(self.redis.with_password(self.redis.broker_url))
 
     @property
     def results_url(self) -> str:
-        """The result store's URL with its password: for connections, never for a log."""
-        return self.redis.with_password(self.redis.results_url)
+        """The result store's URL with its password, as the broker's: for connections, never for a log."""
+        return with_password(self.redis.with_password(self.redis.results_url))
 
 
 class Loaded(NamedTuple):
@@ -491,8 +495,10 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> Iterator[str
     for detail in details:
         key = ".".join(map(str, detail["loc"]))
         origin = _origin(key, origins)
-        if detail["type"] == "extra_forbidden" and (origin == ARGUMENT or origin.startswith(PREFIX)):
-            continue  # told as a misspelled variable, with the setting that may be meant
+        if detail["type"] == "extra_forbidden":
+            if origin != ARGUMENT and not origin.startswith(PREFIX):  # else told as a misspelled variable
+                yield f"{origin}: {key}: {_unknown_key(detail['loc'])}"
+            continue
         if detail["type"] == "too_short" and any(len(d["loc"]) > len(detail["loc"]) for d in details):
             continue  # pydantic counts the items that were right
         yield f"{origin}: {key}{_quote(key, detail['type'], detail['input'])}: {_plain(detail['msg'])}"
@@ -608,9 +614,20 @@ def _misspelled(variables: Iterable[str]) -> Iterator[str]:
         if not word:
             yield f"{variable}: a section; set one of {', '.join(names).upper()} in it"
             continue
-        near = difflib.get_close_matches(word, names, n=1)
-        known = f"; known: {', '.join(names).upper()}" if names else ""
-        yield f"{variable}: no setting {word.upper()}{f'; is {near[0].upper()} meant?' if near else known}"
+        yield f"{variable}: {_no_setting(word, names, str.upper)}"
+
+
+def _unknown_key(place: Sequence[int | str]) -> str:
+    """Say which setting may be meant by a key of the file that is none."""
+    words = [str(word) for word in place]
+    word, names = _unknown_word(Settings, words) or (words[-1], [])
+    return _no_setting(word, names, str)
+
+
+def _no_setting(word: str, names: Sequence[str], written: Callable[[str], str]) -> str:
+    near = difflib.get_close_matches(word.lower(), names, n=1)
+    known = f"; known: {written(', '.join(names))}" if names else ""
+    return f"no setting {written(word)}{f'; is {written(near[0])} meant?' if near else known}"
 
 
 def _unknown_word(model: type[BaseModel], words: list[str]) -> tuple[str, list[str]] | None:
@@ -621,9 +638,11 @@ def _unknown_word(model: type[BaseModel], words: list[str]) -> tuple[str, list[s
     if model is Settings and words[0] in ("models", "tenants"):
         section = ModelSettings if words[0] == "models" else TenantSettings
         return _unknown_word(section, words[2:]) if len(words) > 2 else None
-    inner = model.model_fields[words[0]].annotation
-    if isinstance(inner, type) and issubclass(inner, BaseModel):
-        return _unknown_word(inner, words[1:])
+    annotation = model.model_fields[words[0]].annotation
+    # One that may be missing can also be given as a whole.
+    for inner in (annotation, *(get_args(annotation) if len(words) > 1 else ())):
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            return _unknown_word(inner, words[1:])
     return None if len(words) == 1 else (words[1], [])
 
 

@@ -152,7 +152,8 @@ def choose_stack(stacks: Sequence[RunningStack], folder: Path) -> RunningStack |
     alive = [stack for stack in here or stacks if stack.is_alive]
     if len(alive) > 1:
         told = "; ".join(map(str, alive))
-        raise ConfigError([f"several stacks run, name the Redis of one with redis.broker_url: {told}"])
+        how = "go to the folder of one, or name its Redis: --set redis.broker_url=redis://127.0.0.1:PORT/0"
+        raise ConfigError([f"several stacks run, {how}: {told}"])
     if not alive and here:
         reason = f"the stack of process {here[0].pid}, started in this folder, has ended without stopping"
         raise BrokerUnavailableError(here[0].broker_url, reason)
@@ -162,12 +163,26 @@ def choose_stack(stacks: Sequence[RunningStack], folder: Path) -> RunningStack |
 def with_password(url: str) -> str:
     """Return `url`, if it names no login, with that of the running stack whose Redis it is."""
     found = read_url(url)
-    if not isinstance(found, ServerUrl) or found.scheme != "redis" or found.host.lower() not in _LOOPBACK:
-        return url
     if found.username or found.password:
         return url
-    stack = stack_at(found.server[-1])
+    stack = stack_of(url)
     return with_login(url, stack.password) if stack and stack.password else url
+
+
+def stack_of(url: str) -> RunningStack | None:
+    """Return the running stack whose own Redis a URL leads to."""
+    found = read_url(url)
+    if not isinstance(found, ServerUrl) or found.scheme != "redis" or found.host.lower() not in _LOOPBACK:
+        return None
+    return stack_at(found.server[-1])
+
+
+def tell_elsewhere(url: str) -> str:
+    """Name the stacks of this user that run with another Redis than that at `url`; "" if none does."""
+    here = stack_of(url)
+    alive = [stack for stack in find_stacks() if stack.is_alive and stack != here]
+    server = read_url(url).server
+    return "; ".join(str(stack) for stack in alive if read_url(stack.broker_url).server != server)
 
 
 def stack_at(port: object) -> RunningStack | None:

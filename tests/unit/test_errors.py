@@ -7,7 +7,7 @@ import pytest
 
 from penstock import errors
 from penstock.codec import decode_outcome, encode_failure
-from penstock.errors import PenstockError, WorkerError, error_classes, rebuild_error
+from penstock.errors import PenstockError, UnknownModelError, WorkerError, error_classes, rebuild_error
 
 EXAMPLES = {str: "grün", int: 7, float: 1.5, float | None: 2.5, Sequence[str]: ["first", "second"]}
 EXAMPLES[Mapping[str, float] | None] = {"queued_s": 1.5}
@@ -138,6 +138,19 @@ def test_foreign_exception_is_told_as_celery_stores_it() -> None:
 
     assert outcome.status == "FAILURE"
     assert str(outcome.error) == "ZeroDivisionE: x"
+
+
+def test_an_unknown_model_is_told_with_the_redis_that_was_asked() -> None:
+    """And with where else stacks run; what workers of any version send is read alike."""
+    here = rebuild_error("UnknownModelError", ["minilm", ["chat"]])
+    empty = UnknownModelError("minilm", [], "redis://r:1/0", "process 5 in /x")
+
+    assert str(here) == "model 'minilm' is not served here; known models: chat"
+    assert here.args == ("minilm", ["chat"])
+    assert str(empty) == (
+        "model 'minilm' is not served at redis://r:1/0; known models: none: no worker has announced a model "
+        "yet; a stack of this user runs elsewhere: process 5 in /x"
+    )
 
 
 def test_only_the_workers_and_redis_faults_are_retryable() -> None:

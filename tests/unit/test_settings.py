@@ -161,6 +161,32 @@ def test_misspelled_variable_stops_the_start(tmp_path: Path, variable: str, told
     assert problems(tmp_path, toml, **{variable: "1"}) == [f"PENSTOCK_{variable}: {told}"]
 
 
+@pytest.mark.parametrize(
+    ("toml", "told"),
+    [
+        ('[models.minilm]\nsorce = "a"\n', "models.minilm.sorce: no setting sorce; is source meant?"),
+        ('[models.m]\nSource = "a"\n', "models.m.Source: no setting Source; is source meant?"),
+        ("[model.minilm]\n", "model: no setting model; is models meant?"),
+        ("[pools.gpus]\n", "pools.gpus: no setting gpus; is gpu meant?"),
+        ("[tenants.a]\nshares = 1\n", "tenants.a.shares: no setting shares; is share meant?"),
+        ("[models.m.cache]\nttl = 1\n", "models.m.cache.ttl: no setting ttl; is ttl_s meant?"),
+        ("[flower]\nxyz = 1\n", "flower.xyz: no setting xyz; known: address, port"),
+    ],
+)
+def test_a_misspelled_key_of_the_file_is_told_as_a_variable_is(tmp_path: Path, toml: str, told: str) -> None:
+    """A table or a key that means nothing is an error, with the one that may be meant."""
+    assert f"FILE: {told}" in problems(tmp_path, toml)
+
+
+def test_a_section_that_may_be_missing_is_set_by_variables(tmp_path: Path) -> None:
+    """One of its values, or the whole as JSON."""
+    one = load(tmp_path, MODEL, MODELS__MINILM__CACHE__TTL_S="5").settings.models["minilm"].cache
+    whole = load(tmp_path, MODEL, MODELS__MINILM__CACHE='{"ttl_s": 5}').settings.models["minilm"].cache
+
+    assert one is not None
+    assert (one.ttl_s, whole) == (5, one)
+
+
 def test_variable_name_is_what_is_read(tmp_path: Path) -> None:
     """The name that is shown for a key sets that key."""
     assert variable_name("pools.cpu.threads") == "PENSTOCK_POOLS__CPU__THREADS"
@@ -188,7 +214,8 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         "FILE: pools.cpu.processes = '-1': auto, or a number from 0 to 256",
         "FILE: pools.cpu.threads = '0': auto, or a number from 1 to 256",
         "FILE: redis.broker_url = 'http://r': a URL like redis://HOST:6379/0 or rediss://HOST:6379/0",
-        "FILE: redis.colour: Extra inputs are not permitted",
+        "FILE: redis.colour: no setting colour; known: broker_url, results_url, password, password_file, "
+        "result_ttl_s",
         "PENSTOCK_FLOWER__PRT: no setting PRT; is PORT meant?",
         "PENSTOCK_WORKER__STALL_S: worker.stall_s = '0': Input should be greater than 0",
     ]
@@ -284,7 +311,7 @@ def test_every_bad_model_name_is_told(tmp_path: Path) -> None:
         ('task = "embed"\nsource = "s"\ndtype = "int8"', "models.m.dtype = 'int8'"),
         ('task = "embed"\nsource = "s"\ndeadline_s = 0', "models.m.deadline_s = '0'"),
         ('task = "embed"\nsource = "s"\nmax_batch_tokens = 15', "models.m.max_batch_tokens = '15'"),
-        ('task = "embed"\nsource = "s"\ngeneration = { topk = 1 }', "models.m.generation.topk: Extra"),
+        ('task = "embed"\nsource = "s"\ngeneration = { topk = 1 }', "models.m.generation.topk: no "),
         ('source = "s"', "models.m.task: Field required"),
         ("", "models.m.task: Field required"),
     ],
@@ -538,7 +565,7 @@ def test_a_remote_model_is_read(tmp_path: Path) -> None:
         ('source = "https://host/v1?key=hush"', "a URL like"),
         ('source = "provider:together"\nremote = { dim = 8 }', "models.m.remote: providers have many models"),
         ('source = "https://h"\nremote = { token_env = "hf_hush" }', "models.m.remote.token_env: the name"),
-        ('source = "https://h"\nremote = { token = "hush" }', "models.m.remote.token: Extra"),
+        ('source = "https://h"\nremote = { token = "hush" }', "models.m.remote.token: no setting token"),
         ('source = "https://h"\nrate_limit = { requests_per_minute = 0 }', "requests_per_minute = '0'"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 
 from penstock import Client
 from penstock.errors import BrokerUnavailableError, ConfigError
+from penstock.settings import load_settings
 from penstock.stacks import (
     RunningStack,
     announced,
@@ -19,9 +20,11 @@ from penstock.stacks import (
     find_stacks,
     stack_at,
     stacks_folder,
+    tell_elsewhere,
     with_password,
     without_login,
 )
+from penstock_workers.beside import load_beside
 
 STACK = RunningStack(
     pid=4711,
@@ -93,7 +96,7 @@ def test_the_stack_of_this_folder_is_meant_else_the_only_one() -> None:
     assert choose_stack([], Path("/somewhere")) is None
     assert choose_stack([STACK, ANOTHER], Path("/somewhere")) == STACK
     assert choose_stack([ANOTHER], Path("/somewhere")) == ANOTHER
-    with pytest.raises(ConfigError, match=r"several stacks run.*7001.*7002") as caught:
+    with pytest.raises(ConfigError, match=r"go to the folder.*--set redis\.broker_url.*7001.*7002") as caught:
         choose_stack([STACK, ANOTHER], Path("/"))
     assert "hush" not in str(caught.value)
 
@@ -117,6 +120,41 @@ def test_a_client_of_this_user_needs_no_password(host: str) -> None:
         assert with_password(f"redis://{host}:7001/0") == f"redis://:hush@{host}:7001/0"
         assert with_password(f"redis://{host}:7002/3") == f"redis://:shush@{host}:7002/3"
         assert Client(f"redis://{host.lower()}:7001/0")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_settings_of_this_user_need_no_password(host: str) -> None:
+    """Workers and Celery's commands, told the URL that `penstock up` prints, are let in like clients."""
+    named = {"redis.broker_url": f"redis://{host}:7001/0", "redis.results_url": f"redis://{host}:7001/1"}
+    with announced(STACK):
+        found = load_settings(arguments=named, environ={}).settings
+        own = load_settings(arguments=named | {"redis.password": "mine"}, environ={}).settings
+
+        assert found.broker_url == f"redis://:hush@{host}:7001/0"
+        assert found.results_url == f"redis://:hush@{host}:7001/1"
+        assert own.broker_url == f"redis://:mine@{host}:7001/0"
+        assert "hush" not in repr(found)
+
+
+def test_results_are_where_the_stack_that_is_named_has_them() -> None:
+    """Whoever names the broker of a stack alone, has no other result store than its workers."""
+    with announced(STACK), announced(ANOTHER):
+        found = load_beside(None, {"redis.broker_url": "redis://127.0.0.1:7001/0"})
+        other = load_beside(None, {"redis.broker_url": "redis://127.0.0.1:7009/0"})
+
+    assert found.stack == STACK
+    assert found.loaded.settings.redis.results_url == STACK.results_url
+    assert (other.stack, dict(other.values)) == (None, {})
+
+
+def test_other_stacks_are_told_where_none_is() -> None:
+    """By folder and URL, without passwords; not the one that was asked."""
+    with announced(STACK), announced(ANOTHER):
+        told = tell_elsewhere("redis://localhost:7001/0")
+
+        assert told == "process 4712 in /elsewhere, Redis at redis://127.0.0.1:7002/0"
+        assert "7001" in tell_elsewhere("redis://other:7002/0")
+    assert tell_elsewhere("redis://localhost:7001/0") == ""
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from pathlib import Path
 if sys.path[0] in ("", str(Path.cwd())) and Path(__file__).parents[1] != Path.cwd():
     del sys.path[0]
 
-from penstock.errors import ConfigError
-from penstock.settings import load_settings
+from penstock.errors import ConfigError, PenstockError
 from penstock_workers.app import build_app
+from penstock_workers.beside import load_beside
 
 try:
-    app = build_app(load_settings().settings)
-except ConfigError as error:
+    app = build_app(load_beside(None, {}, only_here=True).loaded.settings)
+except PenstockError as error:
     sys.stderr.write(f"{error}\n")
-    sys.exit(os.EX_CONFIG)
+    sys.exit(os.EX_CONFIG if isinstance(error, ConfigError) else 1)

@@ -16,7 +16,6 @@ from penstock.leases import DEAD_KEY, LEASE_S, purge, scripts
 from penstock.registry import MODELS_KEY, WORKERS_KEY, Registry
 from penstock.request import Priority
 from penstock.settings import Settings
-from penstock.stacks import with_password
 from penstock.store import END_JOB, RECORD_TTL_S, SENT, end_job_arguments, record_key, result_key
 
 LEASES_KEY: Final = "penstock:leases"
@@ -93,8 +92,8 @@ class Queues:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._broker = connect_sync(with_password(settings.broker_url))
-        self._results = connect_sync(with_password(settings.results_url))
+        self._broker = connect_sync(settings.broker_url)
+        self._results = connect_sync(settings.results_url)
 
     def states(self) -> list[QueueState]:
         """Look at every queue of a model that was announced or is configured.
