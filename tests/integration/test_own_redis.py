@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from penstock import Client
+from penstock import BrokerRefusedError, Client, UnknownModelError
 from penstock_workers.local_redis import free_port
 from tests.deployment import Server
 from tests.eventually import eventually
@@ -89,13 +89,23 @@ def test_status_finds_the_stack_whatever_its_port(stack: Stack, tmp_path: Path) 
     assert told["is_ready"]
     assert told["redis"] == stack.url
     assert "cpu.minilm" in stack.run("queues").stdout
-    assert stack.run("dead", "list").returncode == 0
+    assert stack.run("dead", "list").stdout == "no dead letters\n"
+    assert json.loads(stack.run("dead", "list", "--json").stdout) == []
 
 
-def test_a_worker_that_is_started_beside_it_joins(stack: Stack) -> None:
-    """`penstock worker` in the same folder works for the same Redis, without being told a password."""
-    command = [PENSTOCK, "worker", "--pool", "cpu", "--config", "stack.toml"]
+NAMED = f'[redis]\nbroker_url = "{{url}}"\n{MINILM}'
+CELERY = [sys.executable, "-m", "celery", "-A", "penstock_workers"]
+
+
+@pytest.mark.parametrize("how", ["in its folder", "by its URL"])
+def test_a_worker_that_is_started_beside_it_joins(stack: Stack, how: str) -> None:
+    """`penstock worker` in the same folder, and Celery's own told its URL, need no password."""
+    (stack.folder / "named.toml").write_text(NAMED.format(url=stack.url))
     environment = {**stack.environment, "PENSTOCK_WORKER__HEARTBEAT_FILE": str(stack.folder / "ready")}
+    command = [PENSTOCK, "worker", "--pool", "cpu", "--config", "stack.toml"]
+    if how == "by its URL":
+        command = [*CELERY, "worker", "-Q", "cpu.minilm", "-n", "second@%h"]
+        environment["PENSTOCK_CONFIG"] = "named.toml"
     with (stack.folder / "second.log").open("wb") as output:
         second = subprocess.Popen(
             command, cwd=stack.folder, env=environment, stdout=output, stderr=subprocess.STDOUT
@@ -108,6 +118,46 @@ def test_a_worker_that_is_started_beside_it_joins(stack: Stack) -> None:
     finally:
         second.terminate()
         second.wait(60)
+    eventually(lambda: "1 in cpu" in stack.run("status").stdout, within_s=60)
+
+
+@pytest.mark.parametrize("config", ["stack.toml", "named.toml"])
+def test_celerys_commands_are_let_in(stack: Stack, config: str) -> None:
+    """`celery inspect` in its folder, and anywhere with its URL."""
+    (stack.folder / "named.toml").write_text(NAMED.format(url=stack.url))
+
+    found = subprocess.run(
+        [*CELERY, "inspect", "ping", "--timeout", "30"],
+        cwd=stack.folder,
+        env={**stack.environment, "PENSTOCK_CONFIG": config},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "pong" in found.stdout
+
+
+def test_up_says_when_it_is_ready(stack: Stack) -> None:
+    """Once, in a line of its own."""
+    line = "penstock | ready: minilm; Ctrl-C stops"
+
+    assert eventually(lambda: stack.log.read_text().splitlines().count(line), within_s=60) == 1
+
+
+def test_who_asks_another_redis_is_told_where_the_stack_is(
+    stack: Stack, own: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Redis that was asked is named, and the one that was meant."""
+    monkeypatch.setenv("XDG_CACHE_HOME", stack.environment["XDG_CACHE_HOME"])
+
+    with Client(own.broker_url) as client, pytest.raises(UnknownModelError) as caught:
+        client.embed(["a text"], model="minilm")
+
+    told = str(caught.value)
+    assert told.startswith(f"model 'minilm' is not served at {own.broker_url}; known models: none")
+    assert told.endswith(f"elsewhere: process {stack.process.pid} in {stack.folder}, Redis at {stack.url}")
 
 
 def test_a_configured_broker_is_asked_instead(stack: Stack, server: Server) -> None:
@@ -119,8 +169,10 @@ def test_a_configured_broker_is_asked_instead(stack: Stack, server: Server) -> N
 
 def test_its_user_connects_by_the_url_that_is_printed(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """No password is typed, copied or shown; another user, who has none, is refused."""
-    with Client(stack.url) as client, pytest.raises(Exception, match="refused"):
-        client.models()
+    wrong = stack.url.replace("//", "//:wrong@")
+    for url, told in ((stack.url, "this Redis wants a password: redis:"), (wrong, "no such user")):
+        with Client(url) as client, pytest.raises(BrokerRefusedError, match=told):
+            client.models()
     monkeypatch.setenv("XDG_CACHE_HOME", stack.environment["XDG_CACHE_HOME"])
 
     with Client(stack.url) as client:

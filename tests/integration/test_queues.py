@@ -11,7 +11,7 @@ import redis
 from click.testing import CliRunner
 
 from penstock import BrokerUnavailableError, InvalidMessageError
-from penstock.leases import NO_LIMITS, UNTOLD_KEY, pop_arguments, scripts
+from penstock.leases import DEAD_KEY, NO_LIMITS, UNTOLD_KEY, pop_arguments, scripts
 from penstock.settings import Settings, load_settings
 from penstock.store import record_key, result_key
 from penstock_workers.cli import cli
@@ -165,3 +165,18 @@ def test_any_letter_is_listed(broker: redis.Redis, settings: Settings, tmp_path:
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]", done.output)
     assert Queues(settings).drop(the_job(Queues(settings)))
     assert not broker.exists("penstock:dead")
+
+
+def test_dead_letters_are_listed_in_words(own: Server, broker: redis.Redis) -> None:
+    """One line for each, or one that there is none."""
+    command = ["dead", "list", "--set", f"redis.broker_url={own.broker_url}"]
+
+    none = CliRunner().invoke(cli, command).output
+    for n_deliveries in (1, 4):
+        letter = {"id": f"job-{n_deliveries}", "queue": QUEUE, "n_deliveries": n_deliveries, "reason": "lost"}
+        broker.rpush(DEAD_KEY, json.dumps(letter))
+    one, four = CliRunner().invoke(cli, command).output.splitlines()
+
+    assert none == "no dead letters\n"
+    assert one.endswith(f"{QUEUE}  1 delivery  lost")
+    assert four.endswith(f"{QUEUE}  4 deliveries  lost")

@@ -184,7 +184,7 @@ signal.pause()
 
 
 def test_a_child_that_cannot_use_its_configuration_ends_the_stack() -> None:
-    """Exit code 78 stops the others in order and makes ours 1; nothing is started again."""
+    """Exit code 78 stops the others in order and becomes ours; the reason is said again at the end."""
     lines: list[str] = []
     children = [
         says_up_and_down("neighbour", lines, stage=0),
@@ -193,13 +193,13 @@ def test_a_child_that_cannot_use_its_configuration_ends_the_stack() -> None:
 
     code = asyncio.run(Supervisor(children, drain_s=5, write=lines.append).run())
 
-    assert code == 1
+    assert code == 78
     assert lines[0] == "neighbour | up"
     assert re.fullmatch(
         r"penstock \| hopeless ended with exit code 78 after .* s: its configuration or model cannot be used",
         lines[1],
     )
-    assert lines[2:] == ["neighbour | down"]
+    assert lines[2:] == ["neighbour | down", lines[1].replace("| ", "| ended: ")]
 
 
 def test_a_child_that_never_lives_long_ends_the_stack() -> None:
@@ -212,7 +212,26 @@ def test_a_child_that_never_lives_long_ends_the_stack() -> None:
         "starting it again in 2 s",
     ]
     assert lines[2].endswith("3 times in a row: giving it up")
-    assert len(lines) == 3
+    assert lines[3:] == [lines[2].replace("| ", "| ended: ")]
+
+
+@pytest.mark.parametrize("end", ["os._exit(1)", "os._exit(78)"])
+def test_a_child_that_is_not_needed_is_given_up(end: str) -> None:
+    """The others work on, and are not started anew."""
+    lines: list[str] = []
+    page = replace(child("page", f"import os; {end}", stage=2), is_needed=False)
+
+    async def main() -> None:
+        stack = Supervisor([says_up_and_down("cpu", lines), page], drain_s=5, write=lines.append)
+        async with stack.running():
+            await until(lambda: lines[-1:] and lines[-1].endswith("; the others go on without it"))
+            lines.append("working")
+
+    asyncio.run(main())
+
+    assert lines[0] == "cpu | up"
+    assert "page ended with exit code" in lines[-3]
+    assert lines[-2:] == ["working", "cpu | down"]
 
 
 def test_a_command_that_does_not_exist_ends_the_stack() -> None:
@@ -222,9 +241,8 @@ def test_a_command_that_does_not_exist_ends_the_stack() -> None:
     )
 
     assert code == 1
-    assert lines == [
-        "penstock | absent cannot be started: [Errno 2] No such file or directory: '/no/such/program'"
-    ]
+    reason = "absent cannot be started: [Errno 2] No such file or directory: '/no/such/program'"
+    assert lines == [f"penstock | {reason}", f"penstock | ended: {reason}"]
 
 
 def test_stages_start_upwards_and_stop_downwards() -> None:
@@ -259,7 +277,7 @@ def test_a_block_is_cancelled_with_its_stack() -> None:
     with pytest.raises(StackEndedError, match="hopeless ended with exit code 78") as caught:
         asyncio.run(main())
 
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 78
 
 
 def test_a_foreign_cancellation_drains_and_goes_on() -> None:
@@ -296,7 +314,7 @@ def test_a_crash_leaves_nothing_behind() -> None:
 
     code, lines = run_until(never, child("littering", source))
 
-    assert code == 1
+    assert code == 78
     grandchild = int(lines[0].rpartition(" ")[2])
     eventually(lambda: not is_alive(grandchild))
 

