@@ -141,12 +141,12 @@ def problem_of_headers(headers: Mapping[str, Any]) -> str | None:
     """Say what is wrong with the headers of a message; those of Celery's protocol 1 are its body's fields."""
     for name, value in headers.items():
         rule = _RULES.get(name)
-        if rule is None:
-            if not is_clean(name):
-                return "the name of a header is not clean text"
-        elif value is not None and not rule[0](value):
-            return f"header {name} is {describe(value)}; {rule[1]}"
-        if type(value) in _CONTAINERS and not _is_shallow(value):
+        if rule is not None:
+            if value is not None and not rule[0](value):
+                return f"header {name} is {describe(value)}; {rule[1]}"
+        elif not is_clean(name):
+            return "the name of a header is not clean text"
+        elif not _is_shallow(value):
             return f"header {name} is deeper than {MAX_DEPTH} levels"
     if "task" in headers and (headers["task"] is None or headers.get("id") is None):
         return "it names a task and no id" if headers["task"] else "it names no task"
@@ -187,9 +187,8 @@ def _problem_of_properties(properties: Mapping[str, Any]) -> str | None:
         value = (info or {}).get(name)
         if value is not None and not isinstance(value, str):
             return f"property delivery_info.{name} is {describe(value)}, not a string"
-    for value in properties.values():
-        if type(value) in _CONTAINERS and not _is_shallow(value):
-            return f"its properties are deeper than {MAX_DEPTH} levels"
+    if not all(map(_is_shallow, properties.values())):
+        return f"its properties are deeper than {MAX_DEPTH} levels"
     return None
 
 
@@ -240,6 +239,8 @@ def _are_limits(value: object) -> bool:
 
 
 def _is_shallow(value: Any) -> bool:
+    if type(value) not in _CONTAINERS or not value:
+        return True
     level = [value]
     for _ in range(MAX_DEPTH):
         nested = [node for node in level if type(node) in _CONTAINERS]
@@ -266,9 +267,15 @@ _RULES: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "ignore_result": (lambda value: isinstance(value, bool), "true and false are allowed"),
     "group_index": (lambda value: _is_whole(value, 1 << 31), "a number from 0 on is allowed"),
     "replaced_task_nesting": (lambda value: _is_whole(value, 1000), "0 to 1000 are allowed"),
-    "stamps": (lambda value: isinstance(value, dict), "an object is allowed"),
-    "stamped_headers": (lambda value: isinstance(value, list), "a list is allowed"),
+    "stamps": (
+        lambda value: isinstance(value, dict) and _is_shallow(value),
+        f"an object of up to {MAX_DEPTH} levels is allowed",
+    ),
+    "stamped_headers": (
+        lambda value: isinstance(value, list) and _is_shallow(value),
+        f"a list of up to {MAX_DEPTH} levels is allowed",
+    ),
     # Never shown: whatever stands there is replaced.
-    **dict.fromkeys(("argsrepr", "kwargsrepr"), (lambda _: True, "")),
+    **dict.fromkeys(("argsrepr", "kwargsrepr"), (_is_shallow, f"up to {MAX_DEPTH} levels are allowed")),
 }
 """What each header may be, and how that is said; of others the names are looked at."""
