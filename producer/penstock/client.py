@@ -104,7 +104,7 @@ class GenerateOptions(TypedDict, total=False):
     """
 
     system_prompt: str | None
-    history: Sequence[Message | Mapping[str, Any]]
+    history: Sequence[Message | Mapping[str, Any]] | None
     tools: Sequence[Tool] | None
     mode: Mode
     max_new_tokens: int | None
@@ -385,11 +385,11 @@ class AsyncClient:
         self, prompt: str | None, model: str, options: GenerateOptions, *, is_stream: bool
     ) -> tuple[GenerateRequest, Lane]:
         fields: dict[str, Any] = {**options, "model": model, "prompt": prompt, "stream": is_stream}
-        if "history" in fields:
-            turns = fields["history"]
-            fields["history"] = [
-                t.model_dump(exclude_none=True) if isinstance(t, Message) else t for t in turns
-            ]
+        turns = fields.pop("history", None)
+        if isinstance(turns, Iterable) and not isinstance(turns, str | bytes | Mapping):
+            turns = [t.model_dump(exclude_none=True) if isinstance(t, Message) else t for t in turns]
+        if turns is not None:
+            fields["history"] = turns
         if isinstance(fields.get("tools"), tuple):
             fields["tools"] = list(fields["tools"])
         if is_stream and fields.get("seed") is None:

@@ -31,6 +31,11 @@ def test_no_texts_are_an_empty_array(client: Client) -> None:
     assert client.embed([], model="minilm", truncate_dim=8).shape == (0, 8)
 
 
+def test_no_history_may_be_none(client: Client) -> None:
+    """A caller without earlier turns may pass None for them."""
+    assert client.generate("Who are you?", model="chat", history=None).usage.completion_tokens
+
+
 def test_nul_and_a_megabyte_are_texts_like_others(client: Client) -> None:
     """NUL bytes, control characters and 1 MiB of text are embedded; beside them others are unharmed."""
     vectors = client.embed(["\x00", "a\x00b", "word " * (MEGABYTE // 5), "plain"], model="minilm")
@@ -82,6 +87,8 @@ def test_nul_and_a_megabyte_are_texts_like_others(client: Client) -> None:
         (lambda c: c.generate("a", model="chat", top_p=0), InvalidOptionError, "greater than 0"),
         (lambda c: c.generate("a", model="chat", best_of=3), InvalidOptionError, "no option of that name"),
         (lambda c: c.generate("a", model="chat", history=[{"role": "x"}]), InvalidTextError, "history"),
+        (lambda c: c.generate("a", model="chat", history=5), InvalidTextError, "of history"),
+        (lambda c: c.generate("a", model="chat", history="no turns"), InvalidTextError, "of history"),
         (lambda c: c.generate("word " * 200_000, model="chat"), InputTooLongError, "prompt tokens"),
     ],
 )
