@@ -257,6 +257,8 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu has no types
         if self._delivered.pop(message.delivery_tag, None) is not None:
             envelope = message.serializable()
             envelope["headers"]["retries"] = 0  # whoever puts it back wants all of them
+            if isinstance(envelope["body"], bytes):  # JSON, as it came; kombu would write an object
+                envelope["body"] = envelope["body"].decode()
             envelope["properties"] |= {"delivery_tag": message.delivery_tag.rpartition("@")[0]}
             raw = dumps(envelope).encode()
             self.channel.freed(self.channel.leases.bury(message.delivery_tag, raw, reason, must_tell=False))

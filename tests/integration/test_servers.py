@@ -25,7 +25,9 @@ from tests.eventually import eventually
 def cluster(folder: Path) -> Iterator[str]:
     """Run a server in cluster mode; gives its URL."""
     port = free_port()
-    command = [*server_command(port=port), "--cluster-enabled", "yes", "--dir", str(folder)]
+    # Its other port would be this one plus 10,000, which may be taken, or none.
+    command = [*server_command(port=port), "--cluster-enabled", "yes", "--cluster-port", str(free_port())]
+    command += ["--dir", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         with redis.Redis(port=port) as probe:
