@@ -495,6 +495,6 @@ def test_a_process_without_files_gets_a_typed_error(url: str) -> None:
 
 def test_an_odd_id_is_no_job(client: Client) -> None:
     """What can be no id is told as such."""
-    for job_id in ("", "a b", "\ud800", "x" * 1000, 5, None):
+    for job_id in ("", "a\nb", "\ud800", "x" * 1000, 5, None):
         with pytest.raises(PenstockError):
             client.job(job_id).state()  # type: ignore[arg-type]  # on purpose

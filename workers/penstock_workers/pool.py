@@ -170,10 +170,6 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
         self._deadlines.append(time.monotonic() + (0 if at_once else self._drain_s))
         state.should_stop = EX_OK
         self._stops.put(signal.Signals(number).name)  # the one kind of queue that a signal handler may use
-        if not self._was_ready:
-            raise SystemExit(
-                EX_OK
-            )  # a model may load for minutes yet, and nothing here looks at `should_stop`
 
     def _on_ready(self, **_: object) -> None:
         self._was_ready = True
@@ -184,7 +180,8 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
             hostname = self.options["initargs"][1]
             worker_shutting_down.send(sender=hostname, sig=name, how="Warm", exitcode=EX_OK)
             if not self._was_ready:
-                # A model may load for minutes yet. Nothing was taken, and half of torch cannot be wound up.
+                # A model may load for minutes yet, and nothing there looks at `should_stop`. No exception in the
+                # handler instead: torch, where it runs Python while it is imported, ends by SIGSEGV of one.
                 logger.info("stopping: not ready yet, nothing is held")
                 logging.shutdown()
                 os._exit(EX_OK)
