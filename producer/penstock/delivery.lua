@@ -159,9 +159,9 @@ local function forget(queue, what)
   sum.is_new, sum.n, sum.t, sum.b = true, 0, 0, 0
 end
 
--- One number that says how much waits, for people and autoscalers: the length of a list. It is what the lists
--- hold, not a sum that could drift. Who may not write it leaves it to the next one who may.
-local function show_waiting(queue)
+-- One number that says how much waits, for people and autoscalers: the length of a list. Here it becomes what the lists
+-- hold. Who may not write it leaves it to the next one who may.
+local function show_anew(queue)
   local n, tenants = 0, redis.call('HMGET', LOAD .. queue, '0+', '3+', '6+', '9+')
   for i, each in ipairs(LEVELS) do
     local length = redis.pcall('LLEN', list_of(queue, each))
@@ -182,7 +182,23 @@ local function show_waiting(queue)
   return n
 end
 
-local shown = {} -- queues in whose lists something has changed
+local shown = {} -- queue -> by how much more its number is to say, or 'anew'
+local seen = {} -- queue -> how much waits in one of its lists at least
+
+-- Moves the number. What others put there or took shows where it ends, and is counted anew then; a worker that finds
+-- nothing to take, and `recount`, count anew anyway.
+local function show_change(queue, change)
+  local key, is_short = WAITING .. queue, true
+  if change > 0 and change < 1000 then
+    local ones = {}
+    for i = 1, change do ones[i] = '1' end
+    is_short = (number_in(redis.pcall('LPUSH', key, unpack(ones)), 0)) < (seen[queue] or 0)
+  elseif change < 0 and change > -1000 then
+    local gone = redis.pcall('RPOP', key, -change)
+    is_short = type(gone) ~= 'table' or #gone < -change
+  end
+  if is_short then show_anew(queue) end
+end
 
 local function settle()
   for queue, sums in pairs(moved) do
@@ -202,8 +218,10 @@ local function settle()
     if #full > 0 then redis.call('HSET', LOAD .. queue, unpack(full)) end
     if #empty > 0 then redis.call('HDEL', LOAD .. queue, unpack(empty)) end
   end
-  for queue in pairs(shown) do show_waiting(queue) end
-  moved, shown = {}, {}
+  for queue, change in pairs(shown) do
+    if change == 'anew' then show_anew(queue) elseif change ~= 0 then show_change(queue, change) end
+  end
+  moved, shown, seen = {}, {}, {}
 end
 
 -- Tenants take turns: who has had least goes first, what is taken counts by share. Who comes is put where the message
@@ -244,9 +262,10 @@ local function tally(list, n, message)
 end
 
 -- Answers to `celery inspect` are no jobs, and come and go.
-local function show(list)
+local function show(list, change)
   local queue = queue_of(list)
-  if not string.find(queue, '.pidbox', 1, true) then shown[queue] = true end
+  if string.find(queue, '.pidbox', 1, true) then return end
+  shown[queue] = shown[queue] ~= 'anew' and change and (shown[queue] or 0) + change or 'anew'
 end
 
 -- Puts a message into a list, as the next one or as the last. Returns the list's length, or an error.
@@ -262,7 +281,8 @@ local function insert(list, message, as_next)
     forget(queue_of(list), level_of(list))
   end
   tally(list, 1, message)
-  show(list)
+  show(list, 1)
+  seen[queue_of(list)] = length
   wake(list)
   return length
 end
@@ -270,7 +290,7 @@ end
 -- Takes the next message out of a list; the caller has read it. Returns its tokens, and whether the list is empty.
 local function remove(list, message)
   redis.call('RPOP', list)
-  show(list)
+  show(list, -1)
   local tokens = tally(list, -1, message)
   local is_empty = redis.call('EXISTS', list) == 0
   if is_empty then
@@ -424,7 +444,6 @@ if tenant ~= '' then
   end
 end
 local n_waiting
-local queue, n_added = queue_of(KEYS[1]), {}
 for i = 6, #ARGV, 2 do
   local due = tonumber(ARGV[i + 1])
   if due and due > now() then
@@ -433,12 +452,7 @@ for i = 6, #ARGV, 2 do
   else
     n_waiting = insert(KEYS[1], ARGV[i], false)
     if type(n_waiting) ~= 'number' then break end
-    n_added[#n_added + 1] = '1'
   end
-end
-if shown[queue] and #n_added < 1000 and (tonumber(n_waiting) or 0) > #n_added then
-  shown = {} -- added to what was there: cheaper than to count anew, and a pop will
-  redis.pcall('LPUSH', WAITING .. queue, unpack(n_added))
 end
 settle()
 return n_waiting
@@ -537,14 +551,22 @@ local function is_full(of, level)
   return n >= tonumber(ARGV[7]) and tokens >= of.most
 end
 
-local function read_ages(of)
+local function keys_of(of)
   local keys = {}
   for _, base in ipairs(of.bases) do
     keys[#keys + 1] = base
     keys[#keys + 1] = TURNS .. base
   end
+  return keys
+end
+
+local function is_anything_of(of)
+  return redis.call('EXISTS', WAITING .. queue_of(of.bases[1]), unpack(keys_of(of))) > 0
+end
+
+local function read_ages(of)
   of.ages = {}
-  if #of.bases == 1 or redis.call('EXISTS', unpack(keys, 3)) == 0 then return end
+  if #of.bases == 1 or redis.call('EXISTS', unpack(keys_of(of), 3)) == 0 then return end
   for level = 2, #of.bases do
     local base = of.bases[level]
     if redis.call('EXISTS', base, TURNS .. base) > 0 then
@@ -604,7 +626,10 @@ for _, of in ipairs(queues) do
     end
   end
 end
-for queue = 1, n_queues do show(KEYS[queue]) end -- others may have put messages there
+for queue, of in ipairs(queues) do
+  -- Others may have put messages there, or taken them.
+  if not next(of.touched) and is_anything_of(of) then show(KEYS[queue]) end
+end
 settle()
 return taken
 
@@ -820,7 +845,7 @@ wake(ARGV[1])
 -- script: load allow-oom
 -- KEYS: a list. Returns jobs, tokens and bytes of its queue, and the tokens before a message that comes now.
 local n, t, b, ahead = load_of(KEYS[1])
-show_waiting(queue_of(KEYS[1]))
+show_anew(queue_of(KEYS[1]))
 return {n, math.ceil(t), math.ceil(b), math.ceil(ahead)}
 
 -- script: recount allow-oom
