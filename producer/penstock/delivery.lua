@@ -51,10 +51,38 @@ local function now()
   return tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
 
+-- What the name of a list says: its queue, its level, the list of that level, and the tenant whose part of it this is, ''
+-- for those that name none. Worked out once: names are asked for several times for each message.
+local places = {}
+local function place_of(list)
+  local place = places[list]
+  if not place then
+    place = {queue = list, level = '0', base = list, tenant = ''}
+    if string.find(list, '\6', 1, true) then
+      place.queue, place.level = string.match(list, '^[^\6]*'), string.match(list, '\6\22(%d)') or '0'
+      local base, tenant = string.match(list, '^(.-)\6\23(.*)$')
+      place.base, place.tenant = base or list, tenant or ''
+    end
+    places[list] = place
+  end
+  return place
+end
+
+local function queue_of(list) return place_of(list).queue end
+local function level_of(list) return place_of(list).level end
+
+local function split(list)
+  local place = place_of(list)
+  return place.base, place.tenant
+end
+
 -- One token is enough: a token that lies there means that nobody waits, and whoever takes it and leaves messages
 -- wakes the next. Idle workers look for themselves every second, so older tokens serve nobody.
+local woken = {}
 local function wake(list)
-  local key = 'penstock:wake:' .. string.gsub(list, '\6\23.*', '')
+  local key = 'penstock:wake:' .. place_of(list).base
+  if woken[key] then return end
+  woken[key] = true
   local left_ms = redis.call('PTTL', key)
   if left_ms == -2 then redis.call('LPUSH', key, '1') end
   if left_ms < 1000 then redis.call('PEXPIRE', key, 2000) end
@@ -84,20 +112,11 @@ end
 
 local function tag_in(name) return string.match(name, '^[^\n]*') end
 
-local function queue_of(list) return string.match(list, '^[^\6]*') end
-local function level_of(list) return string.match(list, '\6\22(%d)') or '0' end
-
--- The list of a level, and the tenant whose part of it this is; '' for those that name none.
-local function split(list)
-  local base, tenant = string.match(list, '^(.-)\6\23(.*)$')
-  return base or list, tenant or ''
-end
-
 -- As `penstock.request.TENANT` has it.
 local function is_tenant(name) return #name <= 64 and string.match(name, '^%w[%w._@-]*$') ~= nil end
 
 -- Whether messages may lie in a list: it is no key of somebody else, and its tenant, if it names one, is one.
-local function is_queue(list)
+local function is_allowed(list)
   if string.find(list, '^[cg]pu%.[^%c]+\6?\22?[369]?$') then return true end -- of no tenant, as nearly all are
   local base, tenant = split(list)
   local queue = string.gsub(base, '\6\22[369]$', '')
@@ -106,6 +125,12 @@ local function is_queue(list)
     if string.find(queue, foreign) then return false end
   end
   return true
+end
+
+local function is_queue(list)
+  local place = place_of(list)
+  if place.is_queue == nil then place.is_queue = is_allowed(list) end
+  return place.is_queue
 end
 
 -- A message as a worker gets it: of one that is too large its size and its end, where its sender stands.
@@ -127,10 +152,16 @@ end
 local function list_of(queue, level) return level == '0' and queue or queue .. '\6\22' .. level end
 
 -- Tokens, bytes, and whether its sender has said the tokens: nothing is free, whatever he said.
+local costs = {}
 local function cost_of(message)
-  local tokens = string.match(string.sub(message, -512), '"cost"%s*:%s*(%d+)')
-  local cost = tonumber(tokens) or math.ceil(#message / 4)
-  return math.min(math.max(cost, math.floor(#message / 4096), 1), 1e9), #message, tokens ~= nil
+  local cost = costs[message]
+  if not cost then
+    local tokens = string.match(string.sub(message, -512), '"cost"%s*:%s*(%d+)')
+    local n = tonumber(tokens) or math.ceil(#message / 4)
+    cost = {tokens = math.min(math.max(n, math.floor(#message / 4096), 1), 1e9), is_told = tokens ~= nil}
+    costs[message] = cost
+  end
+  return cost.tokens, #message, cost.is_told
 end
 
 -- Jobs, tokens and bytes, as they stand in a field of the load.
@@ -261,10 +292,10 @@ local function tally(list, n, message)
   return tokens
 end
 
--- Answers to `celery inspect` are no jobs, and come and go.
+-- Other lists are no queues of models: answers to `celery inspect` come and go.
 local function show(list, change)
   local queue = queue_of(list)
-  if string.find(queue, '.pidbox', 1, true) then return end
+  if not string.find(queue, '^[cg]pu%.') then return end
   shown[queue] = shown[queue] ~= 'anew' and change and (shown[queue] or 0) + change or 'anew'
 end
 

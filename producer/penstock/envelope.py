@@ -72,8 +72,10 @@ def is_clean(value: object) -> bool:
     """Whether a value is a text that may stand in a key, in a log line and on a terminal."""
     if not isinstance(value, str):
         return False
-    if value.isascii():  # most are, and this is several times as fast
-        return value.isprintable() and 0 < len(value) <= MAX_NAME_CHARACTERS
+    if (
+        value.isprintable() and 0 < len(value) <= MAX_NAME_CHARACTERS
+    ):  # most are, and this is several times as fast
+        return True
     return _CLEAN.fullmatch(value) is not None
 
 

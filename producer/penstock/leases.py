@@ -65,17 +65,32 @@ Value = str | bytes | int | float
 
 @cache
 def scripts() -> Mapping[str, str]:
-    """Return the scripts of `delivery.lua` by name, each with the part that all share."""
+    """Return the scripts of `delivery.lua` by name, each with what it uses of the shared part."""
     text = files("penstock").joinpath("delivery.lua").read_text(encoding="utf-8")
+    text = re.sub(r"^-- (?!script: ).*\n", "", text, flags=re.MULTILINE)
     _, *sections = re.split(r"^-- script: (\w+)( allow-oom)?$", text, flags=re.MULTILINE)
     names, flags, bodies = sections[::3], sections[1::3], sections[2::3]
-    shared, buckets = bodies[0], bucket_functions()
-    limits = f"local MAX_ENTRY_BYTES, MAX_POP_BYTES = {MAX_ENTRY_BYTES}, {MAX_POP_BYTES}"
-    shared = f"{limits}\n{shared}"
+    limits = f"local MAX_ENTRY_BYTES, MAX_POP_BYTES = {MAX_ENTRY_BYTES}, {MAX_POP_BYTES}\n"
+    shared, buckets = limits + bodies[0].lstrip(), bucket_functions()
     return {
-        name: f"#!lua flags={(flag or '').strip()}\n{shared}\n{buckets if name in _TAKING else ''}\n{body}"
+        name: f"#!lua flags={(flag or '').strip()}\n"
+        + _with_used(shared, f"{buckets if name in _TAKING else ''}\n{body}")
         for name, flag, body in zip(names[1:], flags[1:], bodies[1:], strict=True)
     }
+
+
+def _with_used(shared: str, body: str) -> str:
+    """Return a script after those of the shared definitions that it uses, themselves or through others.
+
+    A server makes each function anew whenever a script runs, 0.2 us each: all of them took a quarter of
+    the time of `ack`.
+    """
+    for definition in reversed(re.split(r"^(?=local )", shared, flags=re.MULTILINE)[1:]):
+        defined = re.match(r"local (?:function )?([\w, ]+)", definition)
+        assert defined is not None
+        if re.search(rf"\b({defined[1].strip().replace(', ', '|')})\b", body):  # each stands before its users
+            body = definition + body
+    return body
 
 
 def purge(client: redis.Redis, lists: Sequence[str], on_purged: OnPurged | None = None) -> int:

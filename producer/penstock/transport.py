@@ -4,6 +4,7 @@ Installed under the names of kombu's own, so URLs, Flower and plain Celery produ
 kombu; what becomes of a message once it is leased is the matter of `leases`.
 """
 
+import json
 import logging
 import sys
 import threading
@@ -22,14 +23,14 @@ from celery.signals import task_received
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
-from kombu.utils.json import dumps
+from kombu.utils.json import dumps, object_hook
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, ResponseError
 from redis.retry import Retry
 
 from penstock.clock import Clock, ticks
 from penstock.codec import TENANT_SEPARATOR
-from penstock.envelope import EntryError, open_entry, printable
+from penstock.envelope import CONTENT_TYPE, EntryError, open_entry, printable
 from penstock.errors import ConfigError, InvalidMessageError
 from penstock.identity import process_token
 from penstock.leases import (
@@ -56,6 +57,8 @@ logger = logging.getLogger(__name__)
 
 SUPPORTED: Final[Mapping[str, tuple[str, ...]]] = {"kombu": ("5.7.0",), "celery": ("5.7.0",)}
 """Versions whose insides were read and tested; see `test_transport.INTERNALS`."""
+
+_BODY_DECODER: Final = json.JSONDecoder(object_hook=object_hook)
 
 REPLACED: Final[Mapping[str, str]] = {
     "ack_emulation": "every message is leased",
@@ -296,6 +299,18 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu has no types
         """Do nothing: leases that ran out are taken over by `Leases`."""
 
 
+class Message(virtual.Message):  # type: ignore[misc]  # kombu has no types
+    """A message whose body is read by one decoder; kombu makes a decoder for each."""
+
+    def _decode(self) -> Any:
+        if self.content_type != CONTENT_TYPE or not isinstance(self.body, bytes):
+            return super()._decode()
+        try:
+            return _BODY_DECODER.decode(self.body.decode())
+        except (ValueError, RecursionError):
+            return super()._decode()  # the same error, told as kombu tells it
+
+
 class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
     """A channel whose messages are leased in the step that pops them.
 
@@ -307,7 +322,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         has_leased: whether a queue was ever consumed here with acknowledgements.
     """
 
-    QoS = QoS
+    QoS, Message = QoS, Message
     from_transport_options = (*kombu_redis.Channel.from_transport_options, *_OPTIONS)
 
     # Set from broker_transport_options.

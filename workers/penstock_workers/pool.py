@@ -5,6 +5,7 @@ without a bound, cannot answer SIGQUIT, and forgets a job whose result could not
 """
 
 import atexit
+import gc
 import logging
 import math
 import os
@@ -173,6 +174,9 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
 
     def _on_ready(self, **_: object) -> None:
         self._was_ready = True
+        # What is there now stays: the collector need not look through all of torch again and again.
+        gc.collect()
+        gc.freeze()
 
     def _watch_the_end(self) -> None:
         """Do what a signal handler cannot, and end the process if nothing else does."""
@@ -180,8 +184,8 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
             hostname = self.options["initargs"][1]
             worker_shutting_down.send(sender=hostname, sig=name, how="Warm", exitcode=EX_OK)
             if not self._was_ready:
-                # A model may load for minutes yet, and nothing there looks at `should_stop`. No exception in the
-                # handler instead: torch, where it runs Python while it is imported, ends by SIGSEGV of one.
+                # A model may load for minutes yet, and nothing there looks at `should_stop`. The handler
+                # itself raises nothing: torch runs Python code from C++ as it is imported, and would crash.
                 logger.info("stopping: not ready yet, nothing is held")
                 logging.shutdown()
                 os._exit(EX_OK)
