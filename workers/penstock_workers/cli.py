@@ -4,9 +4,10 @@ import asyncio
 import json
 import os
 import runpy
+import signal
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -136,6 +137,7 @@ def up(config: Path | None, assignments: tuple[str, ...]) -> None:
         click.echo(f"penstock | {note}")
     supervisor = _supervisor(stack.children, deployment)
     with ExitStack() as file:
+        file.enter_context(_ending_in_order())
         try:
             file.enter_context(announced(stack.told(tuple(settings.models))))
         except ConfigError as error:
@@ -144,6 +146,22 @@ def up(config: Path | None, assignments: tuple[str, ...]) -> None:
             click.echo(f"penstock | status:  has to be told the broker: {error}")
         code = asyncio.run(_run(supervisor, stack, ", ".join(settings.models)))
     sys.exit(code)
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Leave blocks when a signal comes before the supervisor listens, or after: a stack's file goes too."""
+
+    def leave(number: int, frame: object) -> None:
+        del frame
+        sys.exit(128 + number)  # what a shell says of a process that the signal ended
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 async def _run(supervisor: Supervisor, stack: Stack, models: str) -> int:
