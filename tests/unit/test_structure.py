@@ -1,19 +1,12 @@
 import re
-from pathlib import Path
 
 import pytest
 
 import penstock
-
-ROOT = Path(__file__).parents[2]
-FOLDERS = ("producer", "workers")
+from tests import structure
+from tests.structure import FOLDERS, ROOT
 
 pytestmark = pytest.mark.skipif(not (ROOT / "producer").is_dir(), reason="tests a wheel: no source folders")
-
-
-def modules() -> list[Path]:
-    """Return our modules, relative to the repository."""
-    return [path.relative_to(ROOT) for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def test_source_folders_are_no_packages() -> None:
@@ -24,15 +17,50 @@ def test_source_folders_are_no_packages() -> None:
 def test_modules_are_named_after_what_they_know() -> None:
     """There is no drawer for the rest."""
     drawers = re.compile(r"_?(utils?|helpers?|common|misc|tools?)")
+    names = [(path, path.with_suffix("").parts) for path in structure.modules(".py")]
 
-    assert [
-        str(path) for path in modules() if any(drawers.fullmatch(part) for part in (*path.parts, path.stem))
-    ] == []
+    assert [str(path) for path, parts in names if any(map(drawers.fullmatch, parts))] == []
 
 
 def test_folders_are_at_most_two_deep() -> None:
     """Nobody digs for code; folders that hold data only are not counted."""
-    assert [str(path) for path in modules() if len(path.parent.parts) > 3] == []
+    assert [str(path) for path in structure.modules(".py") if len(path.parent.parts) > 3] == []
+
+
+LIMITS = {
+    "files": f"files over {structure.MAX_FILE_LINES} lines: split them by what they know",
+    "functions": f"functions whose bodies are over {structure.MAX_BODY_LINES} lines: name their parts",
+    "methods": f"classes with over {structure.MAX_METHODS} methods: they do more than one thing",
+    "attributes": f"classes with over {structure.MAX_ATTRIBUTES} attributes: they hold more than one thing",
+    "docstrings": "lines under `Attributes:` that begin with a word of `LEANING`: write what stands alone",
+}
+
+
+def test_exceptions_are_exceptions() -> None:
+    """Whoever mends something takes it off the list, so that nobody undoes it."""
+    lines = structure.EXCEPTIONS.read_text().splitlines()
+
+    assert list(structure.shrunk(lines, structure.over_limits())) == lines, "run `python -m tests.structure`"
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_limits_are_kept(limit: str) -> None:
+    """What is over a limit is on the list in `tests/structure.toml`, which only shrinks."""
+    allowed = structure.exceptions()[limit]
+    over = structure.over_limits()[limit]
+
+    found = {name: n for name, n in over.items() if name not in allowed or n > (allowed[name] or n)}
+
+    assert found == {}, f"{LIMITS[limit]}; what is renamed takes its entry in tests/structure.toml along"
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_excuses_are_used(limit: str) -> None:
+    """Nothing is excused that needs no excuse; the list is sorted, so that entries are found and merged."""
+    listed = list(structure.exceptions()[limit])
+
+    assert listed == sorted(listed)
+    assert structure.EXCUSED[limit].keys() - structure.measured()[limit].keys() == set()
 
 
 def test_keys_of_delivery_are_told_once() -> None:
