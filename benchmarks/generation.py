@@ -32,12 +32,12 @@ from benchmarks.report import Figure, Report, Row, arguments, finish
 from penstock.request import EmbedRequest, GenerateRequest, ResponseFormat
 from penstock.settings import ModelSettings
 from penstock_workers.batching import Batcher
-from penstock_workers.engines.causal_lm import Sharing, find_sharing, pause_between_layers
-from penstock_workers.engines.decoding import Decoding
-from penstock_workers.engines.decoding import Row as Line
 from penstock_workers.engines.embedding import Embedder
-from penstock_workers.engines.generation import Generator
-from penstock_workers.engines.sampling import Sampling, Trail
+from penstock_workers.generation.causal_lm import Sharing, find_sharing, pause_between_layers
+from penstock_workers.generation.decoding import Decoding
+from penstock_workers.generation.decoding import Row as Line
+from penstock_workers.generation.generator import Generator
+from penstock_workers.generation.sampling import Sampling, Trail
 from penstock_workers.scheduling import Scheduler
 from penstock_workers.serving import DEFAULT_SHARES, cut_texts
 from penstock_workers.turns import Device, Turn

@@ -22,7 +22,7 @@ from penstock_workers import calling
 from penstock_workers.calling import Caller
 from penstock_workers.engines.remote_answer import Answer
 from penstock_workers.engines.remote_chat import Prompt, RemoteGenerator
-from penstock_workers.engines.thinking import Thought
+from penstock_workers.generation.thinking import Thought
 from tests.deployment import Server
 from tests.upstream import (
     ANSWER,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from penstock_workers.engines.causal_lm import Sharing, find_sharing
-from penstock_workers.engines.decoding import Decoding, Row
-from penstock_workers.engines.sampling import Sampling, Trail
+from penstock_workers.generation.causal_lm import Sharing, find_sharing
+from penstock_workers.generation.decoding import Decoding, Row
+from penstock_workers.generation.sampling import Sampling, Trail
 from tests.models.architectures import ARCHITECTURES, END, build
 
 GREEDY = Sampling(
@@ -92,7 +92,7 @@ def test_models_that_cannot_share_are_found_out(name: str) -> None:
 def test_joining_is_given_up_where_a_layer_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kind of cache layer that nobody knows here leaves static batches, which give the same tokens."""
     model = build("llama")
-    monkeypatch.setattr("penstock_workers.engines.cache.DynamicLayer", Row)  # no layer is of this kind
+    monkeypatch.setattr("penstock_workers.generation.kv_cache.DynamicLayer", Row)  # no layer is of this kind
 
     sharing, _ = find_sharing(model)
 

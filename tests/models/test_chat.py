@@ -12,9 +12,9 @@ from transformers import LlamaConfig
 
 from penstock.errors import IncompleteOutputError, InputTooLongError, InvalidOptionError, ModelLoadError
 from penstock.request import Message, Tool
-from penstock_workers.engines.chat import GAP, Chat
-from penstock_workers.engines.generation import Answer, Generator
-from penstock_workers.engines.thinking import Thought
+from penstock_workers.generation.chat import GAP, Chat
+from penstock_workers.generation.generator import Answer, Generator
+from penstock_workers.generation.thinking import Thought
 from tests.models.test_generation import (
     NO_SYSTEM,
     SIZES,

@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from penstock.errors import EngineError, OutOfMemoryError
-from penstock_workers.engines.causal_lm import Sharing, find_sharing
-from penstock_workers.engines.decoding import Decoding, Row
-from penstock_workers.engines.sampling import Sampling, Trail
+from penstock_workers.generation.causal_lm import Sharing, find_sharing
+from penstock_workers.generation.decoding import Decoding, Row
+from penstock_workers.generation.sampling import Sampling, Trail
 from tests.models.architectures import build
 
 GREEDY = Sampling(

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from penstock_workers.engines.detokenizing import Detokenizer
+from penstock_workers.generation.detokenizer import Detokenizer
 from tests.models.odd_tokenizers import TOKENIZERS
 
 FALLBACK = "byte fallback"

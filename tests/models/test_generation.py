@@ -35,8 +35,8 @@ from penstock.errors import (
 )
 from penstock.request import GenerateRequest, GenerationOptions
 from penstock.settings import ModelSettings
-from penstock_workers.engines.generation import Answer, Generator, Prompt
-from penstock_workers.engines.sampling import Sampling, draw
+from penstock_workers.generation.generator import Answer, Generator, Prompt
+from penstock_workers.generation.sampling import Sampling, draw
 
 CPU = torch.device("cpu")
 BEGIN, END, USER, SYSTEM, ASSISTANT = "<|begin|>", "<|end|>", "<|user|>", "<|system|>", "<|assistant|>"

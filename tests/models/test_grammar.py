@@ -12,8 +12,8 @@ from penstock.errors import IncompleteOutputError, InvalidFormatError, PenstockE
 from penstock.request import GenerationOptions
 from penstock.settings import ModelSettings
 from penstock_workers.bundled import bundled_folder
-from penstock_workers.engines.generation import Answer, Generator, Prompt
-from penstock_workers.engines.grammar import Grammars, restrict
+from penstock_workers.generation.generator import Answer, Generator, Prompt
+from penstock_workers.generation.grammar import Grammars, restrict
 from tests.models.odd_models import make_tokenizer
 from tests.models.odd_tokenizers import byte_fallback, byte_level
 from tests.models.test_generation import CPU, make_folder, one_thread, request

@@ -17,8 +17,8 @@ from penstock.settings import ModelSettings
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.engines.device import CARD_SWITCH_S, left_to_groups_bytes
 from penstock_workers.engines.embedding import Embedder
-from penstock_workers.engines.generation import Generator
 from penstock_workers.engines.memory import cache_bytes, check_memory, weights_bytes
+from penstock_workers.generation.generator import Generator
 from tests.models.test_generation import CPU, SIZES, answers, load, make_folder, one_thread, request
 
 __all__ = ["one_thread"]

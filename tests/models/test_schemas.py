@@ -29,8 +29,8 @@ from pydantic import (
 )
 
 from penstock.errors import InvalidFormatError
-from penstock_workers.engines.grammar import Grammars
-from penstock_workers.engines.schemas import simplify
+from penstock_workers.generation.grammar import Grammars
+from penstock_workers.generation.schemas import simplify
 from tests.models.odd_tokenizers import TOKENIZERS, byte_level
 
 

@@ -134,11 +134,11 @@ def test_processes_of_a_pool_are_forked_where_they_can_be() -> None:
     first, second = (child.preload for child in two.children)
     assert first is not None
     assert first == second
-    assert {"penstock_workers.engines.embedding", "penstock_workers.engines.generation"} < {*first.modules}
+    assert {"penstock_workers.engines.embedding", "penstock_workers.generation.generator"} < {*first.modules}
     assert ("OMP_NUM_THREADS", "3") in first.environment
     assert [child.preload for child in (*one.children, *cards.children)] == [None] * 3
     assert trial.children[0].preload is not None
-    assert "penstock_workers.engines.generation" not in trial.children[0].preload.modules
+    assert "penstock_workers.generation.generator" not in trial.children[0].preload.modules
 
 
 def test_workers_get_the_numbers_that_auto_stands_for() -> None:

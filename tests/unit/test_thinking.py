@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from penstock_workers.engines.detokenizing import Detokenizer
-from penstock_workers.engines.thinking import Marks, Speech, Stage, Thought
+from penstock_workers.generation.detokenizer import Detokenizer
+from penstock_workers.generation.thinking import Marks, Speech, Stage, Thought
 
 
 class Mark(str):

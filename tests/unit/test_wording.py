@@ -1,6 +1,6 @@
 import pytest
 
-from penstock_workers.engines.wording import Wording
+from penstock_workers.generation.stop_strings import Wording
 
 
 def say(text: str, *stop: str, trims: str = "") -> tuple[str, list[str]]:

@@ -22,13 +22,13 @@ if TYPE_CHECKING:  # torch loads with the first model, not with the app
     import torch
     from numpy.typing import NDArray
 
-    from penstock_workers.engines.decoding import Row
     from penstock_workers.engines.embedding import Embedder
-    from penstock_workers.engines.generation import Answer, Generator
     from penstock_workers.engines.remote_chat import RemoteGenerator
     from penstock_workers.engines.remote_embedding import RemoteEmbedder
     from penstock_workers.engines.reranking import Reranker
     from penstock_workers.engines.tokenizing import Encoded
+    from penstock_workers.generation.decoding import Row
+    from penstock_workers.generation.generator import Answer, Generator
 
 
 DEFAULT_SHARES: Final[Mapping[Task, float]] = {"embed": 2.0, "generate": 1.0, "rerank": 2.0}
@@ -246,7 +246,7 @@ def _load(name: str, settings: Settings, device: "torch.device | None", turn: Tu
             engine=reranker,
             batcher=Batcher(name, reranker.run, cut_texts(model, reranker, device), turn),
         )
-    from penstock_workers.engines.generation import Generator
+    from penstock_workers.generation.generator import Generator
 
     generator = Generator.load(name, model, device)
     if turn is not None:

@@ -34,7 +34,7 @@ WORKERS_STAGE: Final = 1
 """After Redis, before Flower."""
 _ENGINES: Final = {
     "embed": "penstock_workers.engines.embedding",
-    "generate": "penstock_workers.engines.generation",
+    "generate": "penstock_workers.generation.generator",
     "rerank": "penstock_workers.engines.reranking",
 }
 

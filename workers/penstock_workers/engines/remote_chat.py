@@ -19,7 +19,7 @@ from penstock_workers.engines.remote_answer import (
     read_choice,
     thought_of,
 )
-from penstock_workers.engines.thinking import Thought
+from penstock_workers.generation.thinking import Thought
 from penstock_workers.upstream import Fault, Upstream
 
 DEFAULTS: Final = GenerationOptions(max_new_tokens=256, truncation="error")

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from penstock.errors import InvalidOptionError, InvalidTextError, ModelLoadError, PenstockError
 from penstock.request import Message, Tool, parse_arguments
-from penstock_workers.engines.templates import ALL_ROLES, Shape, find_losses
-from penstock_workers.engines.thinking import Marks
+from penstock_workers.generation.chat_templates import ALL_ROLES, Shape, find_losses
+from penstock_workers.generation.thinking import Marks
 
 # For models without a template: "System: ...\n\nUser: ...\n\nAssistant: ...\n\nUser: ...\n\nAssistant:".
 _PLAIN_TEMPLATE = (

@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from penstock.errors import InvalidFormatError
 from penstock.request import ResponseFormat
-from penstock_workers.engines.detokenizing import Detokenizer
-from penstock_workers.engines.schemas import simplify
+from penstock_workers.generation.detokenizer import Detokenizer
+from penstock_workers.generation.schemas import simplify
 
 T = TypeVar("T")
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
-from penstock_workers.engines.detokenizing import HALF_CHARACTER, Detokenizer
-from penstock_workers.engines.wording import Wording
+from penstock_workers.generation.detokenizer import HALF_CHARACTER, Detokenizer
+from penstock_workers.generation.stop_strings import Wording
 
 if TYPE_CHECKING:  # the tasks import this file, and transformers loads with the first model
     from transformers import PreTrainedTokenizerBase

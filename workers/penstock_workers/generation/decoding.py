@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from penstock.errors import EngineError, OutOfMemoryError, PenstockError
-from penstock_workers.engines.cache import Part, RowCache
-from penstock_workers.engines.causal_lm import Batch, Sharing
-from penstock_workers.engines.prefixes import LEAST_TOKENS, Opening, Prefixes
-from penstock_workers.engines.sampling import Trail, choose
+from penstock_workers.generation.causal_lm import Batch, Sharing
+from penstock_workers.generation.kv_cache import Part, RowCache
+from penstock_workers.generation.prefix_cache import LEAST_TOKENS, Opening, Prefixes
+from penstock_workers.generation.sampling import Trail, choose
 
 logger = logging.getLogger(__name__)
 

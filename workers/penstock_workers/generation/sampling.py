@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.request import GenerationOptions
-from penstock_workers.engines.generation_config import Limits
-from penstock_workers.engines.grammar import Grammar, restrict
+from penstock_workers.generation.generation_config import Limits
+from penstock_workers.generation.grammar import Grammar, restrict
 
 _N_LIKELIEST = 256  # of a vocabulary of 150,000, sorting them all would take longer than a small model's step
 _SEED_BITS = 63

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock_workers.engines.causal_lm import Batch
+from penstock_workers.generation.causal_lm import Batch
 
 LEAST_TOKENS: Final = 64
 """Shorter beginnings are computed again: a copy and a step's waiting would cost as much."""

@@ -25,21 +25,21 @@ from penstock.errors import (
 from penstock.request import GenerateRequest, GenerationOptions, Message, Tool, ToolCall
 from penstock.result import FinishReason, Logprobs
 from penstock.settings import ModelSettings
-from penstock_workers.engines.causal_lm import (
+from penstock_workers.engines.device import free_bytes
+from penstock_workers.engines.source import explain_failure, resolve_source
+from penstock_workers.generation.causal_lm import (
     context_window,
     find_sharing,
     load_causal_lm,
     pause_between_layers,
 )
-from penstock_workers.engines.chat import Chat
-from penstock_workers.engines.decoding import Decoding, Row
-from penstock_workers.engines.detokenizing import Detokenizer
-from penstock_workers.engines.device import free_bytes
-from penstock_workers.engines.generation_config import read_own_config
-from penstock_workers.engines.grammar import Grammar, Grammars
-from penstock_workers.engines.sampling import Sampling, Trail
-from penstock_workers.engines.source import explain_failure, resolve_source
-from penstock_workers.engines.thinking import Speech, Stage
+from penstock_workers.generation.chat import Chat
+from penstock_workers.generation.decoding import Decoding, Row
+from penstock_workers.generation.detokenizer import Detokenizer
+from penstock_workers.generation.generation_config import read_own_config
+from penstock_workers.generation.grammar import Grammar, Grammars
+from penstock_workers.generation.sampling import Sampling, Trail
+from penstock_workers.generation.thinking import Speech, Stage
 
 logger = logging.getLogger(__name__)
 

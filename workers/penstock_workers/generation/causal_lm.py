@@ -21,11 +21,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from penstock.errors import ModelLoadError
 from penstock.settings import ModelSettings
-from penstock_workers.engines.cache import Part, RowCache, order_without
 from penstock_workers.engines.checkpoint import check_files, reading
 from penstock_workers.engines.device import has_fast_bfloat16, torch_dtype
 from penstock_workers.engines.memory import cache_bytes, check_memory, weights_bytes
-from penstock_workers.engines.templates import choose_template
+from penstock_workers.generation.chat_templates import choose_template
+from penstock_workers.generation.kv_cache import Part, RowCache, order_without
 
 logger = logging.getLogger(__name__)
 

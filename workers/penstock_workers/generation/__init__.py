@@ -1,0 +1,1 @@
+"""Prompts become text: one causal language model, whose requests share forward passes."""
