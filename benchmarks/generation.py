@@ -33,11 +33,13 @@ from penstock.request import EmbedRequest, GenerateRequest, ResponseFormat
 from penstock.settings import ModelSettings
 from penstock_workers.batching import Batcher
 from penstock_workers.engines.embedding import Embedder
-from penstock_workers.generation.causal_lm import Sharing, find_sharing, pause_between_layers
+from penstock_workers.generation.batch_mode import BatchMode
 from penstock_workers.generation.decoding import Decoding
-from penstock_workers.generation.decoding import Row as Line
 from penstock_workers.generation.generator import Generator
-from penstock_workers.generation.sampling import Sampling, Trail
+from penstock_workers.generation.loading import pause_between_layers
+from penstock_workers.generation.mode_trial import find_batch_mode
+from penstock_workers.generation.sampling_params import SamplingParams
+from penstock_workers.generation.sequence import ScheduledSequence, TokenSequence
 from penstock_workers.scheduling import Scheduler
 from penstock_workers.serving import DEFAULT_SHARES, cut_texts
 from penstock_workers.turns import Device, Turn
@@ -45,7 +47,7 @@ from penstock_workers.turns import Device, Turn
 N_NEW = 64
 CHAT = "bundled:tiny-chat"
 ASKED = "Tell me about water."
-GREEDY = Sampling(
+GREEDY = SamplingParams(
     temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, seed=1
 )
 HOT = replace(GREEDY, temperature=1.0, top_p=0.9)
@@ -57,7 +59,7 @@ class Ask:
 
     ids: tuple[int, ...]
     n_new: int = N_NEW
-    sampling: Sampling = GREEDY
+    sampling: SamplingParams = GREEDY
 
     @property
     def n_tokens(self) -> int:
@@ -127,14 +129,16 @@ def make_asks(n: int, *, seed: int = 1, vocab: int = 8192) -> list[Ask]:
     return [Ask(tuple(dice.randrange(1, vocab) for _ in range(dice.randrange(8, 129)))) for _ in range(n)]
 
 
-def start(model: PreTrainedModel, *, max_rows: int) -> Scheduler[Ask, Line[list[int]], list[int]]:
+def start(
+    model: PreTrainedModel, *, max_rows: int
+) -> Scheduler[Ask, ScheduledSequence[list[int]], list[int]]:
     """Start a worker's scheduler; its answers are tokens."""
     return Scheduler("benchmark", make_decoding(model, max_rows=max_rows), make_line)
 
 
 def make_decoding(model: PreTrainedModel, *, max_rows: int, budget: int = 1 << 20) -> Decoding[list[int]]:
     """Return an empty batch."""
-    return Decoding("benchmark", model, Sharing.CONTINUOUS, max_rows=max_rows, budget_tokens=budget)
+    return Decoding("benchmark", model, BatchMode.CONTINUOUS, max_rows=max_rows, budget_tokens=budget)
 
 
 def make_line(
@@ -144,16 +148,16 @@ def make_line(
     is_over: Callable[[], bool] = lambda: False,
     on_start: Callable[[], None] = lambda: None,
     on_piece: Callable[[str], None] | None = None,
-) -> Line[list[int]]:
+) -> ScheduledSequence[list[int]]:
     """Return a row that ends after the tokens that were asked for; a piece is a token."""
-    trail = Trail(sampling=ask.sampling, prompt=ask.ids)
+    tokens = TokenSequence(sampling=ask.sampling, prompt=ask.ids)
 
     def take(token: int) -> list[int] | None:
         if on_piece:
             on_piece(str(token))
-        return trail.tokens if len(trail.tokens) == ask.n_new else None
+        return tokens.output if len(tokens.output) == ask.n_new else None
 
-    return Line(trail, ask.n_new, take=take, is_over=is_over, on_start=on_start)
+    return ScheduledSequence(tokens, ask.n_new, take=take, is_over=is_over, on_start=on_start)
 
 
 @torch.inference_mode()
@@ -381,7 +385,7 @@ def equality(*, n_requests: int) -> Found:
                 decoding.add(coming.pop(0))
             decoding.step()
         differ[name] = sum(
-            line.trail.tokens != (generate(model, [ask])[0] if name == "greedy" else alone(model, ask))
+            line.tokens.output != (generate(model, [ask])[0] if name == "greedy" else alone(model, ask))
             for line, ask in zip(lines, asks, strict=True)
         )
     return [], {
@@ -396,7 +400,7 @@ def alone(model: PreTrainedModel, ask: Ask) -> list[int]:
     decoding.add(line)
     while not decoding.is_idle:
         decoding.step()
-    return line.trail.tokens
+    return line.tokens.output
 
 
 def endurance(*, n_requests: int) -> Found:
@@ -404,7 +408,7 @@ def endurance(*, n_requests: int) -> Found:
     model = make_model(
         vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )
-    _, bytes_per_token = find_sharing(model)
+    _, bytes_per_token = find_batch_mode(model)
     budget, dice = 1000, random.Random(6)
     decoding, most, grown = make_decoding(model, max_rows=32, budget=budget), 0, []
     asks = [

@@ -57,7 +57,7 @@ class ModelInfo:
         dtype: number format that it computes in; `remote` where another server does.
         batching: how texts or requests share forward passes, as the engine calls it: `packed` end to end or
             `padded` to the longest, by torch or `padded, OpenVINO`; for generation see
-            `generation.causal_lm.Sharing`.
+            `generation.batch_mode.BatchMode`.
         int8_ranges: lowest and highest values behind its int8 vectors, for each dimension, or one for all; an
             int8 v stands for lowest + (v + 128.5) * (highest - lowest) / 255. The latter are for vectors of
             unit length, and sqrt(dim / truncate_dim) times as wide for those that were cut and normalised.

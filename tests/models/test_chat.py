@@ -12,8 +12,9 @@ from transformers import LlamaConfig
 
 from penstock.errors import IncompleteOutputError, InputTooLongError, InvalidOptionError, ModelLoadError
 from penstock.request import Message, Tool
+from penstock_workers.generation.answering import Answer
 from penstock_workers.generation.chat import GAP, Chat
-from penstock_workers.generation.generator import Answer, Generator
+from penstock_workers.generation.generator import Generator
 from penstock_workers.generation.thinking import Thought
 from tests.models.test_generation import (
     NO_SYSTEM,
@@ -94,7 +95,7 @@ def make(folder: Path, template: str, *, marks: bool = True, **fields: Any) -> G
 @contextmanager
 def saying(generator: Generator, text: str) -> Iterator[None]:
     """Let the model want to say this, then the end."""
-    ids: Sequence[int] = [*generator._tokenizer(text, add_special_tokens=False)["input_ids"], 1, 1]
+    ids: Sequence[int] = [*generator.vocabulary._tokenizer(text, add_special_tokens=False)["input_ids"], 1, 1]
     steps = iter(ids)
 
     def prefer(_module: Any, _args: Any, out: Any) -> None:
@@ -265,7 +266,7 @@ def test_pieces_say_what_they_are(tmp_path: Path) -> None:
     generator = make(tmp_path, OPENS)
     pieces: list[str] = []
     decoding = generator.decoding(max_rows=1)
-    decoding.add(generator.row(generator.prepare(request()), on_piece=pieces.append))
+    decoding.add(generator.sequence(generator.prepare(request()), on_piece=pieces.append))
 
     with saying(generator, "water falls\n</think>\n\nthe wheel"):
         while not decoding.is_idle:

@@ -8,12 +8,15 @@ import torch
 from transformers import PreTrainedModel
 
 from penstock.errors import EngineError, OutOfMemoryError
-from penstock_workers.generation.causal_lm import Sharing, find_sharing
-from penstock_workers.generation.decoding import Decoding, Row
-from penstock_workers.generation.sampling import Sampling, Trail
+from penstock_workers.generation.batch_mode import BatchMode
+from penstock_workers.generation.decoding import Decoding
+from penstock_workers.generation.mode_trial import find_batch_mode
+from penstock_workers.generation.prefill_budget import PrefillBudget
+from penstock_workers.generation.sampling_params import SamplingParams
+from penstock_workers.generation.sequence import ScheduledSequence, TokenSequence
 from tests.models.architectures import build
 
-GREEDY = Sampling(
+GREEDY = SamplingParams(
     temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, seed=1
 )
 DONE = "done"
@@ -46,18 +49,23 @@ def spoil(llama: PreTrainedModel) -> Iterator[Callable[[Callable[[torch.Tensor, 
 
 def start(model: PreTrainedModel, *, max_rows: int = 8, budget_tokens: int = 1 << 20) -> Decoding[str]:
     """Return an empty batch."""
-    return Decoding("llama", model, Sharing.CONTINUOUS, max_rows=max_rows, budget_tokens=budget_tokens)
+    return Decoding("llama", model, BatchMode.CONTINUOUS, max_rows=max_rows, budget_tokens=budget_tokens)
 
 
 def make_row(
-    prompt: list[int], n_new: int, sampling: Sampling = GREEDY, is_over: Callable[[], bool] = lambda: False
-) -> Row[str]:
+    prompt: list[int],
+    n_new: int,
+    sampling: SamplingParams = GREEDY,
+    is_over: Callable[[], bool] = lambda: False,
+) -> ScheduledSequence[str]:
     """Return a row that ends after `n_new` tokens."""
-    trail = Trail(sampling=sampling, prompt=prompt)
-    return Row(trail, n_new, take=lambda _: DONE if len(trail.tokens) == n_new else None, is_over=is_over)
+    tokens = TokenSequence(sampling=sampling, prompt=prompt)
+    return ScheduledSequence(
+        tokens, n_new, take=lambda _: DONE if len(tokens.output) == n_new else None, is_over=is_over
+    )
 
 
-def make_rows(n: int, sampling: Sampling = GREEDY, *, seed: int = 3) -> list[Row[str]]:
+def make_rows(n: int, sampling: SamplingParams = GREEDY, *, seed: int = 3) -> list[ScheduledSequence[str]]:
     """Return rows of different lengths."""
     dice = random.Random(seed)
     return [
@@ -70,22 +78,22 @@ def make_rows(n: int, sampling: Sampling = GREEDY, *, seed: int = 3) -> list[Row
     ]
 
 
-def run(decoding: Decoding[str], rows: list[Row[str]]) -> dict[Row[str], object]:
+def run(decoding: Decoding[str], rows: list[ScheduledSequence[str]]) -> dict[ScheduledSequence[str], object]:
     """Run all rows to their ends."""
     for row in rows:
         decoding.add(row)
-    outcomes: dict[Row[str], object] = {}
+    outcomes: dict[ScheduledSequence[str], object] = {}
     while not decoding.is_idle:
         outcomes |= dict(decoding.step())
     return outcomes
 
 
-def tokens_alone(model: PreTrainedModel, rows: list[Row[str]]) -> list[list[int]]:
+def tokens_alone(model: PreTrainedModel, rows: list[ScheduledSequence[str]]) -> list[list[int]]:
     """Return what each row gets in a batch of its own."""
-    copies = [make_row(list(row.trail.prompt), row.max_new_tokens, row.trail.sampling) for row in rows]
+    copies = [make_row(list(row.tokens.prompt), row.max_new_tokens, row.tokens.sampling) for row in rows]
     for copy in copies:
         assert run(start(model), [copy]) == {copy: DONE}
-    return [copy.trail.tokens for copy in copies]
+    return [copy.tokens.output for copy in copies]
 
 
 @pytest.mark.parametrize(
@@ -100,14 +108,14 @@ def tokens_alone(model: PreTrainedModel, rows: list[Row[str]]) -> list[list[int]
     ],
     ids=str,
 )
-def test_tokens_do_not_depend_on_company(llama: PreTrainedModel, options: dict[str, Any]) -> None:
+def test_tokens_do_not_depend_on_batch_mates(llama: PreTrainedModel, options: dict[str, Any]) -> None:
     """Whoever comes and goes meanwhile, a request gets the tokens that it gets alone."""
     rows = make_rows(40, replace(GREEDY, **options))
 
     outcomes = run(start(llama), rows)
 
     assert set(outcomes.values()) == {DONE}
-    assert [row.trail.tokens for row in rows] == tokens_alone(llama, rows)
+    assert [row.tokens.output for row in rows] == tokens_alone(llama, rows)
 
 
 def test_who_is_over_leaves_within_a_step(llama: PreTrainedModel) -> None:
@@ -126,16 +134,16 @@ def test_who_is_over_leaves_within_a_step(llama: PreTrainedModel) -> None:
     decoding.step()
     outcomes = decoding.step()
 
-    assert len(first.trail.tokens) == 4
-    assert waiting.trail.tokens == []
+    assert len(first.tokens.output) == 4
+    assert waiting.tokens.output == []
     assert outcomes == [(last, DONE)]
     assert decoding.is_idle
 
 
-def test_long_prompt_does_not_stop_others(llama: PreTrainedModel) -> None:
-    """While a long prompt is computed in parts, running rows get a token per step and short ones enter."""
+def test_long_prompt_does_not_stop_others(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a long prompt is prefilled in chunks, running rows get a token per step and short ones enter."""
     decoding = start(llama)
-    decoding._prompt_tokens = lambda: 32  # type: ignore[method-assign]  # measured otherwise
+    monkeypatch.setattr(PrefillBudget, "n_tokens", 32)  # measured otherwise
     running, long, short = make_row([9], 30), make_row(list(range(8, 308)), 3), make_row([7, 6], 3)
     decoding.add(running)
     decoding.step()
@@ -144,17 +152,17 @@ def test_long_prompt_does_not_stop_others(llama: PreTrainedModel) -> None:
 
     for n in range(2, 10):
         decoding.step()
-        assert len(running.trail.tokens) == n
+        assert len(running.tokens.output) == n
 
-    assert len(short.trail.tokens) == 3
-    assert long.trail.tokens == []
+    assert len(short.tokens.output) == 3
+    assert long.tokens.output == []
     assert set(run(decoding, []).values()) == {DONE}
-    assert [long.trail.tokens] == tokens_alone(llama, [long])
+    assert [long.tokens.output] == tokens_alone(llama, [long])
 
 
 def test_cache_stays_within_its_budget(llama: PreTrainedModel) -> None:
     """Rows wait where the cache would grow past the budget; when all have left, nothing is held."""
-    _, bytes_per_token = find_sharing(llama)
+    _, bytes_per_token = find_batch_mode(llama)
     decoding, rows = start(llama, max_rows=32, budget_tokens=1500), make_rows(40)
     for row in rows:
         decoding.add(row)
@@ -168,7 +176,7 @@ def test_cache_stays_within_its_budget(llama: PreTrainedModel) -> None:
     assert max(held) <= 1500 * bytes_per_token
     assert 3 <= max(n_running) < 32
     assert held[-1] == 0
-    assert [row.trail.tokens for row in rows] == tokens_alone(llama, rows)
+    assert [row.tokens.output for row in rows] == tokens_alone(llama, rows)
 
 
 def test_row_beyond_the_budget_runs_alone(llama: PreTrainedModel) -> None:
@@ -188,16 +196,16 @@ def test_out_of_memory_is_learned(
     decoding, n_refused = start(llama), []
 
     def check(ids: torch.Tensor, cache: Any) -> None:
-        n_cells = len(ids) * (ids.shape[1] + cache.get_seq_length())
-        if n_cells > 150 and (ids.shape[1] > 1) == (where == "prompts"):
-            n_refused.append(n_cells)
+        n_slots = len(ids) * (ids.shape[1] + cache.get_seq_length())
+        if n_slots > 150 and (ids.shape[1] > 1) == (where == "prompts"):
+            n_refused.append(n_slots)
             raise torch.OutOfMemoryError("faked")
 
     spoil(check)
     outcomes = run(decoding, rows)
 
     assert set(outcomes.values()) == {DONE}
-    assert [row.trail.tokens for row in rows] == expected
+    assert [row.tokens.output for row in rows] == expected
     assert 0 < len(n_refused) < 24
     assert decoding.budget_tokens < 1 << 20
 
@@ -229,13 +237,18 @@ def test_row_that_breaks_the_model_fails_alone(
     rows = make_rows(8)
     expected = tokens_alone(llama, rows)
     bad = 3
-    rows[bad].trail.prompt = [5, 5, 5]  # a token that no other prompt has
+    rows[bad].tokens.prompt = [5, 5, 5]  # a token that no other prompt has
     rows[bad].max_new_tokens = 30
 
     def check(ids: torch.Tensor, cache: Any) -> None:
         if when == "prompt" and (ids == 5).any():
             raise RuntimeError("faked")
-        if when == "step" and ids.shape[1] == 1 and rows[bad].trail.tokens and rows[bad] in decoding._rows:
+        if (
+            when == "step"
+            and ids.shape[1] == 1
+            and rows[bad].tokens.output
+            and rows[bad] in decoding._running.decoding
+        ):
             raise RuntimeError("faked")
 
     decoding = start(llama)
@@ -245,7 +258,7 @@ def test_row_that_breaks_the_model_fails_alone(
     assert isinstance(outcomes.pop(rows[bad]), EngineError)
     assert set(outcomes.values()) == {DONE}
     del rows[bad], expected[bad]
-    assert [row.trail.tokens for row in rows] == expected
+    assert [row.tokens.output for row in rows] == expected
 
 
 def test_text_that_fails_hurts_nobody_else(llama: PreTrainedModel) -> None:
@@ -270,7 +283,7 @@ def widths(spoil: Callable[[Callable[[torch.Tensor, Any], None]], None]) -> list
     return found
 
 
-def begin_alike(n: int, *, n_same: int = 100, n_new: int = 10) -> list[Row[str]]:
+def share_prefix(n: int, *, n_same: int = 100, n_new: int = 10) -> list[ScheduledSequence[str]]:
     """Return rows whose prompts have their first tokens in common, and 1 to n others."""
     dice = random.Random(7)
     same = [dice.randrange(8, 320) for _ in range(n_same)]
@@ -285,16 +298,18 @@ def test_equal_prompts_are_computed_once(llama: PreTrainedModel, widths: list[tu
 
     assert set(outcomes.values()) == {DONE}
     assert widths[:2] == [(1, 15), (6, 1)]
-    assert len({tuple(row.trail.tokens) for row in rows}) == 6
-    assert [row.trail.tokens for row in rows] == tokens_alone(llama, rows)
+    assert len({tuple(row.tokens.output) for row in rows}) == 6
+    assert [row.tokens.output for row in rows] == tokens_alone(llama, rows)
 
 
-def test_equal_long_prompts_are_computed_once(llama: PreTrainedModel, widths: list[tuple[int, int]]) -> None:
-    """The same holds for a prompt that is computed in parts; who is cancelled meanwhile leaves the others."""
+def test_equal_long_prompts_are_computed_once(
+    llama: PreTrainedModel, widths: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So are prompts that are prefilled in chunks; who is cancelled meanwhile leaves the others."""
     over: list[int] = []
     rows = [make_row(list(range(8, 308)), 5, is_over=lambda i=i: i in over) for i in range(4)]  # type: ignore[misc]  # i
     decoding = start(llama)
-    decoding._prompt_tokens = lambda: 128  # type: ignore[method-assign]  # measured otherwise
+    monkeypatch.setattr(PrefillBudget, "n_tokens", 128)  # measured otherwise
     for row in rows:
         decoding.add(row)
     for _ in range(3):
@@ -305,23 +320,23 @@ def test_equal_long_prompts_are_computed_once(llama: PreTrainedModel, widths: li
 
     assert outcomes == {rows[1]: DONE, rows[3]: DONE}
     assert widths[:4] == [(1, 128), (1, 128), (1, 44), (2, 1)]
-    assert [rows[1].trail.tokens, rows[3].trail.tokens] == tokens_alone(llama, [rows[1], rows[3]])
+    assert [rows[1].tokens.output, rows[3].tokens.output] == tokens_alone(llama, [rows[1], rows[3]])
 
 
-def test_a_common_beginning_is_computed_once(llama: PreTrainedModel, widths: list[tuple[int, int]]) -> None:
+def test_a_common_prefix_is_computed_once(llama: PreTrainedModel, widths: list[tuple[int, int]]) -> None:
     """Prompts that come at once wait for the one that computes what they begin with, and copy it."""
-    rows = begin_alike(6)
+    rows = share_prefix(6)
     outcomes = run(start(llama), rows)
 
     assert set(outcomes.values()) == {DONE}
     assert widths[0] == (1, 101)
     assert max(width for _, width in widths[1:]) <= 6
-    assert [row.trail.tokens for row in rows] == tokens_alone(llama, rows)
+    assert [row.tokens.output for row in rows] == tokens_alone(llama, rows)
 
 
-def test_a_common_beginning_outlives_its_rows(llama: PreTrainedModel, widths: list[tuple[int, int]]) -> None:
+def test_a_common_prefix_outlives_its_rows(llama: PreTrainedModel, widths: list[tuple[int, int]]) -> None:
     """What two prompts began with is kept for the third, after both have left; others are not kept."""
-    decoding, rows = start(llama), begin_alike(4)
+    decoding, rows = start(llama), share_prefix(4)
     n_computed = []
     for row in [*make_rows(5), *rows]:
         widths.clear()
@@ -330,14 +345,14 @@ def test_a_common_beginning_outlives_its_rows(llama: PreTrainedModel, widths: li
 
     assert n_computed[-4:] == [101, 102, 3, 4]
     assert decoding.cache_bytes == 100 * 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dim, float32
-    assert [row.trail.tokens for row in rows] == tokens_alone(llama, rows)
+    assert [row.tokens.output for row in rows] == tokens_alone(llama, rows)
 
 
-def test_beginnings_make_way_for_rows(llama: PreTrainedModel) -> None:
+def test_prefixes_make_way_for_rows(llama: PreTrainedModel) -> None:
     """What is kept counts as cache, and goes where a row needs the memory."""
-    _, bytes_per_token = find_sharing(llama)
+    _, bytes_per_token = find_batch_mode(llama)
     decoding = start(llama, budget_tokens=1500)
-    run(decoding, begin_alike(3))
+    run(decoding, share_prefix(3))
     n_kept = decoding.cache_bytes // bytes_per_token
     rows, held = make_rows(40), []
     for row in rows:
@@ -349,15 +364,15 @@ def test_beginnings_make_way_for_rows(llama: PreTrainedModel) -> None:
     assert n_kept == 100
     assert max(held) <= 1500 * bytes_per_token
     assert decoding.cache_bytes == 0
-    assert [row.trail.tokens for row in rows] == tokens_alone(llama, rows)
+    assert [row.tokens.output for row in rows] == tokens_alone(llama, rows)
 
 
-def test_beginnings_go_first_when_memory_runs_out(
+def test_prefixes_go_first_when_memory_runs_out(
     llama: PreTrainedModel, spoil: Callable[[Callable[[torch.Tensor, Any], None]], None]
 ) -> None:
     """A row that fails for lack of memory is tried again when nothing is kept any more."""
     decoding, row = start(llama), make_row([5] * 30, 5)
-    run(decoding, begin_alike(3))
+    run(decoding, share_prefix(3))
 
     def check(ids: torch.Tensor, _: Any) -> None:
         if ids.shape[1] > 1 and decoding.cache_bytes:
@@ -369,19 +384,19 @@ def test_beginnings_go_first_when_memory_runs_out(
     assert decoding.cache_bytes == 0
 
 
-def test_twins_that_break_the_model_fail_alone(
+def test_duplicates_that_break_the_model_fail_alone(
     llama: PreTrainedModel, spoil: Callable[[Callable[[torch.Tensor, Any], None]], None]
 ) -> None:
     """A prompt that no pass survives fails each of its rows, and none else."""
-    twins = [make_row([5, 5, 5], 4) for _ in range(4)]
-    rows = begin_alike(4)
+    duplicates = [make_row([5, 5, 5], 4) for _ in range(4)]
+    rows = share_prefix(4)
 
     def check(ids: torch.Tensor, _: Any) -> None:
         if (ids == 5).any():
             raise RuntimeError("faked")
 
     spoil(check)
-    outcomes = run(start(llama), [*rows[:2], *twins, *rows[2:]])
+    outcomes = run(start(llama), [*rows[:2], *duplicates, *rows[2:]])
 
-    assert all(isinstance(outcomes.pop(twin), EngineError) for twin in twins)
+    assert all(isinstance(outcomes.pop(duplicate), EngineError) for duplicate in duplicates)
     assert outcomes == dict.fromkeys(rows, DONE)

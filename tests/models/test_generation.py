@@ -35,8 +35,11 @@ from penstock.errors import (
 )
 from penstock.request import GenerateRequest, GenerationOptions
 from penstock.settings import ModelSettings
-from penstock_workers.generation.generator import Answer, Generator, Prompt
-from penstock_workers.generation.sampling import Sampling, draw
+from penstock_workers.generation.answering import Answer
+from penstock_workers.generation.generator import Generator
+from penstock_workers.generation.prompt import Prompt
+from penstock_workers.generation.sampling import draw
+from penstock_workers.generation.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
 BEGIN, END, USER, SYSTEM, ASSISTANT = "<|begin|>", "<|end|>", "<|user|>", "<|system|>", "<|assistant|>"
@@ -214,7 +217,7 @@ def test_greedy_answers_equal_transformers_own(kind: str, tmp_path: Path) -> Non
     folder = make_folder(tmp_path, CONFIGS[kind]())
     generator = load(folder)
     # Without its decoder each byte is a letter, so that no token can hide behind another.
-    generator._tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # type: ignore[attr-defined]  # a fast one
+    generator.vocabulary._tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # type: ignore[attr-defined]  # a fast one
     prompts = sixteen(generator)
     expected = [reference(folder, prompt) for prompt in prompts]
 
@@ -380,7 +383,7 @@ def test_no_seed_gives_different_texts(llama: Generator) -> None:
 def test_filters_leave_the_tokens_they_should(options: dict[str, Any], allowed: set[int]) -> None:
     """Drawn often enough, exactly the tokens that a filter keeps turn up."""
     logits = torch.tensor([0.5, 0.25, 0.125, 0.075, 0.05]).log()
-    sampling = Sampling.resolve(GenerationOptions(**{"temperature": 1.0, "seed": 3} | options))
+    sampling = SamplingParams.resolve(GenerationOptions(**{"temperature": 1.0, "seed": 3} | options))
 
     drawn = draw(logits.expand(400, -1), [sampling] * 400, range(400)).tolist()
 
@@ -390,7 +393,7 @@ def test_filters_leave_the_tokens_they_should(options: dict[str, Any], allowed: 
 def test_draws_follow_the_probabilities() -> None:
     """Over many draws each token turns up as often as its probability says, within 4 standard errors."""
     shares = torch.tensor([0.5, 0.3, 0.2])
-    sampling = Sampling.resolve(GenerationOptions(temperature=1.0, seed=11))
+    sampling = SamplingParams.resolve(GenerationOptions(temperature=1.0, seed=11))
 
     tokens = draw(shares.log().expand(4000, -1), [sampling] * 4000, range(4000))
     drawn = tokens.bincount() / 4000
@@ -474,7 +477,7 @@ def test_pieces_are_the_answer(llama: Generator, stop: list[str]) -> None:
     heard: dict[Any, list[str]] = {}
     for prompt in prompts:
         pieces: list[str] = []
-        row = llama.row(prompt, on_piece=pieces.append)
+        row = llama.sequence(prompt, on_piece=pieces.append)
         heard[row] = pieces
         decoding.add(row)
 
@@ -514,7 +517,7 @@ def test_call_wins_over_settings_over_the_model(tmp_path: Path) -> None:
     prompt = generator.prepare(request(top_p=0.5, seed=1))
 
     assert prompt.max_new_tokens == 33
-    assert prompt.sampling == Sampling(
+    assert prompt.sampling == SamplingParams(
         temperature=0.6, top_k=30, top_p=0.5, min_p=0.0, repetition_penalty=1.1, presence_penalty=0.0, seed=1
     )
 
@@ -524,7 +527,7 @@ def test_defaults_are_greedy(llama: Generator) -> None:
     prompt = llama.prepare(request(seed=1))
 
     assert prompt.max_new_tokens == 256
-    assert prompt.sampling == Sampling(
+    assert prompt.sampling == SamplingParams(
         temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, seed=1
     )
 

@@ -27,11 +27,11 @@ def say(generator: Generator, **fields: Any) -> list[int]:
     """Return the tokens of an answer."""
     prompt = generator.prepare(request("Say: water.", **({"max_new_tokens": 40} | fields)))
     decoding = generator.decoding(max_rows=1)
-    row = generator.row(prompt)
+    row = generator.sequence(prompt)
     decoding.add(row)
     while not decoding.is_idle:
         decoding.step()
-    return list(row.trail.tokens)
+    return list(row.tokens.output)
 
 
 def expect(folder: Path, prompt: tuple[int, ...]) -> list[int]:

@@ -12,8 +12,10 @@ from penstock.errors import IncompleteOutputError, InvalidFormatError, PenstockE
 from penstock.request import GenerationOptions
 from penstock.settings import ModelSettings
 from penstock_workers.bundled import bundled_folder
-from penstock_workers.generation.generator import Answer, Generator, Prompt
+from penstock_workers.generation.answering import Answer
+from penstock_workers.generation.generator import Generator
 from penstock_workers.generation.grammar import Grammars, restrict
+from penstock_workers.generation.prompt import Prompt
 from tests.models.odd_models import make_tokenizer
 from tests.models.odd_tokenizers import byte_fallback, byte_level
 from tests.models.test_generation import CPU, make_folder, one_thread, request
@@ -312,7 +314,7 @@ def test_pieces_are_the_answer(generator: Generator) -> None:
     """Who listens hears the text of a constrained answer, piece by piece."""
     pieces: list[str] = []
     decoding = generator.decoding(max_rows=2)
-    decoding.add(generator.row(wanted(generator, schema(PERSON)), on_piece=pieces.append))
+    decoding.add(generator.sequence(wanted(generator, schema(PERSON)), on_piece=pieces.append))
     ended: list[Any] = []
     while not decoding.is_idle:
         ended += [outcome for _, outcome in decoding.step()]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from penstock_workers.generation.detokenizer import Detokenizer
-from penstock_workers.generation.thinking import Marks, Speech, Stage, Thought
+from penstock_workers.generation.thinking import ReasoningMarks, ReasoningParser, Stage, Thought
 
 
 class Mark(str):
@@ -47,17 +47,17 @@ def speak(
 ) -> tuple[str | None, str]:
     """Return reasoning and text of an answer; what was told piece by piece has to be the same."""
     told: list[str] = []
-    speech = Speech(DETOKENIZER, Marks(LETTERS), stage, stop, told.append)  # type: ignore[arg-type]  # all that is asked of it
-    text = next((t for token in said if (t := speech.add(token)) is not None), None)
+    parser = ReasoningParser(DETOKENIZER, ReasoningMarks(LETTERS), stage, stop, told.append)  # type: ignore[arg-type]  # all that is asked of it
+    text = next((t for token in said if (t := parser.add(token)) is not None), None)
     if text is None:
-        text = speech.end(is_cut_off=is_cut_off)
-    speech.tell_rest(text)
+        text = parser.end(is_cut_off=is_cut_off)
+    parser.flush(text)
     thoughts = "".join(piece for piece in told if isinstance(piece, Thought))
     assert (thoughts, "".join(p for p in told if not isinstance(p, Thought))) == (
-        speech.reasoning or "",
+        parser.reasoning or "",
         text,
     )
-    return speech.reasoning, text
+    return parser.reasoning, text
 
 
 def spell(text: str) -> list[int]:
@@ -106,7 +106,7 @@ def test_stop_strings_end_the_text_alone() -> None:
 
 def test_prompts_say_what_an_answer_begins_with() -> None:
     """Templates open the reasoning, or close it for a model that is not to think, or leave it open."""
-    marks = Marks(LETTERS)  # type: ignore[arg-type]  # all that is asked of it
+    marks = ReasoningMarks(LETTERS)  # type: ignore[arg-type]  # all that is asked of it
 
     assert marks.begin([*spell("Hi"), 1, 10]) == "reasoning"
     assert marks.begin([1, 10, 10, 2, 10, 10]) == "text"

@@ -27,8 +27,9 @@ if TYPE_CHECKING:  # torch loads with the first model, not with the app
     from penstock_workers.engines.remote_embedding import RemoteEmbedder
     from penstock_workers.engines.reranking import Reranker
     from penstock_workers.engines.tokenizing import Encoded
-    from penstock_workers.generation.decoding import Row
-    from penstock_workers.generation.generator import Answer, Generator
+    from penstock_workers.generation.answering import Answer
+    from penstock_workers.generation.generator import Generator
+    from penstock_workers.generation.sequence import ScheduledSequence
 
 
 DEFAULT_SHARES: Final[Mapping[Task, float]] = {"embed": 2.0, "generate": 1.0, "rerank": 2.0}
@@ -54,7 +55,7 @@ class ServedGenerator:
 
     info: ModelInfo
     engine: "Generator | RemoteGenerator"
-    batcher: "Scheduler[Any, Row[Answer], Answer] | Caller[Any, Any]"
+    batcher: "Scheduler[Any, ScheduledSequence[Answer], Answer] | Caller[Any, Any]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,9 +253,11 @@ def _load(name: str, settings: Settings, device: "torch.device | None", turn: Tu
     if turn is not None:
         generator.pause_between_layers(turn.pause)
     return ServedGenerator(
-        info=_describe(name, model, None, generator.context_window, generator.dtype, str(generator.sharing)),
+        info=_describe(
+            name, model, None, generator.context_window, generator.dtype, str(generator.batch_mode)
+        ),
         engine=generator,
-        batcher=Scheduler(name, generator.decoding(max_rows=model.max_batch_size), generator.row, turn),
+        batcher=Scheduler(name, generator.decoding(max_rows=model.max_batch_size), generator.sequence, turn),
     )
 
 

@@ -1,4 +1,4 @@
-"""How a conversation becomes the tokens of a prompt: the model's chat template, or a plain format."""
+"""Turn a conversation into the tokens of a prompt: by the model's chat template, or in a plain format."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from penstock.errors import InvalidOptionError, InvalidTextError, ModelLoadError, PenstockError
 from penstock.request import Message, Tool, parse_arguments
 from penstock_workers.generation.chat_templates import ALL_ROLES, Shape, find_losses
-from penstock_workers.generation.thinking import Marks
+from penstock_workers.generation.thinking import ReasoningMarks
 
 # For models without a template: "System: ...\n\nUser: ...\n\nAssistant: ...\n\nUser: ...\n\nAssistant:".
 _PLAIN_TEMPLATE = (
@@ -35,11 +35,11 @@ _LEAST_TOKENS = 32
 class Chat:
     """The chat format of one model. Safe to use from many threads.
 
-    What a template can is found by rendering: most ignore in silence what they do not know.
+    What a template can do is found out by rendering: most ignore in silence what they do not know.
 
     Attributes:
         stop: strings that end an answer in this format.
-        marks: around what the model thinks.
+        marks: marks around the model's reasoning.
         takes_tools: whether the template shows tools to the model.
     """
 
@@ -47,8 +47,8 @@ class Chat:
         """Find out what the template can.
 
         Args:
-            tokenizer: with the template.
-            name: of the model.
+            tokenizer: the model's tokenizer, which has the template.
+            name: name of the model.
 
         Raises:
             ModelLoadError: it cannot be rendered, or leaves out what users write.
@@ -76,7 +76,7 @@ class Chat:
             raise ModelLoadError(name, "its chat template leaves out what a user writes")
         self._ends_texts = _ends_texts(tokenizer)
         user = {"role": "user", "content": "."}
-        self.marks = Marks(tokenizer, self._template)
+        self.marks = ReasoningMarks(tokenizer, self._template)
         self._switch = next((name for name in _SWITCHES if self._knows(name)), None)
         self.takes_tools = _SENTINEL in self._render([user], tools=[_TOOL])
         self._lost_beside_tools = self._lost
@@ -89,7 +89,7 @@ class Chat:
         self._takes_calls, self._has_text_arguments = bool(forms), forms[:1] == ["{}"]
 
     def _choose_form(self) -> Mapping[Shape, frozenset[str]]:
-        """Give the template texts or lists of parts, whichever loses less; return what it loses."""
+        """Choose texts or lists of parts, whichever loses less in the template; return what that loses."""
         as_texts = find_losses(self._render)
         if not any(as_texts.values()):
             return as_texts
@@ -113,7 +113,7 @@ class Chat:
     ) -> list[int]:
         """Return the tokens of a prompt that the model goes on with as the assistant.
 
-        What a caller typed stays text, also where it reads like one of the model's control tokens.
+        What users typed stays text, also where it reads like one of the model's control tokens.
 
         Raises:
             InvalidOptionError: the template does not take these roles in this order, or has no place for
@@ -173,7 +173,7 @@ class Chat:
         return self._switch
 
     def cut_middle(self, text: str, n_tokens: int) -> str | None:
-        """Return a text with about so many tokens less, cut out of its middle; None if it has but a few.
+        """Cut about `n_tokens` tokens out of the middle of a text; return None if it has too few.
 
         Raises:
             InvalidOptionError: the tokenizer does not say where its tokens are in a text.
@@ -197,7 +197,7 @@ class Chat:
         )
 
     def _reach_prompt(self, turns: Sequence[Message], *, has_tools: bool) -> Sequence[Message]:
-        """Return turns that the template brings into the prompt: what the system says may go to the user.
+        """Return turns that the template brings into the prompt; what the system says may go to the user.
 
         Raises:
             InvalidOptionError: it leaves some out.

@@ -1,4 +1,4 @@
-"""Which chat template a model has, and what of a conversation it brings into the prompt."""
+"""Find a model's chat template, and what it leaves out of a conversation."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ Render = Callable[[Sequence[Mapping[str, Any]]], str]
 
 _DEFAULT: Final = "default"
 _SIDECARS: Final = ("chat_template.json", "processor_config.json")
-"""Where templates are of models that also take pictures; their tokenizers have none."""
+"""Files with the templates of models that also take pictures; their tokenizers have none."""
 _FILLER: Final = "The wheel turns, and the water falls.\n" * 40
 _N_ROUNDS: Final = 3
 
@@ -82,7 +82,7 @@ def _by_name(templates: object) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What kind of conversation it is, as far as templates make a difference."""
+    """A kind of conversation, as far as templates make a difference."""
 
     has_system: bool = False
     has_history: bool = False
@@ -95,8 +95,8 @@ ALL_ROLES: Final = frozenset(("system", "user", "assistant"))
 def find_losses(render: Render) -> dict[Shape, frozenset[str]]:
     """Return whose words a template leaves out of the prompt, by kind of conversation.
 
-    Each turn says something at its beginning and at its end, which have to be found again. A template that
-    refuses a conversation leaves out all of it.
+    Each turn has a word at its beginning and one at its end, which have to be found in the prompt. A template
+    that refuses a conversation leaves out all of it.
     """
     return {shape: _find_lost(render, shape) for shape in SHAPES}
 

@@ -1,9 +1,9 @@
-"""What tokens say: the one place where the tokens of an answer become text, while they come or all at once.
+"""Turn the tokens of an answer into text, while they come or all at once.
 
-Most decoders write each token the same way wherever it stands, but at the beginning of a text: then a token
-is a few bytes, looked up once. The others (word ends, spaces made one, repeated letters) are asked with the
-tokens before, as many as a window holds. Either way what was said stays said, so that all pieces of an answer
-are its text, however they are cut.
+Most decoders write each token the same way wherever it stands, except at the beginning of a text: such a
+token is a few bytes, looked up once. The others (word ends, spaces made one, repeated letters) decode a token
+together with a window of tokens before it. Text that was returned is never changed, so the pieces of an
+answer, however they are cut, add up to its text.
 """
 
 import codecs
@@ -18,13 +18,13 @@ if TYPE_CHECKING:  # the tasks import this file, and transformers loads with the
     from transformers import PreTrainedTokenizerBase
 
 HALF_CHARACTER: Final = "\ufffd"
-"""What a decoder puts for bytes that are no whole character, or not yet."""
+"""A decoder's sign for bytes that are no whole character, or not yet."""
 _MOST_HALVES: Final = 3  # of a character of four bytes
 _CONTEXT_TOKENS: Final = 8
 _WINDOW_TOKENS: Final = 16
 _MOST_TOKENS: Final = 4 * _WINDOW_TOKENS
 _SAME_CHARACTERS: Final = 4
-_LOOSE_CHARACTERS: Final = 8
+_UNSETTLED_CHARACTERS: Final = 8
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Decoders that write a token alike wherever it stands, but at the beginning of a text.
 _PLAIN_DECODERS: Final = {"Replace", "Metaspace", "WordPiece", "Strip", "ByteFallback", "Fuse"}
@@ -42,14 +42,14 @@ codecs.register_error("penstock-each-byte", _one_for_each_byte)
 
 
 class Detokenizer:
-    """What the tokens of one model say; special tokens say nothing. Safe to use from many threads.
+    """Decodes the tokens of one model; special tokens have no text. Safe to use from many threads.
 
     Bytes that are no character become U+FFFD: one for each byte where tokens are single bytes
     (`<0x0A>`), and what is whole around them stays; else as Python's `errors="replace"` has it.
 
     Attributes:
         errors: how bytes that are no character are decoded.
-        n_loose: characters at the end of a text that the next token may change.
+        n_unsettled: number of characters at the end of a text that the next token may change.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -65,9 +65,9 @@ class Detokenizer:
         fused = steps[kinds.index("Fuse") + 1 :] if "Fuse" in kinds else []
         is_plain = set(kinds) <= _PLAIN_DECODERS
         is_plain &= all(step["type"] == "Strip" and (step["start"], step["stop"]) == (1, 0) for step in fused)
-        self.n_loose: Final = max(
+        self.n_unsettled: Final = max(
             (
-                len(step["pattern"].get("String", "")) or _LOOSE_CHARACTERS
+                len(step["pattern"].get("String", "")) or _UNSETTLED_CHARACTERS
                 for step in fused
                 if "pattern" in step
             ),
@@ -91,11 +91,11 @@ class Detokenizer:
             return ""
 
     def context(self, tokens: Sequence[int], *, must: bool = False) -> tuple[int, ...]:
-        """Return the last tokens that are text, of a prompt that a text goes on from.
+        """Return the last tokens of a prompt that are text, for a text that goes on from it.
 
         Args:
-            tokens: of the prompt.
-            must: name some token where the prompt has none, so that no space is left out as a text's first.
+            tokens: tokens of the prompt.
+            must: return some token where the prompt has none, so that no space is dropped as a text's first.
         """
         found: list[int] = []
         for token in reversed(tokens):
@@ -106,24 +106,24 @@ class Detokenizer:
         anchor = () if self._anchor is None or not must else (self._anchor,)
         return tuple(reversed(found)) or anchor
 
-    def begin(self, context: Sequence[int] = ()) -> "Spelling":
-        """Return the text of an answer behind a prompt's `context`; at the beginning of a text without."""
-        return Spelling(self, context)
+    def begin(self, context: Sequence[int] = ()) -> "DecodeStream":
+        """Return a stream that decodes behind a prompt's `context`; without, at the beginning of a text."""
+        return DecodeStream(self, context)
 
     def bytes_of(self, token: int) -> bytes | None:
-        """Return what a token says behind any other; None where that depends on its neighbours."""
+        """Return the bytes of a token behind any other token; None where these depend on its neighbours."""
         if token not in self._known:
             self._known[token] = self._find_bytes(token)
         return self._known[token]
 
     def first_bytes_of(self, token: int) -> bytes:
-        """Return what a token says at the beginning of a text, where many decoders leave out a space."""
+        """Return the bytes of a token at the beginning of a text, where many decoders drop a space."""
         known = self.bytes_of(token) or b""
         is_plain = self._is_plain and not _BYTE_TOKEN.fullmatch(self._name(token) or "")
         return self.text([token]).encode() if is_plain else known
 
     def text_behind_another(self, token: int) -> str:
-        """Return what a token says behind some other."""
+        """Return the text of a token behind some other token."""
         if self._anchor is None:
             return self.text([token])
         return self.text([self._anchor, token]).removeprefix(self._before)
@@ -151,7 +151,7 @@ class Detokenizer:
         return isinstance(token, int) and self.text([token]) == "A"
 
     def _find_anchor(self) -> int | None:
-        """Return a token that is a word or letter, for others to stand behind."""
+        """Return a token that is a word or letter, to decode others behind."""
         for token in range(min(len(self._tokenizer), _SEEKS)):
             name = None if token in self._special else self._name(token)
             if name is None or _BYTE_TOKEN.fullmatch(name):
@@ -161,7 +161,7 @@ class Detokenizer:
         return None
 
     def _is_right(self) -> bool:
-        """Try whether tokens say together what they say one by one."""
+        """Try whether tokens decoded together give the text that they give one by one."""
         if self._anchor is None:
             return False
         self._is_plain = True
@@ -177,86 +177,88 @@ class Detokenizer:
         return True
 
 
-class Spelling:
-    """The text of one answer while its tokens come. Made by `Detokenizer.begin`."""
+class DecodeStream:
+    """Decodes one answer while its tokens come. Made by `Detokenizer.begin`."""
 
     def __init__(self, detokenizer: Detokenizer, context: Sequence[int]) -> None:
-        self._says = detokenizer
+        self._detokenizer = detokenizer
         self._is_first = not context
         self._bytes = codecs.getincrementaldecoder("utf-8")(detokenizer.errors)
-        # Of tokens whose text depends on their neighbours, the last ones, and what they said: all but what
-        # may yet become a character.
+        # The last tokens, for those whose text depends on their neighbours; and their text that was returned,
+        # which is all but what may yet become a character.
         self._window = list(context)
-        self._said, self._held = detokenizer.text(context) if context else "", ""
+        self._returned, self._held = detokenizer.text(context) if context else "", ""
 
     def add(self, tokens: Iterable[int]) -> str:
-        """Take tokens; return what they add, in whole characters."""
+        """Add tokens; return their text, in whole characters."""
         return "".join(map(self._add, tokens))
 
     def end(self) -> str:
-        """Return the rest: what is no whole character is U+FFFD."""
-        return self._bytes.decode(b"", final=True) + self._let_go()
+        """Return the rest of the text: what is no whole character is U+FFFD."""
+        return self._bytes.decode(b"", final=True) + self._release_held()
 
     def _add(self, token: int) -> str:
-        said = self._says.bytes_of(token)
+        said = self._detokenizer.bytes_of(token)
         if said is None:
-            return self._bytes.decode(b"", final=True) + self._look(token)
+            return self._bytes.decode(b"", final=True) + self._decode_in_window(token)
         if not said:
             return ""
         if self._is_first:
             self._is_first = False
-            said = self._says.first_bytes_of(token)
-            self._window = [*self._says.context((), must=True)]  # what comes next is no longer the first
-            self._said = self._says.text(self._window)
-        return self._let_go() + self._bytes.decode(said)
+            said = self._detokenizer.first_bytes_of(token)
+            self._window = [
+                *self._detokenizer.context((), must=True)
+            ]  # what comes next is no longer the first
+            self._returned = self._detokenizer.text(self._window)
+        return self._release_held() + self._bytes.decode(said)
 
-    def _let_go(self) -> str:
+    def _release_held(self) -> str:
         held, self._held = self._held, ""
-        self._said += held
+        self._returned += held
         return held
 
-    def _look(self, token: int) -> str:
-        """Return what a token adds to those before it."""
+    def _decode_in_window(self, token: int) -> str:
+        """Return what a token adds to the text of those before it."""
         self._window.append(token)
-        text = self._says.text(self._window)
+        text = self._detokenizer.text(self._window)
         n_halves = min(len(text) - len(text.rstrip(HALF_CHARACTER)), _MOST_HALVES)
-        whole = text[: max(0, len(text) - max(n_halves, self._says.n_loose))]
-        new, said = "", self._said
-        if text.startswith(said):
-            new = whole[len(said) :]
-            self._said, self._held = said + new, text[len(said) + len(new) :]
-        elif said.startswith(text):
-            self._held = ""  # what was said is to go: it may come back, and cannot be taken back
+        whole = text[: max(0, len(text) - max(n_halves, self._detokenizer.n_unsettled))]
+        new, returned = "", self._returned
+        if text.startswith(returned):
+            new = whole[len(returned) :]
+            self._returned, self._held = returned + new, text[len(returned) + len(new) :]
+        elif returned.startswith(text):
+            self._held = ""  # the new text is shorter: returned text cannot be taken back, and may come again
         else:
-            n_same = _n_common(whole, said)
-            if len(said) - n_same > _SAME_CHARACTERS:  # these tokens do not tell: ask without them
+            n_same = _n_common(whole, returned)
+            if len(returned) - n_same > _SAME_CHARACTERS:  # the window does not help: decode without it
                 self._window, n_same = [token], 0
-                text = whole = self._says.text_behind_another(token)
+                text = whole = self._detokenizer.text_behind_another(token)
             new = whole[n_same:]
-            self._said, self._held = text[: n_same + len(new)], text[n_same + len(new) :]
+            self._returned, self._held = text[: n_same + len(new)], text[n_same + len(new) :]
         if len(self._window) >= 2 * _WINDOW_TOKENS:
             new += self._shorten(text)
         return new
 
     def _shorten(self, text: str) -> str:
-        """Leave out the oldest tokens of the window, where the others say what they said with them."""
+        """Drop the oldest tokens of the window, where the text of the others stays the same without them."""
         for n_tokens in range(_CONTEXT_TOKENS, _WINDOW_TOKENS + 1):
-            tail = self._says.text(self._window[-n_tokens:])
-            n_said = len(tail) - len(self._held)
-            if n_said > 0 and text.endswith(tail[-max(_SAME_CHARACTERS, len(self._held) + 1) :]):
+            tail = self._detokenizer.text(self._window[-n_tokens:])
+            n_returned = len(tail) - len(self._held)
+            if n_returned > 0 and text.endswith(tail[-max(_SAME_CHARACTERS, len(self._held) + 1) :]):
                 self._window = self._window[-n_tokens:]
-                self._said = tail[:n_said]
+                self._returned = tail[:n_returned]
                 return ""
         if len(self._window) < _MOST_TOKENS:
             return ""
-        held = self._let_go()
+        held = self._release_held()
         self._window = self._window[-1:]
-        self._said = self._says.text(self._window)
+        self._returned = self._detokenizer.text(self._window)
         return held
 
 
 def _n_common(one: str, other: str) -> int:
-    """Return how many characters two texts begin alike with."""
+    """Return how many characters two texts begin with in common."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 

@@ -1,4 +1,4 @@
-"""What a model's own configuration says of its answers: served, or named, and checked before either."""
+"""Read a model's `generation_config.json`: check it, serve it, and name in the log what is not served."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -90,17 +90,18 @@ _NEUTRAL_AT_ONE: Final = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Tokens that a model's configuration forbids; as the processors of the same names in transformers.
+class ForbiddenTokens:
+    """Tokens that a model's configuration forbids, as transformers' logits processors do.
 
     Attributes:
-        never: these tokens.
-        never_first: these as the first of an answer.
-        end_ids: tokens that end an answer, not before
-        min_new_tokens: of it, nor before
-        min_length: of prompt and answer.
-        ngram_size: no sequence of so many tokens comes twice in prompt and answer; 0 for any.
-        bad_words: no such sequence comes in an answer.
+        never: tokens that no answer has.
+        never_first: tokens that no answer begins with.
+        end_ids: tokens that end an answer; forbidden until `min_new_tokens` and `min_length` are reached.
+        min_new_tokens: fewest tokens of an answer.
+        min_length: fewest tokens of prompt and answer.
+        ngram_size: number of tokens in a sequence that must not come twice in prompt and answer; 0 allows
+            any.
+        bad_words: sequences of tokens that no answer has.
     """
 
     never: tuple[int, ...] = ()
@@ -115,9 +116,9 @@ class Limits:
         """Forbid in place what may not come next.
 
         Args:
-            logits: of one row, float32, shape (vocab,).
-            prompt: its tokens.
-            tokens: of the answer so far.
+            logits: logits of one row, float32, shape (vocab,).
+            prompt: tokens of the prompt.
+            tokens: tokens of the answer so far.
         """
         forbidden = set(self.never)
         if not tokens:
@@ -136,35 +137,35 @@ class Limits:
 
 
 def _repeats(text: list[int], n_before: int) -> set[int]:
-    """Return what came after the last tokens of a text wherever they came before."""
+    """Return the tokens that followed the last `n_before` tokens wherever these came before."""
     last = text[len(text) - n_before :]
     return {text[i + n_before] for i in range(len(text) - n_before) if text[i : i + n_before] == last}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnConfig:
-    """What is made of it.
+    """A model's own configuration, in our terms.
 
     Attributes:
-        options: what it leaves open is None.
+        options: default options; None where the configuration leaves one open.
         end_ids: tokens that end an answer.
-        limits: what it forbids; None if nothing.
-        max_length: bound of prompt and answer where nobody says how long an answer may be.
+        forbidden: tokens that it forbids; None if it forbids none.
+        max_length: most tokens of prompt and answer, where nobody says how long an answer may be.
     """
 
     options: GenerationOptions
     end_ids: frozenset[int]
-    limits: Limits | None
+    forbidden: ForbiddenTokens | None
     max_length: int | None
 
 
 def read_own_config(name: str, config: GenerationConfig, n_vocab: int) -> OwnConfig:
-    """Read a model's `generation_config.json`; names in one warning what is not served.
+    """Check a model's `generation_config.json`; logs in one warning what is not served.
 
     Args:
-        name: of the model.
-        config: as transformers read it.
-        n_vocab: tokens that the model has.
+        name: name of the model.
+        config: configuration as transformers read it.
+        n_vocab: number of tokens that the model has.
 
     Raises:
         ModelLoadError: a value is of another type, out of its range, or a token that the model has not.
@@ -196,7 +197,7 @@ def _read(fields: Mapping[str, Any], n_vocab: int, *, is_guessed: bool) -> OwnCo
     temperature = (1.0 if options.temperature is None else options.temperature) if do_sample else 0.0
     end_ids = frozenset(_read_ids(fields, "eos_token_id", n_vocab, is_guessed=is_guessed))
     min_new_tokens, min_length = _read_count(fields, "min_new_tokens"), _read_count(fields, "min_length")
-    limits = Limits(
+    forbidden = ForbiddenTokens(
         never=_read_ids(fields, "suppress_tokens", n_vocab),
         never_first=_read_ids(fields, "begin_suppress_tokens", n_vocab),
         end_ids=tuple(end_ids) if min_new_tokens or min_length else (),
@@ -205,12 +206,12 @@ def _read(fields: Mapping[str, Any], n_vocab: int, *, is_guessed: bool) -> OwnCo
         ngram_size=_read_count(fields, "no_repeat_ngram_size"),
         bad_words=_read_words(fields, n_vocab, end_ids),
     )
-    if len({*limits.never, *limits.never_first}) >= n_vocab:
+    if len({*forbidden.never, *forbidden.never_first}) >= n_vocab:
         raise ValueError("suppress_tokens: they leave no token to choose")
     return OwnConfig(
         options=options.model_copy(update={"temperature": temperature}),
         end_ids=end_ids,
-        limits=None if limits == Limits() else limits,
+        forbidden=None if forbidden == ForbiddenTokens() else forbidden,
         max_length=_read_count(fields, "max_length") or None,
     )
 

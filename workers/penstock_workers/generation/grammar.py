@@ -1,8 +1,8 @@
-"""What an answer may be: response formats as masks over a model's vocabulary, computed by llguidance.
+"""Response formats: masks over a model's vocabulary, computed by llguidance.
 
-None of it runs without bound. llguidance counts the work of compiling a grammar and of each token's mask, and
-gives up: of a dozen formats made to be costly, with a vocabulary of 150,000, the worst took 0.3 s to compile
-and 0.04 s for a token, one core.
+Nothing here runs without bound. llguidance counts the work of compiling a grammar and of each token's mask,
+and then gives up: of a dozen formats made to be costly, with a vocabulary of 150,000, the worst took 0.3 s
+to compile and 0.04 s for a token, one core.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from penstock_workers.generation.schemas import simplify
 T = TypeVar("T")
 
 _STACK_BYTES: Final = 256 << 20
-"""Of a thread that compiles a format: llguidance follows definitions by recursion, some 7 KB a level, and a
-schema of 64 KiB has up to 5,000. Only what is used of it takes memory, until the thread ends."""
+"""Stack of a thread that compiles a format: llguidance follows definitions by recursion, some 7 KB a level,
+and a schema of 64 KiB has up to 5,000 levels. Only what is used takes memory, until the thread ends."""
 _sizing_stacks = threading.Lock()
 
 # Not verbose: the parser's state would be quoted, and with it the answer.
@@ -83,8 +83,8 @@ class Grammars:
     """Compiles response formats for one model; safe to use from many threads.
 
     Args:
-        tokenizer: of the model.
-        n_vocab: tokens that the model knows.
+        tokenizer: the model's tokenizer.
+        n_vocab: number of tokens that the model knows.
         end_ids: tokens that end its answers; allowed exactly where the format may end.
     """
 
@@ -117,7 +117,7 @@ class Grammars:
         return Grammar(tokenizer, matcher, is_json=is_json)
 
     def token_bytes(self, token: int) -> bytes | None:
-        """Return what a token stands for, maybe not whole characters; None if the tokenizer does not tell."""
+        """Return the bytes of a token, maybe not whole characters; None if the tokenizer does not tell."""
         try:
             return self._tokenizer().decode_bytes([token]).removeprefix(_UNTYPED.encode())
         except InvalidFormatError:
@@ -171,10 +171,10 @@ def _rename_special(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class _Tokens:
-    """A tokenizer as llguidance takes any: what each token says behind another.
+    """A tokenizer in the form that llguidance takes of any: the bytes of each token behind another.
 
     Raises:
-        ValueError: what tokens say depends on their neighbours.
+        ValueError: the bytes of a token depend on its neighbours.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
@@ -190,7 +190,7 @@ class _Tokens:
         self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: bytes) -> list[int]:
-        """Return tokens that say this, as far as there are any."""
+        """Return the tokens of a text, as far as there are any."""
         found, at = [], 0
         while ends := [end for end in range(at + self._longest, at, -1) if text[at:end] in self._ids]:
             found.append(self._ids[text[at : ends[0]]])
@@ -199,7 +199,7 @@ class _Tokens:
 
 
 class Grammar:
-    """Where an answer is in its format. The one that was compiled stays at the beginning."""
+    """The place of an answer in its format. The grammar that was compiled stays at the beginning."""
 
     def __init__(self, tokenizer: LLTokenizer, matcher: LLMatcher, *, is_json: bool) -> None:
         self._tokenizer, self._matcher, self._is_json = tokenizer, matcher, is_json
@@ -228,7 +228,7 @@ class Grammar:
         return -(-self._tokenizer.vocab_size // _WORD_BITS)
 
     def take(self, token: int) -> None:
-        """Go on by a token that was allowed.
+        """Go on by one token, which was allowed.
 
         Raises:
             InvalidFormatError: the format turned out to be too complex, or to have no end from here.
@@ -265,8 +265,8 @@ def restrict(logits: Tensor, grammars: Sequence[Grammar]) -> Tensor:
     """Forbid what each row's grammar does not allow next.
 
     Args:
-        logits: shape (n_rows, vocab).
-        grammars: of the rows, all of one model.
+        logits: logits of any dtype, shape (n_rows, vocab).
+        grammars: grammar of each row, all of one model.
 
     Returns:
         Dtype and shape of `logits`, with -inf for what is forbidden.
@@ -280,13 +280,13 @@ def restrict(logits: Tensor, grammars: Sequence[Grammar]) -> Tensor:
 
 
 def _on_a_deep_stack(work: Callable[[], T]) -> T:
-    """Do it in a thread that has room for any recursion: where a stack is too small, the process ends."""
+    """Do `work` in a thread with room for any recursion: where a stack is too small, the process ends."""
     done: Future[T] = Future()
 
     def carry_out() -> None:
         try:
             done.set_result(work())
-        except Exception as error:  # noqa: BLE001  the caller's matter
+        except Exception as error:  # noqa: BLE001  raised again by `result`
             done.set_exception(error)
 
     with _sizing_stacks:
@@ -316,7 +316,7 @@ def _quote(choice: str) -> str:
 
 
 def _problem(matcher: LLMatcher) -> str:
-    """Return what llguidance says is wrong: one line, in words of the format that the caller wrote."""
+    """Return what llguidance says is wrong: one line, in words of the format that was asked for."""
     lines = matcher.get_error().splitlines()
     told = next((line for line in lines if line.startswith("error: ")), lines[0]).removeprefix("error: ")
     told = _PLACE.sub("", told)

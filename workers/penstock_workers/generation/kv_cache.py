@@ -1,12 +1,11 @@
-"""Keys and values of rows that join and leave a running batch.
+"""Keys and values of the rows of a continuous batch.
 
-All rows end at the same column and differ in where they begin: what lies before a short row is masked, as
-left padding is. So a step writes one column for all rows, positions and windows count back from the same
+All rows end at the same column and differ in where they begin: columns before a short row are masked, as left
+padding is. So a decode step writes one column for all rows, positions and windows count back from the same
 edge, and every attention that understands left padding understands this.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -22,34 +21,13 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-_SPARE_COLUMNS = 64
+from penstock_workers.generation.cache_grid import Grid, most_slots, with_spare_columns, with_spare_rows
 
 Layer = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer
 
 
-@dataclass(slots=True)
-class Grid:
-    """Which part of every layer's tensors is in use: rows up to `n_rows`, columns from `start` to `end`.
-
-    Attributes:
-        n_places: rows that the tensors have.
-        n_columns: columns that they have.
-    """
-
-    n_rows: int = 0
-    start: int = 0
-    end: int = 0
-    n_places: int = 0
-    n_columns: int = 0
-
-    @property
-    def width(self) -> int:
-        """Columns in use: tokens of the longest row."""
-        return self.end - self.start
-
-
-class _Keys(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers' caches are half annotated
-    """Keys and values of one attention layer, each (n_places, heads, n_columns, dim).
+class _KeysAndValues(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers' caches are half annotated
+    """Keys and values of one attention layer, each of shape (allocated_rows, heads, allocated_columns, dim).
 
     A layer with a sliding window keeps all columns too: the mask hides what is outside, and a longer
     row's window would else have cut off the columns that a shorter one still sees.
@@ -62,16 +40,20 @@ class _Keys(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers' 
         self._grid = grid
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take shapes and number format from a first forward pass."""
+        """Allocate tensors, shaped and typed like those of a first forward pass."""
         # Zeros: what a mask hides is multiplied by 0, and 0 times a NaN in fresh memory is NaN.
         self.keys, self.values = (
-            t.new_zeros(self._grid.n_places, t.shape[1], self._grid.n_columns, t.shape[3])
+            t.new_zeros(self._grid.allocated_rows, t.shape[1], self._grid.allocated_columns, t.shape[3])
             for t in (key_states, value_states)
         )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write new columns behind the edge; return those in use with them, (n_rows, heads, width, dim)."""
+        """Write new columns behind the edge.
+
+        Returns:
+            Keys and values in use, the new ones included; each of shape (n_rows, heads, width, dim).
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         grid, end = self._grid, self._grid.end + key_states.shape[2]
@@ -93,108 +75,108 @@ class _Keys(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers' 
         return -1
 
 
-class Part(NamedTuple):
-    """The first tokens of a row.
+class RowPrefix(NamedTuple):
+    """The first tokens of a row, to be copied.
 
     Attributes:
-        cache: where it is.
-        row: its place there.
-        start: its first column there.
-        n_tokens: how many are meant.
+        cache: cache that the row is in.
+        row: place of the row in that cache.
+        start: first column of the row.
+        n_tokens: number of tokens to copy.
     """
 
-    cache: "RowCache"
+    cache: "KVCache"
     row: int
     start: int
     n_tokens: int
 
 
-class RowCache(Cache):
-    """A cache of transformers' whose rows come and go.
+class KVCache(Cache):
+    """A cache for transformers whose rows come and go.
 
     Raises:
-        TypeError: a layer keeps something that cannot be joined; says what.
+        TypeError: a layer keeps something whose rows cannot be merged; says what.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.grid = Grid()
-        super().__init__(layers=[self._own(layer) for layer in DynamicCache(config=config).layers])
+        super().__init__(layers=[self._adapt(layer) for layer in DynamicCache(config=config).layers])
 
-    def _own(self, layer: Layer) -> Layer:
+    def _adapt(self, layer: Layer) -> Layer:
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            return _Keys(self.grid)
+            return _KeysAndValues(self.grid)
         # A recurrent state has no columns: rows of it are simply put one below the other.
         if type(layer) in (LinearAttentionLayer, DummyLayer):
             return layer
-        raise TypeError(f"rows of a {type(layer).__name__} cannot be joined")
+        raise TypeError(f"rows of a {type(layer).__name__} cannot be merged")
 
     @property
     def bytes_per_token(self) -> int:
-        """What one column of one row takes in all layers, bytes; 0 where only states are kept."""
+        """Bytes of one column of one row in all layers; 0 where layers keep states alone."""
         return sum(t.shape[1] * t.shape[3] * t.itemsize for _, t in self._tensors())
 
     @property
     def n_bytes(self) -> int:
-        """What is allocated for keys and values, bytes."""
+        """Bytes allocated for keys and values."""
         return sum(t.nbytes for _, t in self._tensors())
 
     @property
-    def n_cells(self) -> int:
-        """What is allocated, in tokens."""
-        return self.grid.n_places * self.grid.n_columns
+    def n_slots(self) -> int:
+        """Token slots that are allocated."""
+        return self.grid.n_slots
 
-    @staticmethod
-    def cells(n_rows: int, width: int) -> int:
-        """Return what a cache that has grown to this shape allocates at most, in tokens."""
-        return (n_rows + n_rows // 4) * (width + width // 8 + _SPARE_COLUMNS)
-
-    def open(self, n_rows: int, n_new: int) -> None:
-        """Make room for `n_new` more columns; `n_rows` are the rows of a cache that has none yet."""
+    def reserve(self, n_rows: int, n_new: int) -> None:
+        """Make room for `n_new` more columns; `n_rows` counts only in a cache that has no rows yet."""
         if not self.grid.n_rows:
             self.grid.n_rows = n_rows
-            self._lay_out(n_rows, n_new)
-        elif self.grid.end + n_new > self.grid.n_columns:
-            self._lay_out(self.grid.n_rows, self.grid.width + n_new + self.grid.width // 8 + _SPARE_COLUMNS)
+            self._reallocate(n_rows, n_new)
+        elif self.grid.end + n_new > self.grid.allocated_columns:
+            self._reallocate(self.grid.n_rows, n_new + with_spare_columns(self.grid.width))
 
     def advance(self, n_new: int) -> None:
-        """Count the columns that a forward pass wrote: one that failed can so be repeated."""
+        """Count the columns that a forward pass wrote; one that failed can be repeated."""
         self.grid.end += n_new
 
-    def begin(self, parts: Sequence[Part | None], n_new: int) -> None:
-        """Begin with copies of the first tokens of rows elsewhere, None for a row without.
+    def copy_prefixes(self, prefixes: Sequence[RowPrefix | None], n_new: int) -> None:
+        """Begin an empty cache with copies of the first tokens of other rows.
 
-        Takes room for `n_new` more columns. Columns alone: a cache with recurrent states has no such parts.
+        Only columns are copied: a cache with recurrent states takes no prefixes.
+
+        Args:
+            prefixes: what each row begins with; None for a row that begins empty.
+            n_new: further columns to make room for.
         """
-        width = max(part.n_tokens for part in parts if part)
-        self.grid.n_rows = self.grid.n_places = len(parts)
-        self.grid.end, self.grid.n_columns = width, width + n_new
-        for layer, *theirs in zip(self.layers, *(part.cache.layers for part in parts if part), strict=True):
-            if not (isinstance(layer, _Keys) and cast(_Keys, theirs[0]).is_initialized):
+        width = max(prefix.n_tokens for prefix in prefixes if prefix)
+        self.grid.n_rows = self.grid.allocated_rows = len(prefixes)
+        self.grid.end, self.grid.allocated_columns = width, width + n_new
+        caches = [prefix.cache for prefix in prefixes if prefix]
+        for layer, *theirs in zip(self.layers, *(cache.layers for cache in caches), strict=True):
+            if not (isinstance(layer, _KeysAndValues) and cast(_KeysAndValues, theirs[0]).is_initialized):
                 continue
             for name in ("keys", "values"):
                 tensors = iter([getattr(their, name) for their in theirs])
                 like = getattr(theirs[0], name)
-                fresh = like.new_zeros(len(parts), like.shape[1], width + n_new, like.shape[3])
-                for row, part in enumerate(parts):
-                    if part:
-                        columns = slice(part.start, part.start + part.n_tokens)
-                        fresh[row, :, width - part.n_tokens : width] = next(tensors)[part.row, :, columns]
+                fresh = like.new_zeros(len(prefixes), like.shape[1], width + n_new, like.shape[3])
+                for row, prefix in enumerate(prefixes):
+                    if prefix:
+                        columns = slice(prefix.start, prefix.start + prefix.n_tokens)
+                        fresh[row, :, width - prefix.n_tokens : width] = next(tensors)[prefix.row, :, columns]
                 setattr(layer, name, fresh)
             layer.is_initialized = True
 
-    def spread(self, order: Sequence[int]) -> None:
+    def expand(self, order: Sequence[int]) -> None:
         """Put the rows of `order` at its places; a row may be at several."""
-        for layer, name, tensor in list(self._attributes()):
+        for layer, name, tensor in list(self._named_tensors()):
             setattr(layer, name, tensor[list(order)])
         self._pick_states(order)
-        self.grid.n_rows = self.grid.n_places = len(order)
+        self.grid.n_rows = self.grid.allocated_rows = len(order)
 
-    def join(self, other: Self) -> None:
-        """Put the other cache's rows behind ours; the other one is not to be used again."""
+    def merge(self, other: Self) -> None:
+        """Put the other cache's rows behind ours; the other cache is not to be used again."""
         grid, n_ours, n_theirs = self.grid, self.grid.n_rows, other.grid.n_rows
         width = max(grid.width, other.grid.width)
-        if n_ours + n_theirs > grid.n_places or width > grid.end:
-            self._lay_out_spaciously(n_ours + n_theirs, width)
+        if n_ours + n_theirs > grid.allocated_rows or width > grid.end:
+            self._reallocate_with_spare(n_ours + n_theirs, width)
         start, rows = grid.end - width, slice(n_ours, n_ours + n_theirs)
         for (_, tensor), (_, new) in zip(self._tensors(), other._tensors(), strict=True):
             tensor[:n_ours, :, start : grid.start] = 0  # whatever was there once, it may have been NaN
@@ -208,7 +190,7 @@ class RowCache(Cache):
                 ours[index] = None if state is None or more is None else torch.cat([state, more])
         grid.n_rows, grid.start = n_ours + n_theirs, start
 
-    def move(self, order: Sequence[int], width: int) -> None:
+    def compact(self, order: Sequence[int], width: int) -> None:
         """Keep the rows of `order` at its places, and the last `width` columns."""
         used = slice(self.grid.start, self.grid.end)
         for _, tensor in self._tensors():
@@ -217,36 +199,41 @@ class RowCache(Cache):
                     tensor[place, :, used] = tensor[row, :, used]
         self._pick_states(order)
         self.grid.n_rows, self.grid.start = len(order), self.grid.end - width
-        if 2 * self.cells(len(order), width) < self.n_cells:
-            self._lay_out_spaciously(len(order), width)
+        if 2 * most_slots(len(order), width) < self.n_slots:
+            self._reallocate_with_spare(len(order), width)
 
     def _pick_states(self, order: Sequence[int]) -> None:
         for states in self._states():
             for index, state in states.items():
                 states[index] = None if state is None else state[list(order)]
 
-    def _lay_out_spaciously(self, n_rows: int, width: int) -> None:
-        self._lay_out(n_rows + n_rows // 4, width + width // 8 + _SPARE_COLUMNS, width=width)
+    def _reallocate_with_spare(self, n_rows: int, width: int) -> None:
+        self._reallocate(with_spare_rows(n_rows), with_spare_columns(width), width=width)
 
-    def _lay_out(self, n_places: int, n_columns: int, *, width: int | None = None) -> None:
+    def _reallocate(self, allocated_rows: int, allocated_columns: int, *, width: int | None = None) -> None:
         """Give every layer new tensors, with what is in use as the last of `width` columns from 0 on."""
         grid, width = self.grid, self.grid.width if width is None else width
         target = slice(width - grid.width, width)
-        n_rows = min(grid.n_rows, grid.n_places)
-        for layer, name, tensor in list(self._attributes()):
-            fresh = tensor.new_zeros(n_places, tensor.shape[1], n_columns, tensor.shape[3])
+        n_rows = min(grid.n_rows, grid.allocated_rows)
+        for layer, name, tensor in list(self._named_tensors()):
+            fresh = tensor.new_zeros(allocated_rows, tensor.shape[1], allocated_columns, tensor.shape[3])
             fresh[:n_rows, :, target] = tensor[:n_rows, :, grid.start : grid.end]
             setattr(layer, name, fresh)
-        grid.start, grid.end, grid.n_places, grid.n_columns = target.start, width, n_places, n_columns
+        grid.start, grid.end, grid.allocated_rows, grid.allocated_columns = (
+            target.start,
+            width,
+            allocated_rows,
+            allocated_columns,
+        )
 
-    def _attributes(self) -> Iterator[tuple[_Keys, str, Tensor]]:
+    def _named_tensors(self) -> Iterator[tuple[_KeysAndValues, str, Tensor]]:
         for layer in self.layers:
-            if isinstance(layer, _Keys) and layer.is_initialized:
+            if isinstance(layer, _KeysAndValues) and layer.is_initialized:
                 yield layer, "keys", cast(Tensor, layer.keys)
                 yield layer, "values", cast(Tensor, layer.values)
 
-    def _tensors(self) -> Iterator[tuple[_Keys, Tensor]]:
-        return ((layer, tensor) for layer, _, tensor in self._attributes())
+    def _tensors(self) -> Iterator[tuple[_KeysAndValues, Tensor]]:
+        return ((layer, tensor) for layer, _, tensor in self._named_tensors())
 
     def _states(self) -> Iterator[dict[int, Tensor | None]]:
         for layer in self.layers:
@@ -256,7 +243,7 @@ class RowCache(Cache):
 
 
 def order_without(n_rows: int, gone: Collection[int]) -> list[int]:
-    """Return which row is where after some left: the last ones take their places, few have to move."""
+    """Return which row is at which place after some left: the last rows fill the gaps, so few move."""
     order = list(range(n_rows))
     for place in sorted(gone, reverse=True):
         last = order.pop()

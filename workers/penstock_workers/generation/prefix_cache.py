@@ -1,83 +1,102 @@
-"""Beginnings that prompts share: a system prompt is computed for one of them, and copied for the others."""
+"""Prompt prefixes in memory: a system prompt is computed for one prompt, and copied for the others."""
 
 from collections import deque
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Generic
 
-import numpy as np
-from numpy.typing import NDArray
+from penstock_workers.generation.prompt_prefix import PromptPrefix
+from penstock_workers.generation.running import Running
+from penstock_workers.generation.sequence import A, ScheduledSequence
 
-from penstock_workers.generation.causal_lm import Batch
+if TYPE_CHECKING:  # who enters the batch is decided without torch
+    from penstock_workers.generation.forward import Batch
+    from penstock_workers.generation.kv_cache import RowPrefix
 
-LEAST_TOKENS: Final = 64
-"""Shorter beginnings are computed again: a copy and a step's waiting would cost as much."""
 _MOST_KEPT = 16
 _MOST_RECENT = 64
 
 
-class Opening:
-    """A prompt, or a part from its first token on, as these are compared.
+class PrefixCache(Generic[A]):
+    """Prefixes of running sequences, and those that several recent prompts had.
 
-    Attributes:
-        ids: int64, shape (n_tokens,).
-        head: what prompts have in common that share enough; None for one that is too short.
+    Nothing is kept of a prompt until another prompt begins like it; the least recently used prefix is evicted
+    first.
+
+    Args:
+        running: sequences to copy from.
+        make_batch: returns an empty batch, for a prefix that is kept.
+        is_enabled: whether the model can go on from a copy; else nothing is found, and nothing kept.
     """
 
-    def __init__(self, ids: Sequence[int] | NDArray[np.int64]) -> None:
-        self.ids = np.asarray(ids, dtype=np.int64)
-        self.head = hash(self.ids[:LEAST_TOKENS].tobytes()) if len(self.ids) >= LEAST_TOKENS else None
-
-    def n_common(self, other: "Opening") -> int:
-        """Return how many tokens both begin with; 0 where these are too few to share them."""
-        if self.head is None or self.head != other.head:
-            return 0
-        n = min(len(self.ids), len(other.ids))
-        differs = self.ids[:n] != other.ids[:n]
-        n_same = int(differs.argmax()) if differs.any() else n
-        return n_same if n_same >= LEAST_TOKENS else 0
-
-
-class Prefixes:
-    """Beginnings that several recent prompts had, the one longest unused goes first.
-
-    Nothing is kept of a prompt until another one begins like it.
-    """
-
-    def __init__(self) -> None:
-        self._recent: deque[Opening] = deque(maxlen=_MOST_RECENT)
-        self._kept: list[tuple[Opening, Batch]] = []  # the one used last is the last
+    def __init__(self, running: Running[A], make_batch: "Callable[[], Batch]", *, is_enabled: bool) -> None:
+        self._running, self._make_batch, self._is_enabled = running, make_batch, is_enabled
+        self._recent: deque[PromptPrefix] = deque(maxlen=_MOST_RECENT)
+        self._kept: list[tuple[PromptPrefix, Batch]] = []  # the most recently used one is the last
 
     @property
-    def n_cells(self) -> int:
-        """What is kept, in tokens."""
-        return sum(batch.n_cells for _, batch in self._kept)
+    def n_slots(self) -> int:
+        """Token slots that kept prefixes have allocated."""
+        return sum(batch.n_slots for _, batch in self._kept)
 
     @property
     def n_bytes(self) -> int:
-        """What is kept, bytes."""
+        """Bytes that kept prefixes have allocated."""
         return sum(batch.n_bytes for _, batch in self._kept)
 
-    def find(self, prompt: Opening) -> tuple[int, Batch] | None:
-        """Return the kept row that most of a prompt begins with, and how much; that is then in use."""
+    def find(self, sequence: ScheduledSequence[A]) -> "RowPrefix | None":
+        """Return the longest prefix of a sequence that is in memory, without the sequence's last token."""
+        if not self._is_enabled:
+            return None
+        best, found = self._find_kept(sequence.prefix)
+        place = 0
+        for index, other in enumerate(self._running.decoding):
+            if (n := sequence.prefix.n_common(other.prefix)) > best:
+                best, found, place = n, self._running.batch, index
+        if (chunked := self._running.chunked) and chunked.batch.lengths:
+            n = min(sequence.prefix.n_common(chunked.sequences[0].prefix), chunked.batch.lengths[0])
+            if n > best:
+                best, found, place = n, chunked.batch, 0
+        # The last token gives the logits.
+        return found.prefix(place, min(best, sequence.n_ids - 1)) if found else None
+
+    def keep(self, sequences: Sequence[ScheduledSequence[A]], batch: "Batch", n_slots: int) -> None:
+        """Keep what prompts that were just computed have in common with recent ones.
+
+        Args:
+            sequences: in the order of the batch's rows.
+            batch: batch to copy from.
+            n_slots: most token slots to keep, of all prefixes together.
+        """
+        if not self._is_enabled:
+            return
+        for place, sequence in enumerate(sequences):
+            if 0 < (n := self._observe(sequence.prefix)) <= n_slots:
+                self.evict_to(n_slots - n)
+                kept = self._make_batch()
+                kept.copy_prefixes([batch.prefix(place, n)], 0)
+                self._put(PromptPrefix(sequence.prefix.ids[:n]), kept)
+
+    def evict_to(self, n_slots: int) -> None:
+        """Evict kept prefixes until they have no more than `n_slots` token slots."""
+        while self._kept and self.n_slots > n_slots:
+            del self._kept[0]
+
+    def _find_kept(self, prompt: PromptPrefix) -> "tuple[int, Batch | None]":
+        """Return the kept prefix that most of a prompt begins with, which is then the one used last."""
         common = [prompt.n_common(kept) for kept, _ in self._kept]
         if not (n := max(common, default=0)):
-            return None
+            return 0, None
         self._kept.append(self._kept.pop(common.index(n)))
         return n, self._kept[-1][1]
 
-    def note(self, prompt: Opening) -> int:
-        """Note a prompt; return how many tokens it begins with that others had and nobody kept, else 0."""
+    def _observe(self, prompt: PromptPrefix) -> int:
+        """Note a prompt; return how many tokens it shares with a recent one beyond what is kept, else 0."""
         n = max(map(prompt.n_common, self._recent), default=0)
         self._recent.append(prompt)
         return 0 if any(prompt.n_common(kept) >= n for kept, _ in self._kept) else n
 
-    def keep(self, prompt: Opening, batch: Batch) -> None:
-        """Keep a beginning, in a batch of its own; shorter ones that it begins with go."""
-        self._kept = [each for each in self._kept if prompt.n_common(each[0]) < len(each[0].ids)]
-        self._kept.append((prompt, batch))
+    def _put(self, prefix: PromptPrefix, batch: "Batch") -> None:
+        """Keep a prefix; shorter ones that it begins with go."""
+        self._kept = [each for each in self._kept if prefix.n_common(each[0]) < len(each[0].ids)]
+        self._kept.append((prefix, batch))
         del self._kept[:-_MOST_KEPT]
-
-    def shrink(self, n_cells: int) -> None:
-        """Give up beginnings until no more than this is kept, in tokens."""
-        while self._kept and self.n_cells > n_cells:
-            del self._kept[0]

@@ -1,7 +1,7 @@
-"""JSON schemas as callers have them, in the words that llguidance knows.
+"""Rewrite JSON schemas in the words that llguidance knows.
 
-What says nothing about an answer's letters is left out; what can be said otherwise is. An answer may be bound
-more narrowly than its schema asks, never less. What is left is llguidance's to enforce or to refuse.
+Keywords that do not bind the answer are left out; others are replaced by equal ones. An answer may be bound
+more narrowly than its schema asks, never less. llguidance enforces or refuses what is left.
 """
 
 import re

@@ -1,16 +1,16 @@
-"""What a model thinks before it answers, told apart from the answer while tokens arrive."""
+"""Tell a model's reasoning from its answer, while tokens arrive."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
 from penstock_workers.generation.detokenizer import HALF_CHARACTER, Detokenizer
-from penstock_workers.generation.stop_strings import Wording
+from penstock_workers.generation.stop_strings import TextStream
 
 if TYPE_CHECKING:  # the tasks import this file, and transformers loads with the first model
     from transformers import PreTrainedTokenizerBase
 
-# Source: the chat templates of DeepSeek-R1, QwQ, Qwen3 and SmolLM3. They leave line breaks between the marks
-# and what is inside or behind out of older turns, as is done here.
+# Source: the chat templates of DeepSeek-R1, QwQ, Qwen3 and SmolLM3. In older turns they leave out line breaks
+# behind either mark, and before the closing one, as is done here.
 PAIRS: Final = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),  # Magistral
@@ -27,7 +27,7 @@ _BREAKS: Final = "\n"
 _TAIL_TOKENS: Final = 16
 
 Stage = Literal["either", "reasoning", "text"]
-"""What the next token is of; `either`: it may begin the reasoning, or else the text."""
+"""What the next token belongs to; `either`: it may begin the reasoning, or else the text."""
 
 
 class Thought(str):
@@ -36,19 +36,21 @@ class Thought(str):
     __slots__ = ()
 
 
-class Marks:
+class ReasoningMarks:
     """The marks around reasoning, as one tokenizer has them.
 
     Args:
-        tokenizer: of the model.
-        template: its chat template, which shows which marks these are.
+        tokenizer: the model's tokenizer.
+        template: the model's chat template, which shows which marks it uses.
 
     Attributes:
-        are_used: whether the template knows any.
-        open, close: as text.
-        open_id: the token that is the opening mark; None where it is several, or does not exist.
-        close_id: the same of the closing one.
-        channels: tokens of the harmony format, by name: messages then say what they are; empty in others.
+        are_used: whether the template has any marks.
+        open: opening mark, as text.
+        close: closing mark, as text.
+        open_id: token of the opening mark; None where it is several tokens, or does not exist.
+        close_id: token of the closing mark; None as for `open_id`.
+        channels: tokens of the harmony format by name, in which messages name their channel; empty in other
+            formats.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str = "") -> None:
@@ -66,11 +68,11 @@ class Marks:
 
     @property
     def ids(self) -> set[int]:
-        """Tokens that say what others are."""
+        """Tokens that say what other tokens are."""
         return {i for i in (self.open_id, self.close_id, *self.channels.values()) if i is not None}
 
     def begin(self, ids: Sequence[int]) -> Stage:
-        """Say where the answer to a prompt begins: templates open the reasoning, or close it, or neither."""
+        """Return what an answer begins with: prompts end with an opening mark, a closing one, or neither."""
         tail = str(self._tokenizer.decode(list(ids[-_TAIL_TOKENS:]), skip_special_tokens=False)).rstrip()
         if self.channels:
             header = tail.removesuffix(_MESSAGE).rpartition(_CHANNEL)[2].split()
@@ -79,28 +81,28 @@ class Marks:
         return "reasoning" if tail.endswith(self.open) else "text" if tail.endswith(self.close) else "either"
 
 
-class Speech:
-    """Reasoning and text of one answer.
+class ReasoningParser:
+    """Splits the tokens of one answer into reasoning and text.
 
     Args:
-        detokenizer: of the model.
-        marks: of the model's tokenizer.
-        stage: what the first token is of.
+        detokenizer: the model's detokenizer.
+        marks: marks of the model's tokenizer.
+        stage: what the first token belongs to.
         stop: strings that end the text before them.
-        on_piece: called with each new piece: of the reasoning, a `Thought`, or of the text.
-        context: the last tokens of a prompt whose text goes on; without, a text begins.
-        is_exact: the text is all that comes behind the reasoning, line breaks too.
-        is_framed: messages may say what they are, where the model has tokens for that.
+        on_piece: called with each new piece: a `Thought` for reasoning, a plain string for text.
+        context: last tokens of a prompt whose text goes on; empty where a text begins.
+        is_exact: the text is all that comes behind the reasoning, line breaks included.
+        is_framed: messages may name their channel, where the model has tokens for that.
 
     Attributes:
-        stage: what the next token is of.
-        reasoning: None where there is none, or not yet all.
+        stage: what the next token belongs to.
+        reasoning: reasoning of the answer; None where there is none, or it has not ended.
     """
 
     def __init__(
         self,
         detokenizer: Detokenizer,
-        marks: Marks,
+        marks: ReasoningMarks,
         stage: Stage,
         stop: Sequence[str],
         on_piece: Callable[[str], None] | None,
@@ -114,122 +116,123 @@ class Speech:
         self._detokenizer, self._marks, self._stop, self._on_piece = detokenizer, marks, stop, on_piece
         self._is_exact = is_exact
         self._channels = marks.channels if is_framed else {}
-        self._frame = frozenset(self._channels.values())
-        self._spelling = detokenizer.begin(context)
-        self._waiting: list[int] = []  # tokens that nobody has to read yet
-        self._held = ""  # what may become an opening mark
-        self._header: str | None = None  # of a message that begins: names of who speaks, and where
-        self._is_blank = False  # line breaks that come now are neither's
-        self._words = Wording(stop, on_piece, loose=HALF_CHARACTER)
+        self._frame_ids = frozenset(self._channels.values())
+        self._decoder = detokenizer.begin(context)
+        self._undecoded: list[int] = []  # tokens whose text may come late
+        self._held = ""  # text that may become an opening mark
+        self._header: str | None = None  # of a message that begins: its role and channel
+        self._is_blank = False  # line breaks that come now belong to neither stage
+        self._stream = TextStream(stop, on_piece, trim_if_cut=HALF_CHARACTER)
         if stage == "reasoning":
-            self._think("")
+            self._begin_reasoning("")
 
     def add(self, token: int) -> str | None:
-        """Take a token; return the whole text if a stop string is now complete."""
-        if token in self._frame or self._header is not None:
+        """Add a token; return the whole text if a stop string is now complete."""
+        if token in self._frame_ids or self._header is not None:
             return self._route(token)
-        if self.stage == "text" and self._words.is_deaf:
-            self._waiting.append(token)
+        if self.stage == "text" and self._stream.may_come_late:
+            self._undecoded.append(token)
             return None
         if self.stage == "reasoning" and token == self._marks.close_id:
-            self._hear(self._spelling.end())
-            return self._speak(self._words.end(), "") if self.stage == "reasoning" else None
+            self._read(self._decoder.end())
+            return self._end_reasoning(self._stream.end(), "") if self.stage == "reasoning" else None
         if self.stage == "either" and token == self._marks.open_id and not self._held.strip():
-            self._think("")
+            self._begin_reasoning("")
             return None
-        return self._hear(self._spelling.add((token,)))
+        return self._read(self._decoder.add((token,)))
 
     def add_mark(self, content: str) -> str | None:
-        """Take a token that is no text, and part of a stop string; else as `add`."""
+        """Add a token that is not text, but part of a stop string; see `add`."""
         if self.stage == "reasoning":
             return None
         if self.stage == "either" and (text := self._begin_text()) is not None:
             return text
-        return self._words.add(content, is_seen=False)
+        return self._stream.add(content, is_shown=False)
 
-    def speak(self) -> None:
-        """Take what comes for the text, whatever it is."""
+    def skip_reasoning(self) -> None:
+        """Take whatever comes next as text, not as an opening mark."""
         self.stage = "text"
 
     def end(self, *, is_cut_off: bool) -> str:
-        """Return the whole text; what was cut off may end in half a character, which is left out."""
-        rest = self._spelling.add(self._waiting) + self._spelling.end()
-        self._waiting = []
-        if (text := self._hear(rest)) is not None:
+        """Return the whole text, without the half character that an answer may end in when it is cut off."""
+        rest = self._decoder.add(self._undecoded) + self._decoder.end()
+        self._undecoded = []
+        if (text := self._read(rest)) is not None:
             return text
         if self.stage == "reasoning":
-            self._speak(self._words.end(is_cut_off=is_cut_off), "")
+            self._end_reasoning(self._stream.end(is_cut_off=is_cut_off), "")
         if self.stage == "either" and (text := self._begin_text()) is not None:
             return text
-        return self._words.end(is_cut_off=is_cut_off)
+        return self._stream.end(is_cut_off=is_cut_off)
 
-    def tell_rest(self, text: str) -> None:
+    def flush(self, text: str) -> None:
         """Pass on what of the final text was not yet passed on."""
-        self._words.tell_rest(text)
+        self._stream.flush(text)
 
     def _route(self, token: int) -> str | None:
-        """Take a token of a message's frame; return the whole text if it is complete."""
+        """Add a token of a message's frame; return the whole text if it is complete."""
         if token == self._channels[_MESSAGE]:
             words, self._header = (self._header or "").partition(_CHANNEL)[2].split(), None
             if self.stage == "either":
-                self._think("")
+                self._begin_reasoning("")
             if words[:1] == [_FINAL] and self.stage == "reasoning":
-                text = self._speak(self._words.end(), "")
+                text = self._end_reasoning(self._stream.end(), "")
                 self.reasoning = self.reasoning or None
                 return text
             return None
         if self._header is None:
-            rest = self._spelling.add(self._waiting) + self._spelling.end()
-            self._waiting, self._header = [], ""
-            if (text := self._hear(rest)) is not None:
+            rest = self._decoder.add(self._undecoded) + self._decoder.end()
+            self._undecoded, self._header = [], ""
+            if (text := self._read(rest)) is not None:
                 return text
             if self.stage == "either":
-                self._think("")
+                self._begin_reasoning("")
             elif self.stage == "text":
-                return self._words.end()  # what follows its message is for others
-        self._header += _CHANNEL if token == self._channels[_CHANNEL] else self._spelling.add((token,))
+                return self._stream.end()  # what follows its message is for others
+        self._header += _CHANNEL if token == self._channels[_CHANNEL] else self._decoder.add((token,))
         return None
 
-    def _hear(self, text: str) -> str | None:
-        """Take what tokens say."""
+    def _read(self, text: str) -> str | None:
+        """Add text that tokens became; return the whole text if a stop string is now complete."""
         if self._is_blank:
             text = text.lstrip(_BREAKS)
         if not text:
             return None
         self._is_blank = False
         if self.stage == "either":
-            return self._begin(text)
-        said = self._words.add(text)
+            return self._find_opening_mark(text)
+        said = self._stream.add(text)
         if said is None or self.stage == "text":
             return said
-        return self._speak(said, self._words.rest)
+        return self._end_reasoning(said, self._stream.rest)
 
-    def _begin(self, text: str) -> str | None:
+    def _find_opening_mark(self, text: str) -> str | None:
         self._held += text
         began = self._held.lstrip()
         if began.startswith(self._marks.open):
-            return self._think(began.removeprefix(self._marks.open))
+            return self._begin_reasoning(began.removeprefix(self._marks.open))
         return None if self._marks.open.startswith(began) else self._begin_text()
 
     def _begin_text(self) -> str | None:
+        """Take what may have become an opening mark as text."""
         held, self._held, self.stage = self._held, "", "text"
-        return self._words.add(held)
+        return self._stream.add(held)
 
-    def _think(self, lead: str) -> str | None:
+    def _begin_reasoning(self, lead: str) -> str | None:
         on_piece = self._on_piece
-        tell = None if on_piece is None else (lambda piece: on_piece(Thought(piece)))
+        pass_on = None if on_piece is None else (lambda piece: on_piece(Thought(piece)))
         self.stage, self._is_blank, self._held = "reasoning", True, ""
-        self._words = Wording(
-            [] if self._frame else [self._marks.close], tell, trims=_BREAKS, loose=HALF_CHARACTER
+        self._stream = TextStream(
+            [] if self._frame_ids else [self._marks.close], pass_on, trim=_BREAKS, trim_if_cut=HALF_CHARACTER
         )
-        return self._hear(lead)
+        return self._read(lead)
 
-    def _speak(self, reasoning: str, lead: str) -> str | None:
-        self._words.tell_rest(reasoning)
+    def _end_reasoning(self, reasoning: str, lead: str) -> str | None:
+        self._stream.flush(reasoning)
         self.stage, self.reasoning = "text", reasoning
-        self._words = Wording(self._stop, self._on_piece, loose=HALF_CHARACTER)
+        self._stream = TextStream(self._stop, self._on_piece, trim_if_cut=HALF_CHARACTER)
         # A format's own text begins at a token's border.
         self._is_blank = not self._is_exact
         if not self._is_exact and not lead:
-            self._spelling = self._detokenizer.begin()
-        return None if self._is_exact else self._hear(lead)
+            self._decoder = self._detokenizer.begin()
+        return None if self._is_exact else self._read(lead)

@@ -37,8 +37,8 @@ def draw(kind: str, seed: int) -> tuple[list[int], list[int]]:
 def say(kind: str, prompt: Sequence[int], *groups: Sequence[int]) -> list[str]:
     """Return the pieces that groups of tokens add behind a prompt, and the rest."""
     reads = detokenizer(kind)
-    spelling = reads.begin(reads.context(prompt))
-    return [*map(spelling.add, groups), spelling.end()]
+    stream = reads.begin(reads.context(prompt))
+    return [*map(stream.add, groups), stream.end()]
 
 
 def spell(kind: str, text: str) -> list[int]:
@@ -114,15 +114,15 @@ def test_a_token_costs_the_same_at_the_end_of_a_long_answer(
     reads, widths = detokenizer(kind), [0]
     plain = Detokenizer.text
     tokens = random.Random(0).choices(range(len(tokenizer(kind))), k=400)
-    spelling = reads.begin()
-    spelling.add(tokens)
+    stream = reads.begin()
+    stream.add(tokens)
 
     def text(self: Detokenizer, ids: Sequence[int]) -> str:
         widths.append(len(ids))
         return plain(self, ids)
 
     monkeypatch.setattr(Detokenizer, "text", text)
-    spelling.add(tokens[:50])
+    stream.add(tokens[:50])
 
     assert max(widths) <= 64
     assert sum(widths) <= 50 * 64

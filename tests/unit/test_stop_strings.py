@@ -1,16 +1,16 @@
 import pytest
 
-from penstock_workers.generation.stop_strings import Wording
+from penstock_workers.generation.stop_strings import TextStream
 
 
 def say(text: str, *stop: str, trims: str = "") -> tuple[str, list[str]]:
     """Return the text that comes of these letters, one by one, and its pieces."""
     pieces: list[str] = []
-    wording = Wording(stop, pieces.append, trims=trims)
-    found = next((t for letter in text if (t := wording.add(letter)) is not None), None)
+    stream = TextStream(stop, pieces.append, trim=trims)
+    found = next((t for letter in text if (t := stream.add(letter)) is not None), None)
     if found is None:
-        found = wording.end()
-    wording.tell_rest(found)
+        found = stream.end()
+    stream.flush(found)
     return found, pieces
 
 
@@ -47,22 +47,22 @@ def test_earliest_of_several_stop_strings() -> None:
 @pytest.mark.parametrize("pieces", [["xabcb"], ["x", "a", "b", "c", "b"], ["xa", "bcb"], ["xab", "cb"]])
 def test_the_stop_string_that_is_complete_first_counts(pieces: list[str]) -> None:
     """However the text comes in pieces, it is the same."""
-    wording = Wording(["abc", "b", "cb"])
+    stream = TextStream(["abc", "b", "cb"])
 
-    assert next(text for piece in pieces if (text := wording.add(piece)) is not None) == "xa"
+    assert next(text for piece in pieces if (text := stream.add(piece)) is not None) == "xa"
 
 
 def test_what_is_behind_a_stop_string_is_kept_apart() -> None:
     """It is no text, and whoever stopped there can go on with it."""
-    wording = Wording(["</x>"])
+    stream = TextStream(["</x>"])
 
-    assert wording.add("a</x>b") == "a"
-    assert wording.rest == "b"
+    assert stream.add("a</x>b") == "a"
+    assert stream.rest == "b"
 
 
 def test_trimmed_characters_are_in_no_piece() -> None:
     """Line breaks at the end are left out, those inside are not."""
-    found, pieces = say("\na\n\nb\n\n", trims="\n")
+    found, pieces = say("\na\n\nb\n\n", trim="\n")
 
     assert found == "".join(pieces) == "\na\n\nb"
 
@@ -70,14 +70,14 @@ def test_trimmed_characters_are_in_no_piece() -> None:
 def test_halves_of_characters_go_where_the_text_was_cut_off() -> None:
     """They are in no piece before something follows; else the text has them."""
     pieces: list[str] = []
-    wording = Wording((), pieces.append, loose="\ufffd")
+    stream = TextStream((), pieces.append, trim_if_cut="\ufffd")
 
-    wording.add("a\ufffd")
-    wording.add("b\ufffd")
+    stream.add("a\ufffd")
+    stream.add("b\ufffd")
 
     assert pieces == ["a", "\ufffdb"]
-    assert wording.end(is_cut_off=True) == "a\ufffdb"
-    assert wording.end() == "a\ufffdb\ufffd"
+    assert stream.end(is_cut_off=True) == "a\ufffdb"
+    assert stream.end() == "a\ufffdb\ufffd"
 
 
 @pytest.mark.parametrize(
@@ -86,20 +86,20 @@ def test_halves_of_characters_go_where_the_text_was_cut_off() -> None:
 def test_what_is_no_text_can_be_part_of_a_stop_string(stop: str, text: str) -> None:
     """A token that is not shown ends the text where a stop string names it, alone or beside text."""
     pieces: list[str] = []
-    wording = Wording([stop], pieces.append)
+    stream = TextStream([stop], pieces.append)
 
     parts = [("a ", True), ("b", True), ("<x>", False), ("c", True)]
     found = next(
-        (t for part, is_seen in parts if (t := wording.add(part, is_seen=is_seen)) is not None), None
+        (t for part, is_shown in parts if (t := stream.add(part, is_shown=is_shown)) is not None), None
     )
-    found = wording.end() if found is None else found
-    wording.tell_rest(found)
+    found = stream.end() if found is None else found
+    stream.flush(found)
 
     assert found == "".join(pieces) == text
 
 
 def test_nobody_listens() -> None:
     """Without stop strings and listener nothing depends on when text comes."""
-    assert Wording(()).is_deaf
-    assert not Wording(["a"]).is_deaf
-    assert not Wording((), print).is_deaf
+    assert TextStream(()).may_come_late
+    assert not TextStream(["a"]).may_come_late
+    assert not TextStream((), print).may_come_late
