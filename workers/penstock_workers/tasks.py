@@ -175,8 +175,8 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
     """
     served = serving.find(request.model, ServedGenerator)
     prompt: Any = served.engine.prepare(request)
-    if prompt.n_top_logprobs is not None:
-        _check_size(prompt.n_choices * prompt.max_new_tokens * (1 + prompt.n_top_logprobs) * LOGPROB_BYTES)
+    if prompt.n_likeliest is not None:
+        _check_size(prompt.n_choices * prompt.max_new_tokens * (1 + prompt.n_likeliest) * LOGPROB_BYTES)
     with delivery.streams.open(delivery.job_id, delivery.reply_to, delivery.is_unwanted) as stream:
         work = served.batcher.submit(
             delivery.job_id,

@@ -53,13 +53,13 @@ class Answer:
         return f"{self.reasoning or ''}{self.text}{json.dumps(self.tool_calls) if self.tool_calls else ''}"
 
 
-def read_choice(choice: Mapping[str, Any], *, has_tools: bool, n_top_logprobs: int | None) -> Answer:
+def read_choice(choice: Mapping[str, Any], *, has_tools: bool, n_likeliest: int | None) -> Answer:
     """Read one of a server's choices, which has ended in one of `FINISH`.
 
     Args:
         choice: of a chat, whole or joined from pieces, or of a completion.
         has_tools: the model may ask for calls.
-        n_top_logprobs: see `Prompt`.
+        n_likeliest: see `Prompt`.
 
     Raises:
         UnusableError: what was asked for is not there.
@@ -78,9 +78,7 @@ def read_choice(choice: Mapping[str, Any], *, has_tools: bool, n_top_logprobs: i
         finish_reason=ended,
         reasoning=thought,
         tool_calls=_read_calls(asked or (), is_cut=ended == "length") or None,
-        logprobs=None
-        if n_top_logprobs is None
-        else _read_logprobs(choice.get("logprobs"), text, n_top_logprobs),
+        logprobs=None if n_likeliest is None else _read_logprobs(choice.get("logprobs"), text, n_likeliest),
     )
 
 
@@ -143,11 +141,11 @@ def _read_calls(asked: Iterable[Mapping[str, Any]], *, is_cut: bool) -> list[Too
 _Token = tuple[bytes, float]
 
 
-def _read_logprobs(found: Mapping[str, Any] | None, text: str, n_top_logprobs: int) -> Logprobs:
+def _read_logprobs(found: Mapping[str, Any] | None, text: str, n_likeliest: int) -> Logprobs:
     """Return log-probabilities in our form; a token's id is its place among the different ones."""
     places = _places(found or {})
-    width = 1 + n_top_logprobs
-    if (text and not places) or (n_top_logprobs and places and max(map(len, places)) == 1):
+    width = 1 + n_likeliest
+    if (text and not places) or (n_likeliest and places and max(map(len, places)) == 1):
         raise UnusableError("its log-probabilities are missing")
     known: dict[bytes, int] = {}
     ids = np.full((len(places), width), -1, dtype=np.int32)

@@ -38,7 +38,7 @@ class Prompt:
         n_new_tokens: the most there may be in all, then those there are.
         has_format: the answer has to be JSON.
         n_choices: how many answers are wanted.
-        n_top_logprobs: tokens whose log-probabilities are wanted beside the chosen one's; None wants none.
+        n_likeliest: tokens whose log-probabilities are wanted beside the chosen one's; None wants none.
         cut_tokens: see `Usage`; nothing is cut here.
     """
 
@@ -49,7 +49,7 @@ class Prompt:
     n_new_tokens: int
     has_format: bool
     n_choices: int = 1
-    n_top_logprobs: int | None = None
+    n_likeliest: int | None = None
     cut_tokens: None = None
 
     def choices(self) -> list[Self]:
@@ -119,7 +119,7 @@ class RemoteGenerator(Server):
             n_new_tokens=fields.get("n", 1) * max_new_tokens,
             has_format=has_format,
             n_choices=request.n,
-            n_top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            n_likeliest=(request.top_logprobs or 0) if request.logprobs else None,
         )
 
     async def call(
@@ -206,7 +206,7 @@ class RemoteGenerator(Server):
         counted = usage if isinstance(usage, dict) else {}
         prompt.n_tokens = self.counted(prompt.n_bytes, counted.get("prompt_tokens")) or prompt.n_tokens
         answers = [
-            read_choice(choice, has_tools="tools" in prompt.fields, n_top_logprobs=prompt.n_top_logprobs)
+            read_choice(choice, has_tools="tools" in prompt.fields, n_likeliest=prompt.n_likeliest)
             for choice in choices
         ]
         n_tokens = [len(answer.logprobs or ()) or self.estimate(answer.whole) for answer in answers]

@@ -304,9 +304,9 @@ def _deduplicate(
 def _align(
     sequences: Sequence[ScheduledSequence[A]], prefixes: Sequence[RowPrefix | None]
 ) -> tuple[list[RowPrefix | None], int]:
-    """Shorten prefixes so that all rows compute equally many tokens; returns them, and that number.
+    """Shorten prefixes so that all rows compute the same number of tokens; returns them, and that number.
 
-    What a row could copy beyond that would be followed by padding.
+    A row that copied more would have padding inside.
     """
     pairs = list(zip(sequences, prefixes, strict=True))
     n_new = max(sequence.n_ids - (prefix.n_tokens if prefix else 0) for sequence, prefix in pairs)
