@@ -142,7 +142,7 @@ class _Prefill(Generic[A]):
 
     Attributes:
         max_tokens: most tokens of that pass, padding counted; a single prompt may have more.
-        sequences: in the order in which they came.
+        sequences: members of the pass, oldest first.
     """
 
     def __init__(self, max_tokens: int) -> None:

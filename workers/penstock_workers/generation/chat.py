@@ -40,7 +40,7 @@ class Chat:
     Attributes:
         stop: strings that end an answer in this format.
         marks: marks around the model's reasoning.
-        takes_tools: whether the template shows tools to the model.
+        takes_tools: True if the template shows tools to the model.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
@@ -63,7 +63,7 @@ class Chat:
             else:
                 self._template = self._tool_template = _begin(tokenizer) + _PLAIN_TEMPLATE
             self.stop: tuple[str, ...] = () if tokenizer.chat_template else (_PLAIN_STOP,)
-            self._lost = self._choose_form()
+            lost = self._choose_form()
             question = [Message(role="user", content=_SENTINEL)]
             self._try(question)
             # Also the first call of the tokenizer, which drops a padding or truncation that its file asks
@@ -72,17 +72,18 @@ class Chat:
         except Exception as error:  # whatever a template's code raises
             told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise ModelLoadError(name, f"its chat template refuses a question: {told}") from error
-        if self._lost[Shape()]:
+        if lost[Shape()]:
             raise ModelLoadError(name, "its chat template leaves out what a user writes")
         self._ends_texts = _ends_texts(tokenizer)
         user = {"role": "user", "content": "."}
         self.marks = ReasoningMarks(tokenizer, self._template)
         self._switch = next((name for name in _SWITCHES if self._knows(name)), None)
         self.takes_tools = _SENTINEL in self._render([user], tools=[_TOOL])
-        self._lost_beside_tools = self._lost
+        lost_beside_tools = lost
         if self.takes_tools:
-            self._lost_beside_tools = find_losses(lambda turns: self._render(turns, tools=[_TOOL]))
-            self.takes_tools = not self._lost_beside_tools[Shape()]
+            lost_beside_tools = find_losses(lambda turns: self._render(turns, tools=[_TOOL]))
+            self.takes_tools = not lost_beside_tools[Shape()]
+        self._lost = {False: lost, True: lost_beside_tools}  # by whether there are tools
         # Arguments are objects to most, to some the text of one.
         kinds: tuple[object, ...] = ({}, "{}")
         forms = [arguments for arguments in kinds if self._shows_calls(user, arguments)]
@@ -202,7 +203,7 @@ class Chat:
         Raises:
             InvalidOptionError: it leaves some out.
         """
-        lost = self._lost_beside_tools if has_tools else self._lost
+        lost = self._lost[has_tools]
         shape = Shape(any(turn.role == "system" for turn in turns), len(_talk(turns)) > 1)
         if "system" in lost[shape]:
             turns = _fold_system(turns)

@@ -48,7 +48,7 @@ class Detokenizer:
     (`<0x0A>`), and what is whole around them stays; else as Python's `errors="replace"` has it.
 
     Attributes:
-        errors: how bytes that are no character are decoded.
+        errors: name of the handler that decodes bytes that are no character.
         n_unsettled: number of characters at the end of a text that the next token may change.
     """
 
@@ -188,14 +188,24 @@ class DecodeStream:
         # which is all but what may yet become a character.
         self._window = list(context)
         self._returned, self._held = detokenizer.text(context) if context else "", ""
+        self._deferred: list[int] = []
 
     def add(self, tokens: Iterable[int]) -> str:
         """Add tokens; return their text, in whole characters."""
         return "".join(map(self._add, tokens))
 
+    def defer(self, token: int) -> None:
+        """Add a token that is decoded by `end`: many at once are decoded faster."""
+        self._deferred.append(token)
+
+    def restart(self) -> "DecodeStream":
+        """Return a stream that decodes at the beginning of a text."""
+        return self._detokenizer.begin()
+
     def end(self) -> str:
         """Return the rest of the text: what is no whole character is U+FFFD."""
-        return self._bytes.decode(b"", final=True) + self._release_held()
+        deferred, self._deferred = self._deferred, []
+        return self.add(deferred) + self._bytes.decode(b"", final=True) + self._release_held()
 
     def _add(self, token: int) -> str:
         said = self._detokenizer.bytes_of(token)

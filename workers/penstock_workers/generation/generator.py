@@ -41,8 +41,8 @@ class Generator:
         name: name that it is served under.
         context_window: most tokens of prompt and answer together.
         dtype: number format of the weights.
-        batch_mode: how its requests share forward passes.
-        vocabulary: its tokens.
+        batch_mode: way in which its requests share forward passes.
+        vocabulary: meaning of its tokens.
     """
 
     def __init__(

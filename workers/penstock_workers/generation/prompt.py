@@ -18,16 +18,17 @@ class Prompt:
 
     Attributes:
         ids: tokens of the whole conversation, the start of the answer included.
-        sampling: how tokens are drawn.
+        sampling: parameters by which tokens are drawn.
         max_new_tokens: most tokens of an answer; fits into the context window together with `ids`.
         stop: strings that end the answer.
         context: last tokens of `ids` that are text, where the answer goes on from it; empty where a text
             begins.
         stop_marks: names of the tokens that are no text, but stand in `stop`.
         stop_token_ids: tokens that end the answer, besides the model's own.
-        grammar: what the text has to follow, at its beginning; it alone then says where the answer ends.
-        stage: what the answer begins with.
-        is_chat: whether the chat template made the prompt.
+        grammar: format that the text has to follow, at its beginning; it alone then says where the answer
+            ends.
+        stage: part that the answer begins with.
+        is_chat: True if the chat template made the prompt.
         tools: functions that the model may call.
         cut_tokens: see `Usage`.
         n_choices: number of answers that are wanted.

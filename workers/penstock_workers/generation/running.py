@@ -15,7 +15,7 @@ class ChunkedPrefill(Generic[A]):
     """A long prompt of which a part is computed, a chunk at each step.
 
     Attributes:
-        sequences: those that have this prompt, at least one; the others are duplicates of the first.
+        sequences: sequences that have this prompt, at least one; the others are duplicates of the first.
         batch: batch of one row, which holds the tokens that are computed.
     """
 
@@ -27,8 +27,8 @@ class Running(Generic[A]):
     """The sequences in memory.
 
     Attributes:
-        decoding: those that decode, in the order of the batch's rows.
-        batch: batch of these; None if nobody decodes.
+        decoding: sequences that decode, in the order of the batch's rows.
+        batch: batch of the sequences that decode; None if nobody does.
         chunked: long prompt that is being prefilled; None if there is none.
     """
 

@@ -34,10 +34,10 @@ class TokenSequence:
         n_top_logprobs: number of likeliest tokens to note at each step, besides the chosen one; None notes
             nothing.
         output: token ids chosen so far.
-        logprobs: for each of these, token ids, int32, and log-probabilities, float32; each of shape
-            (1 + n_top_logprobs,), the chosen token first.
-        seen: which tokens were in prompt or output, and which in the output; bool, shape (2, vocab). Kept by
-            the penalties of `sampling`; None before.
+        logprobs: token ids, int32, and log-probabilities, float32, for each token of the output; each of
+            shape (1 + n_top_logprobs,), the chosen token first.
+        seen: tokens that are in prompt or output, and those that are in the output; bool, shape (2, vocab).
+            Kept by the penalties of `sampling`; None before.
         n_seen: number of output tokens that `seen` knows.
     """
 

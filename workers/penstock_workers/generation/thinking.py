@@ -44,7 +44,7 @@ class ReasoningMarks:
         template: the model's chat template, which shows which marks it uses.
 
     Attributes:
-        are_used: whether the template has any marks.
+        are_used: True if the template has any marks.
         open: opening mark, as text.
         close: closing mark, as text.
         open_id: token of the opening mark; None where it is several tokens, or does not exist.
@@ -95,7 +95,7 @@ class ReasoningParser:
         is_framed: messages may name their channel, where the model has tokens for that.
 
     Attributes:
-        stage: what the next token belongs to.
+        stage: part of the answer that the next token belongs to.
         reasoning: reasoning of the answer; None where there is none, or it has not ended.
     """
 
@@ -113,12 +113,10 @@ class ReasoningParser:
     ) -> None:
         self.stage: Stage = stage
         self.reasoning: str | None = None
-        self._detokenizer, self._marks, self._stop, self._on_piece = detokenizer, marks, stop, on_piece
+        self._marks, self._stop, self._on_piece = marks, stop, on_piece
         self._is_exact = is_exact
-        self._channels = marks.channels if is_framed else {}
-        self._frame_ids = frozenset(self._channels.values())
+        self._channels = {i: name for name, i in marks.channels.items()} if is_framed else {}
         self._decoder = detokenizer.begin(context)
-        self._undecoded: list[int] = []  # tokens whose text may come late
         self._held = ""  # text that may become an opening mark
         self._header: str | None = None  # of a message that begins: its role and channel
         self._is_blank = False  # line breaks that come now belong to neither stage
@@ -128,10 +126,10 @@ class ReasoningParser:
 
     def add(self, token: int) -> str | None:
         """Add a token; return the whole text if a stop string is now complete."""
-        if token in self._frame_ids or self._header is not None:
+        if token in self._channels or self._header is not None:
             return self._route(token)
         if self.stage == "text" and self._stream.may_come_late:
-            self._undecoded.append(token)
+            self._decoder.defer(token)
             return None
         if self.stage == "reasoning" and token == self._marks.close_id:
             self._read(self._decoder.end())
@@ -155,9 +153,7 @@ class ReasoningParser:
 
     def end(self, *, is_cut_off: bool) -> str:
         """Return the whole text, without the half character that an answer may end in when it is cut off."""
-        rest = self._decoder.add(self._undecoded) + self._decoder.end()
-        self._undecoded = []
-        if (text := self._read(rest)) is not None:
+        if (text := self._read(self._decoder.end())) is not None:
             return text
         if self.stage == "reasoning":
             self._end_reasoning(self._stream.end(is_cut_off=is_cut_off), "")
@@ -171,7 +167,8 @@ class ReasoningParser:
 
     def _route(self, token: int) -> str | None:
         """Add a token of a message's frame; return the whole text if it is complete."""
-        if token == self._channels[_MESSAGE]:
+        name = self._channels.get(token)
+        if name == _MESSAGE:
             words, self._header = (self._header or "").partition(_CHANNEL)[2].split(), None
             if self.stage == "either":
                 self._begin_reasoning("")
@@ -181,15 +178,14 @@ class ReasoningParser:
                 return text
             return None
         if self._header is None:
-            rest = self._decoder.add(self._undecoded) + self._decoder.end()
-            self._undecoded, self._header = [], ""
-            if (text := self._read(rest)) is not None:
+            self._header = ""
+            if (text := self._read(self._decoder.end())) is not None:
                 return text
             if self.stage == "either":
                 self._begin_reasoning("")
             elif self.stage == "text":
                 return self._stream.end()  # what follows its message is for others
-        self._header += _CHANNEL if token == self._channels[_CHANNEL] else self._decoder.add((token,))
+        self._header += _CHANNEL if name == _CHANNEL else self._decoder.add((token,))
         return None
 
     def _read(self, text: str) -> str | None:
@@ -223,7 +219,7 @@ class ReasoningParser:
         pass_on = None if on_piece is None else (lambda piece: on_piece(Thought(piece)))
         self.stage, self._is_blank, self._held = "reasoning", True, ""
         self._stream = TextStream(
-            [] if self._frame_ids else [self._marks.close], pass_on, trim=_BREAKS, trim_if_cut=HALF_CHARACTER
+            [] if self._channels else [self._marks.close], pass_on, trim=_BREAKS, trim_if_cut=HALF_CHARACTER
         )
         return self._read(lead)
 
@@ -234,5 +230,5 @@ class ReasoningParser:
         # A format's own text begins at a token's border.
         self._is_blank = not self._is_exact
         if not self._is_exact and not lead:
-            self._decoder = self._detokenizer.begin()
+            self._decoder = self._decoder.restart()
         return None if self._is_exact else self._read(lead)
