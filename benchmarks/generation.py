@@ -480,7 +480,7 @@ def formats(*, n_rounds: int) -> Found:
     The end-of-sequence token ends no answer here: all rows go on for as long as the longest format.
     """
     engine = Generator.load("chat", ModelSettings(task="generate", source=CHAT), torch.device("cpu"))
-    engine._end_ids = frozenset()
+    engine.vocabulary._end_ids = frozenset()
     word = {"type": "string", "pattern": "^[a-z]{6}$"}
     words = {"type": "array", "items": word, "minItems": 6, "maxItems": 6}
     schema = {
@@ -510,7 +510,7 @@ def formats(*, n_rounds: int) -> Found:
                 )
                 for i in range(16)
             ]
-            scheduler = Scheduler("chat", engine.decoding(max_rows=16), engine.row)
+            scheduler = Scheduler("chat", engine.decoding(max_rows=16), engine.sequence)
             began = time.perf_counter()
             answers = scheduler.submit("job", prompts, None).wait()
             seconds = time.perf_counter() - began

@@ -3,10 +3,10 @@ import pytest
 from penstock_workers.generation.stop_strings import TextStream
 
 
-def say(text: str, *stop: str, trims: str = "") -> tuple[str, list[str]]:
+def say(text: str, *stop: str, trim: str = "") -> tuple[str, list[str]]:
     """Return the text that comes of these letters, one by one, and its pieces."""
     pieces: list[str] = []
-    stream = TextStream(stop, pieces.append, trim=trims)
+    stream = TextStream(stop, pieces.append, trim=trim)
     found = next((t for letter in text if (t := stream.add(letter)) is not None), None)
     if found is None:
         found = stream.end()
