@@ -1,4 +1,4 @@
-"""Requests and results as bytes: version 1 of both is described in docs/messages.md.
+"""Requests and results as bytes: version 1 of both is described in docs/reference/messages.md.
 
 Messages follow Celery's protocol 2 in kombu's Redis envelope, so any Celery producer can send them.
 Results are a JSON header and raw little-endian buffers; nothing here can run code that came over the wire.

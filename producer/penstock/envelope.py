@@ -1,4 +1,4 @@
-"""What lies in a queue's list, checked before anything is built from it: see docs/messages.md.
+"""What lies in a queue's list, checked before anything is built from it: see docs/reference/messages.md.
 
 Whoever may send can push any bytes. Nothing of a message is decompressed, decoded by a name that it gives,
 used as a part of a key, or logged, before `open_entry` has found it to be what it should. Knows neither

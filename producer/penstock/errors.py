@@ -185,7 +185,7 @@ class InputTooLongError(RequestError):
 
 
 class InvalidMessageError(RequestError):
-    """A message on the queue does not follow docs/messages.md."""
+    """A message on the queue does not follow docs/reference/messages.md."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(problem)

@@ -146,7 +146,8 @@ def push_arguments(
 
     Args:
         key: the queue's list, see `codec.queue_key`.
-        messages: what workers get; with the property `cost`, see docs/messages.md, they are counted by it.
+        messages: what workers get; with the property `cost`, see docs/reference/messages.md,
+            they are counted by it.
         due_at: not before this, Unix seconds; None for at once.
         limits: of the queue.
     """

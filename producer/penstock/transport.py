@@ -1,4 +1,4 @@
-"""kombu's Redis transport, with deliveries that lose nothing: see docs/delivery.md.
+"""kombu's Redis transport, with deliveries that lose nothing: see docs/understand/delivery.md.
 
 Installed under the names of kombu's own, so URLs, Flower and plain Celery producers go on working. Knows
 kombu; what becomes of a message once it is leased is the matter of `leases`.

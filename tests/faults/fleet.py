@@ -16,8 +16,7 @@ import redis
 
 from penstock.leases import DEAD_KEY, push_arguments, scripts
 from penstock_workers.local_redis import wait_until_ready
-from tests import warm
-from tests.deployment import server_command
+from tests.deployment import ROOT, server_command
 from tests.eventually import eventually
 from tests.integration.noop_app import TASKS as APP
 
@@ -52,7 +51,9 @@ class Worker:
     def __init__(self, log: Path, command: list[str], environment: dict[str, str]) -> None:
         self._log = log
         with log.open("wb") as out:
-            self.process = warm.start(command, environment, out, imports="celery")
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
+            )
 
     @property
     def pid(self) -> int:

@@ -24,13 +24,13 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from penstock.delay import TOKENS_PER_CHARACTER
+from penstock.registry import ModelInfo
 from penstock.request import EmbedRequest
 from penstock.settings import load_settings
 from penstock_workers.app import build_app
 from penstock_workers.batching import Batcher, cut_by_tokens
 from penstock_workers.lifecycle import Heartbeat, Lifecycle
 from penstock_workers.serving import ServedEmbedder
-from tests.announced import model
 
 MODEL = "light"
 DIM = 3
@@ -92,7 +92,16 @@ def end_thread(name: str) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
 
 
-INFO = model(MODEL, pools=POOLS, dim=DIM, max_tokens=None, max_texts=16)
+INFO = ModelInfo(
+    name=MODEL,
+    task="embed",
+    pools=cast("Any", POOLS),
+    dim=DIM,
+    max_tokens=None,
+    max_texts=16,
+    deadline_s=None,
+    dtype="float32",
+)
 
 app = build_app(settings)
 app.steps["worker"].discard(Lifecycle)  # it loads torch

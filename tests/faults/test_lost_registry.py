@@ -183,9 +183,9 @@ os._exit(1)
 
 
 def documented() -> dict[re.Pattern[str], str]:
-    """Return what bounds a key, by its pattern, as docs/delivery.md says it."""
+    """Return what bounds a key, by its pattern, as docs/reference/keys.md says it."""
     found = {}
-    lines = (ROOT / "docs/delivery.md").read_text().splitlines()
+    lines = (ROOT / "docs/reference/keys.md").read_text().splitlines()
     for line in (line for line in lines if line.startswith("| `")):
         names, *_, bound = line.removeprefix("| ").removesuffix(" |").split(" | ")
         for name in re.findall(r"`([^`]+)`", names):

@@ -28,7 +28,7 @@ assert not [name for name in sys.modules if name.startswith("penstock")]
 
 
 def push(server: Server, *, body: object, **changes: object) -> str:
-    """Push a message as docs/messages.md describes it, made without our code; returns the job's id."""
+    """Push a message as docs/reference/messages.md describes it, without our code; return the job's id."""
     job_id = str(uuid.uuid4())
     text = body if isinstance(body, str) else json.dumps(body)
     envelope = {

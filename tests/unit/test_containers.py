@@ -268,7 +268,7 @@ def test_the_secrets_stay_out_of_git_and_of_the_image() -> None:
         f"redis_{user}": f"./configs/secrets/redis_{user}" for user in USERS
     }
     assert "configs/secrets/*" in ignored
-    for file in ("configs/secrets/README.md", "compose.yaml", "docs/operations.md"):
+    for file in ("configs/secrets/README.md", "compose.yaml", "docs/start/containers.md"):
         assert how in (ROOT / file).read_text()
     assert not any("configs/secrets".startswith(copied) for copied in copied_sources())
 

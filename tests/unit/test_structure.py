@@ -64,13 +64,13 @@ def test_excuses_are_used(limit: str) -> None:
 
 
 def test_keys_of_delivery_are_told_once() -> None:
-    """The scripts' head and docs/delivery.md have the same table, and no script touches another key."""
+    """The scripts' head and docs/reference/keys.md have the same table, and no script touches another key."""
     script = (ROOT / "producer" / "penstock" / "delivery.lua").read_text()
     rows = re.findall(r"^(?:-- )?(\|.*\|)$", script, flags=re.MULTILINE)
     names = set(re.findall(r"'(penstock:[a-z:]+|unacked\w*)'", script))
 
     assert len(rows) > 10
-    assert "\n".join(rows) in (ROOT / "docs" / "delivery.md").read_text()
+    assert "\n".join(rows) in (ROOT / "docs" / "reference" / "keys.md").read_text()
     assert [name for name in names if f"| `{name}" not in "\n".join(rows)] == []
 
 

@@ -26,7 +26,7 @@ CORES_PER_REPLICA: Final = 2
 SMALL_BYTES: Final = 512 << 20
 """Files of all models together that are small; larger ones are on a card once."""
 GENERATING_PROCESSES: Final = 2
-"""That share the cores at least, where text is generated: docs/operations.md has what was measured."""
+"""That share the cores at least, where text is generated: docs/how-to/tune.md has what was measured."""
 SHARED_BYTES: Final = 512 << 20
 """What all processes of a pool have in common, imports above all: they are forked, on Linux."""
 PROCESS_BYTES: Final = 192 << 20
