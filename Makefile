@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test up lint bench clean
+.PHONY: demo test up lint docs bench clean
 
 demo: .venv/ready
 	$(BIN)/penstock demo --config configs/demo.toml
@@ -21,11 +21,15 @@ lint: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site, in site/: a link that leads nowhere is an error.
+docs: .venv/dev
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 bench: .venv/dev
 	$(BIN)/python -m benchmarks.embedding --quick
 
 clean:
-	rm -rf .venv .penstock
+	rm -rf .venv .penstock site
 
 # torch comes first and by itself: asked for by another package, pip would take its largest build.
 .venv/ready: pyproject.toml constraints.txt hatch_build.py workers/penstock_workers/engines/kernels.c

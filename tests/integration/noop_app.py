@@ -7,6 +7,7 @@ worker process and a way to send to that.
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -28,8 +29,7 @@ from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.store import record_key, result_key
 from penstock.transport import install
 from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
-from tests import warm
-from tests.deployment import Server
+from tests.deployment import ROOT, Server
 from tests.eventually import eventually
 
 QUEUE = "noop"
@@ -200,11 +200,12 @@ class NoopWorker:
         self._log = self._folder / f"{uuid.uuid4()}.log"
         command = [sys.executable, "-m", "celery", "-A", TASKS, "worker"]
         with self._log.open("wb") as log:
-            self.process = warm.start(
+            self.process = subprocess.Popen(
                 [*command, "-c", str(self._threads), "-l", "info", "--without-mingle"],
-                {**os.environ, "NOOP_APP": json.dumps(self.urls | self._settings), "NO_COLOR": "1"},
-                log,
-                imports="celery",
+                env={**os.environ, "NOOP_APP": json.dumps(self.urls | self._settings), "NO_COLOR": "1"},
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         eventually(lambda: "ready." in self.log, within_s=30)
         return self
