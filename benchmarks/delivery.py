@@ -55,7 +55,7 @@ from benchmarks.report import Figure, Report, Row, finish
 from penstock import AsyncClient, Client
 from penstock.registry import MODELS_KEY, RESULTS_KEY, ModelInfo
 from penstock.store import result_key
-from penstock_workers.local_redis import free_port, local_redis_command, wait_until_ready
+from penstock_workers.command.local_redis import free_port, local_redis_command, wait_until_ready
 
 START_LIMIT_S: Final = 60.0
 STOP_LIMIT_S: Final = 20.0

@@ -58,8 +58,8 @@ from penstock import AsyncClient, Client
 from penstock.errors import PenstockError
 from penstock.store import result_key
 from penstock_workers.bundled import bundled_folder
+from penstock_workers.command.local_redis import free_port
 from penstock_workers.layout import find_cards
-from penstock_workers.local_redis import free_port
 
 Vectors = NDArray[np.float32]
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from celery import Celery
 from celery.signals import worker_process_init
 
-from penstock_workers.local_redis import free_port, local_redis_command, wait_until_ready
+from penstock_workers.command.local_redis import free_port, local_redis_command, wait_until_ready
 
 URL: Final = "NAIVE_URL"
 MODEL: Final = "NAIVE_MODEL"

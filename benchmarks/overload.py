@@ -45,7 +45,7 @@ from penstock.job import AsyncJob
 from penstock.result import Vectors
 from penstock.waiting import WaitPolicy
 from penstock_workers.bundled import bundled_folder
-from penstock_workers.local_redis import free_port
+from penstock_workers.command.local_redis import free_port
 
 MODEL: Final = "minilm"
 MODELS: Final = f'[models.{MODEL}]\ntask = "embed"\nsource = "bundled:minilm"\nengine = "torch"\n'

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 
 from penstock.errors import ConfigError
-from penstock_workers.local_redis import free_port, local_redis_command, wait_until_ready
+from penstock_workers.command.local_redis import free_port, local_redis_command, wait_until_ready
 from tests.eventually import eventually
 
 ROOT = Path(__file__).parent.parent

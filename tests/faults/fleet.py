@@ -15,7 +15,7 @@ from typing import Any
 import redis
 
 from penstock.leases import DEAD_KEY, push_arguments, scripts
-from penstock_workers.local_redis import wait_until_ready
+from penstock_workers.command.local_redis import wait_until_ready
 from tests.deployment import ROOT, server_command
 from tests.eventually import eventually
 from tests.integration.noop_app import TASKS as APP

@@ -11,7 +11,7 @@ from typing import Any
 
 import redis
 
-from penstock_workers.local_redis import free_port, wait_until_ready
+from penstock_workers.command.local_redis import free_port, wait_until_ready
 from tests.deployment import Server, server_command
 from tests.eventually import eventually
 

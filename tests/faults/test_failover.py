@@ -12,7 +12,7 @@ import redis
 
 from penstock import Client, JobCancelledError
 from penstock.registry import WORKERS_KEY
-from penstock_workers.local_redis import free_port
+from penstock_workers.command.local_redis import free_port
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.light import MODEL, LightWorker

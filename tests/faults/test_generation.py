@@ -25,7 +25,7 @@ from penstock import (
     ResponseFormat,
 )
 from penstock.store import record_key
-from penstock_workers.local_redis import free_port
+from penstock_workers.command.local_redis import free_port
 from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.eventually import eventually
 from tests.models.test_generation import LINES, SIZES, make_folder, make_tokenizer

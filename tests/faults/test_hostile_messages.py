@@ -19,7 +19,7 @@ from penstock.codec import decode_outcome, encode_message
 from penstock.envelope import MAX_ENTRY_BYTES
 from penstock.request import EmbedRequest, Priority, new_job_id
 from penstock.store import record_key, result_key
-from penstock_workers.local_redis import free_port
+from penstock_workers.command.local_redis import free_port
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import Worker

@@ -20,7 +20,7 @@ from penstock.settings import load_settings
 from penstock.store import END_JOB
 from penstock_workers.app import build_app
 from penstock_workers.cache import CLAIM, STORE
-from penstock_workers.local_redis import free_port, wait_until_ready
+from penstock_workers.command.local_redis import free_port, wait_until_ready
 from penstock_workers.upstream import ASK, LOOK, TELL
 from tests.deployment import BUNDLED, ROOT, Server, WorkerProcess, server_command
 from tests.eventually import eventually

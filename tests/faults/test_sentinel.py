@@ -22,7 +22,7 @@ from penstock.leases import NO_LIMITS
 from penstock.registry import locate_results
 from penstock.request import Lane, Priority
 from penstock.store import result_key
-from penstock_workers.local_redis import free_port, wait_until_ready
+from penstock_workers.command.local_redis import free_port, wait_until_ready
 from tests.deployment import BUNDLED, ROOT, WorkerProcess, server_command
 from tests.eventually import eventually
 from tests.faults.fleet import APP, Fleet, Worker, message

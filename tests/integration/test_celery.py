@@ -19,7 +19,7 @@ from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.settings import Settings, load_settings
 from penstock.store import record_key
 from penstock_workers.callbacks import MAX_SIGNATURES
-from penstock_workers.status import read_status
+from penstock_workers.command.status import read_status
 from tests.deployment import ROOT, Server, WorkerProcess
 from tests.eventually import eventually
 from tests.integration.ordinary_app import CALLS
@@ -51,7 +51,7 @@ callback_queues = ["ordinary"]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server for these tests."""
-    from penstock_workers.local_redis import free_port
+    from penstock_workers.command.local_redis import free_port
 
     with Server(free_port()).running() as running:
         yield running

@@ -35,7 +35,7 @@ from penstock import (
     TransportError,
 )
 from penstock.store import record_key
-from penstock_workers.local_redis import free_port
+from penstock_workers.command.local_redis import free_port
 from tests.deployment import ROOT, Server
 from tests.eventually import eventually
 from tests.faults.light import MODEL, LightWorker

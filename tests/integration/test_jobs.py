@@ -20,7 +20,7 @@ from penstock import (
 from penstock.errors import error_classes
 from penstock.settings import load_settings
 from penstock_workers.app import build_app
-from penstock_workers.local_redis import free_port
+from penstock_workers.command.local_redis import free_port
 from tests.deployment import BUNDLED, Server, WorkerProcess
 
 TOML = BUNDLED.replace("[models.minilm]", "[models.patient]").split("[models.chat]")[0]

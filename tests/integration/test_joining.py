@@ -20,7 +20,7 @@ from penstock import (
 )
 from penstock.joining import MOST_TEXTS
 from penstock.store import result_key
-from penstock_workers.local_redis import free_port
+from penstock_workers.command.local_redis import free_port
 from tests.deployment import Server, WorkerProcess
 from tests.eventually import eventually
 from tests.faults.light import MODEL, LightWorker

@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from penstock.errors import BrokerRefusedError, BrokerUnavailableError, ConfigError
-from penstock_workers.local_redis import (
+from penstock_workers.command.local_redis import (
     free_port,
     is_ready,
     local_redis_command,

@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from penstock import BrokerRefusedError, Client, UnknownModelError
-from penstock_workers.local_redis import free_port
+from penstock_workers.command.local_redis import free_port
 from tests.deployment import Server
 from tests.eventually import eventually
 

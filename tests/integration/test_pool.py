@@ -13,8 +13,8 @@ import pytest
 from celery import Celery
 
 from penstock.leases import push_arguments, scripts
+from penstock_workers.command.local_redis import free_port
 from penstock_workers.consumer import EVENTS_S
-from penstock_workers.local_redis import free_port
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import message

@@ -15,8 +15,8 @@ from penstock.leases import DEAD_KEY, NO_LIMITS, UNTOLD_KEY, pop_arguments, scri
 from penstock.settings import Settings, load_settings
 from penstock.store import record_key, result_key
 from penstock_workers.cli import cli
-from penstock_workers.local_redis import free_port
-from penstock_workers.queues import DeadJob, Queues
+from penstock_workers.command.local_redis import free_port
+from penstock_workers.command.queues import DeadJob, Queues
 from tests.deployment import BUNDLED, Server
 from tests.eventually import eventually
 from tests.faults.fleet import message

@@ -16,7 +16,7 @@ from kombu.serialization import register
 from penstock.codec import decode_meta, encode_failure, encode_meta
 from penstock.errors import JobCancelledError
 from penstock.store import END_JOB, SENT, end_job_arguments, record_key, result_key
-from penstock_workers.local_redis import free_port
+from penstock_workers.command.local_redis import free_port
 from penstock_workers.results import MAX_PENDING_BYTES, ResultBackend
 from tests.deployment import Server
 from tests.eventually import eventually

@@ -15,7 +15,7 @@ import redis
 from penstock import BrokerRefusedError, Client
 from penstock.errors import ConfigError
 from penstock.settings import Settings, load_settings
-from penstock_workers.local_redis import free_port
+from penstock_workers.command.local_redis import free_port
 from penstock_workers.server import look_at_servers
 from tests.deployment import BUNDLED, ROOT, Server, server_command
 from tests.eventually import eventually

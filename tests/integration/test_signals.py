@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock_workers.local_redis import free_port
+from penstock_workers.command.local_redis import free_port
 from tests.deployment import BUNDLED, ROOT
 from tests.eventually import eventually
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from penstock_workers.forkserver import Preload
-from penstock_workers.supervisor import Child, StackEndedError, Supervisor
+from penstock_workers.command.forkserver import Preload
+from penstock_workers.command.supervisor import Child, StackEndedError, Supervisor
 from tests.eventually import eventually
 
 WAIT = "import signal; signal.pause()"
@@ -36,7 +36,7 @@ signal.pause()
 # Starts the programs it is given as `name=source`, all in one stage, until a signal comes.
 PARENT = """
 import asyncio, sys
-from penstock_workers.supervisor import Supervisor
+from penstock_workers.command.supervisor import Supervisor
 from tests.integration.test_supervisor import child, fork
 fork(sys.argv[1] == "forked")
 children = []

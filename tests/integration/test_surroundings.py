@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from penstock import Client
-from penstock_workers.local_redis import free_port
+from penstock_workers.command.local_redis import free_port
 from tests.deployment import Server
 from tests.eventually import eventually
 

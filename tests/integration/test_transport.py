@@ -31,7 +31,7 @@ from penstock.leases import (
     push_arguments,
     scripts,
 )
-from penstock_workers.local_redis import free_port, wait_until_ready
+from penstock_workers.command.local_redis import free_port, wait_until_ready
 from tests.deployment import Server, server_command
 from tests.eventually import eventually
 from tests.faults.fleet import message

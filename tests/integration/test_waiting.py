@@ -15,7 +15,7 @@ from penstock.codec import queue_key
 from penstock.leases import NO_LIMITS, Leases, pop_arguments, scripts
 from penstock.registry import MODELS_KEY, TENANTS_KEY, WORKERS_KEY, ModelInfo, WorkerInfo
 from penstock.settings import load_settings
-from penstock_workers.queues import Queues
+from penstock_workers.command.queues import Queues
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import message

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from penstock.errors import WorkerError
-from penstock_workers.demo import MAX_CHARACTERS, Passage, cut_markdown, passages
+from penstock_workers.command.demo import MAX_CHARACTERS, Passage, cut_markdown, passages
 
 SENTENCE = "A job that was sent is never lost by anyone."
 

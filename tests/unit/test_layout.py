@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from penstock.settings import Settings, load_settings
+from penstock_workers.command.tune import candidates
 from penstock_workers.layout import (
     PROCESS_BYTES,
     SHARED_BYTES,
@@ -18,7 +19,6 @@ from penstock_workers.layout import (
     process_bytes,
     read_machine,
 )
-from penstock_workers.tune import candidates
 
 MINILM = {"task": "embed", "source": "bundled:minilm"}
 CHAT = {"task": "generate", "source": "bundled:tiny-chat"}
@@ -151,12 +151,12 @@ def test_small_models_have_several_processes_on_a_card(
 
 def test_tune_tries_several_processes_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with its share of the cores, never more processes than cores."""
-    monkeypatch.setattr("penstock_workers.tune.find_cards", lambda: ("0",))  # there is none here
+    monkeypatch.setattr("penstock_workers.command.tune.find_cards", lambda: ("0",))  # there is none here
     on_cards = settings({"m": MINILM | {"pools": ["gpu"]}})
 
     for cores, expected in ((16, [(1, 4), (2, 4), (4, 4)]), (4, [(1, 4), (2, 2), (4, 1)]), (1, [(1, 1)])):
         machine = Machine(cores=cores, memory_bytes=1 << 40)
-        monkeypatch.setattr("penstock_workers.tune.read_machine", lambda machine=machine: machine)
+        monkeypatch.setattr("penstock_workers.command.tune.read_machine", lambda machine=machine: machine)
         found = candidates(on_cards, "gpu", ["m"])
         assert [(layout.processes, layout.threads) for layout in found] == expected
         assert {layout.cards for layout in found} == {("0",)}

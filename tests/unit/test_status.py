@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from penstock.registry import ALIVE_S, ModelInfo, Registry, WorkerInfo
-from penstock_workers.status import judge
+from penstock_workers.command.status import judge
 
 EMBEDDER = ModelInfo(
     name="minilm",

@@ -32,10 +32,8 @@ from penstock.settings import (
 from penstock.stacks import RunningStack, announced, find_stacks, tell_elsewhere, without_login
 from penstock.urls import mask_url
 from penstock_workers.beside import load_beside
-from penstock_workers.layout import choose_layouts, read_machine
-from penstock_workers.queues import DeadJob, Queues, table
-from penstock_workers.server import look_at_servers
-from penstock_workers.stack import (
+from penstock_workers.command.queues import DeadJob, Queues, table
+from penstock_workers.command.stack import (
     WORKERS_STAGE,
     Stack,
     has_engines,
@@ -44,8 +42,10 @@ from penstock_workers.stack import (
     worker_command,
     worker_queues,
 )
-from penstock_workers.status import read_status, wait_for_workers
-from penstock_workers.supervisor import Supervisor, write_line
+from penstock_workers.command.status import read_status, wait_for_workers
+from penstock_workers.command.supervisor import Supervisor, write_line
+from penstock_workers.layout import choose_layouts, read_machine
+from penstock_workers.server import look_at_servers
 from penstock_workers.variables import refuse_variables
 
 DATA_FOLDER: Final = Path(".penstock")
@@ -408,7 +408,7 @@ def tune(
 ) -> None:
     """Measure which processes, threads and batches embed fastest on this machine. Needs no Redis."""
     require_engines()
-    from penstock_workers import tune as tuning
+    from penstock_workers.command import tune as tuning
 
     settings, name = Deployment(config, assignments).loaded.settings, cast("PoolName", pool)
     names = tuning.choose_names(settings, name, models)
@@ -432,7 +432,7 @@ def tune(
 )
 def demo(config: Path | None, assignments: tuple[str, ...], as_json: bool, corpus: Path) -> None:
     """Start a stack of its own, embed and search documents, answer questions, stop."""
-    from penstock_workers.demo import run_demo
+    from penstock_workers.command.demo import run_demo
 
     deployment = Deployment(config, assignments)
     sys.exit(run_demo(deployment.loaded, config, deployment.environment, corpus=corpus, as_json=as_json))

@@ -17,9 +17,9 @@ from penstock.errors import PenstockError, WorkerError
 from penstock.request import Message
 from penstock.result import Vectors
 from penstock.settings import Loaded
-from penstock_workers.stack import Stack, plan_stack
-from penstock_workers.status import judge
-from penstock_workers.supervisor import StackEndedError, Supervisor
+from penstock_workers.command.stack import Stack, plan_stack
+from penstock_workers.command.status import judge
+from penstock_workers.command.supervisor import StackEndedError, Supervisor
 
 READY_WITHIN_S: Final = 600.0
 MAX_CHARACTERS: Final = 600

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import IO
 
-from penstock_workers.forkserver import Forked, ForkServer, Preload, tie_to_parent
+from penstock_workers.command.forkserver import Forked, ForkServer, Preload, tie_to_parent
 
 _ANSI_COLOURS = (36, 33, 32, 35, 34)
 _MAX_LINE_BYTES = _PIPE_BYTES = 1 << 20  # Source: pipe(7), the largest pipe without privileges
