@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from penstock_workers.command.child import Child
 from penstock_workers.command.forkserver import ForkServer, Preload
-from penstock_workers.command.supervisor import Child, Supervisor
+from penstock_workers.command.supervisor import Supervisor
 from tests.integration.test_supervisor import is_alive, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="children are forked on Linux alone")

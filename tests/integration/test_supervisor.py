@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from penstock_workers.command.child import Child
 from penstock_workers.command.forkserver import Preload
-from penstock_workers.command.supervisor import Child, StackEndedError, Supervisor
+from penstock_workers.command.supervisor import StackEndedError, Supervisor
 from tests.eventually import eventually
 
 WAIT = "import signal; signal.pause()"

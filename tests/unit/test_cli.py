@@ -7,7 +7,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from penstock.settings import load_settings, sample_environment, variable_name
-from penstock_workers.cli import Deployment, cli, main
+from penstock_workers.cli import cli, main
+from penstock_workers.command.deployment import Deployment
 from penstock_workers.command.local_redis import free_port
 
 CLOSED = "redis.broker_url=redis://:hush@127.0.0.1:{}/0"

@@ -5,24 +5,59 @@ import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
+
+import click
 
 from penstock.broker import connect_sync, redis_errors
 from penstock.codec import encode_failure, queue_key, queue_name
 from penstock.delay import predict
 from penstock.envelope import EntryError, open_entry, printable
-from penstock.errors import InvalidMessageError, JobCancelledError, UnknownJobError
+from penstock.errors import ConfigError, InvalidMessageError, JobCancelledError, UnknownJobError
 from penstock.leases import DEAD_KEY, LEASE_S, purge, scripts
 from penstock.registry import MODELS_KEY, WORKERS_KEY, Registry
 from penstock.request import Priority
 from penstock.settings import Settings
 from penstock.store import END_JOB, RECORD_TTL_S, SENT, end_job_arguments, record_key, result_key
+from penstock_workers.command.deployment import Deployment, deployment_options
 
 LEASES_KEY: Final = "penstock:leases"
 DELAYED_KEY: Final = "penstock:delayed"
 SWEEP_KEY: Final = "penstock:sweep"
 PRIORITIES: Final = (0, 3, 6, 9)
 """Of kombu; our clients send no 9, others may."""
+
+
+@click.command()
+@deployment_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def queues(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
+    """Count what waits, runs, is delayed or was given up, per queue."""
+    states = Queues(Deployment(config, assignments).joined().loaded.settings).states()
+    if as_json:
+        click.echo(json.dumps([asdict(state) for state in states], indent=2))
+    else:
+        click.echo("\n".join(table(states)))
+
+
+@click.command("purge")
+@deployment_options
+@click.argument("names", nargs=-1, metavar="[QUEUE]...")
+@click.option("--all", "everything", is_flag=True, help="All queues of the configured models.")
+def purge_queues(
+    config: Path | None, assignments: tuple[str, ...], names: tuple[str, ...], everything: bool
+) -> None:
+    """Drop the jobs of queues that wait; their callers get JobCancelledError."""
+    found = Queues(Deployment(config, assignments).joined().loaded.settings)
+    known = [state.queue for state in found.states()]
+    if problems := [
+        f"queue {name!r} is of no model; queues: {', '.join(known)}" for name in set(names) - set(known)
+    ]:
+        raise ConfigError(problems)
+    if not everything and not names:
+        raise ConfigError(["name the queues, or say --all"])
+    click.echo(f"{sum(found.purge(name) for name in (known if everything else names))} dropped")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,18 +1,45 @@
-"""Whether a deployment is ready, per worker and per model, and if not, why."""
+"""`penstock status`: whether a deployment is ready, per worker and per model, and if not, why."""
 
 import asyncio
+import json
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Final
+
+import click
 
 from penstock.client import AsyncClient
 from penstock.errors import PenstockError
 from penstock.registry import ALIVE_S, Registry, WorkerInfo
 from penstock.settings import Settings
+from penstock.urls import mask_url
+from penstock_workers.command.deployment import Deployment, deployment_options
+from penstock_workers.server import look_at_servers
 
 _POLL_S: Final = 0.5
+
+
+@click.command()
+@deployment_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
+    """Say what is ready, or why not, per worker and model; exit 1 if a model is not."""
+    deployment = Deployment(config, assignments).joined()
+    models = deployment.stack.models if deployment.stack else ()
+    found = read_status(deployment.loaded.settings, models)
+    warnings = look_at_servers(deployment.loaded.settings)
+    told = {
+        **found.to_dict(),
+        "redis": mask_url(deployment.loaded.settings.redis.broker_url),
+        "warnings": warnings,
+    }
+    lines = [deployment.redis, *(f"warning: {warning}" for warning in warnings), *found.lines()]
+    click.echo(json.dumps(told, indent=2) if as_json else "\n".join(lines))
+    sys.exit(0 if found.is_ready else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,49 +7,18 @@ import asyncio
 import itertools
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import IO
 
-from penstock_workers.command.forkserver import Forked, ForkServer, Preload, tie_to_parent
+from penstock_workers.command.child import Child, Process
+from penstock_workers.command.forkserver import ForkServer
 
 _ANSI_COLOURS = (36, 33, 32, 35, 34)
-_MAX_LINE_BYTES = _PIPE_BYTES = 1 << 20  # Source: pipe(7), the largest pipe without privileges
 _READY_POLL_S = 0.05
 _GRACE_S = 2.0  # on top of the drain limit, for a child to say that it reached it, and to leave
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _STABLE_AFTER_S = 1.0, 30.0, 60.0
 _EARLY_S, _MAX_EARLY_ENDS = 10.0, 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Child:
-    """A process to keep running.
-
-    Attributes:
-        name: what its log lines start with, e.g. `cpu-1`.
-        command: program and arguments.
-        environment: variables, added to the parent's.
-        stage: lower ones start first and stop last.
-        is_ready: the next stage waits until it says yes; asked every 50 ms, it must answer fast.
-        preload: it is forked from a process that has this, with others that have the same, where the kernel
-            ties a child to its parent; its command is `python -m MODULE ARGUMENT...` of this interpreter.
-        told: what it reads from its standard input, 4 KiB at most; not for one with `preload`.
-        umask: of the files it makes; None for the parent's.
-        is_needed: the stack ends with it; one that is not may be given up, and the others go on.
-    """
-
-    name: str
-    command: Sequence[str]
-    environment: Mapping[str, str]
-    stage: int
-    is_ready: Callable[[], bool] | None = None
-    preload: Preload | None = None
-    told: bytes = field(default=b"", repr=False)
-    umask: int | None = None
-    is_needed: bool = True
 
 
 class StackEndedError(Exception):
@@ -102,7 +71,7 @@ class Supervisor:
         preloads = {child.preload for child in children if child.preload} if sys.platform == "linux" else ()
         self._servers = {preload: ForkServer(preload, self._reap) for preload in preloads}
         self._processes = [
-            _Process(
+            Process(
                 child,
                 self._servers.get(child.preload) if child.preload else None,
                 _prefixed(child.name, colour, write),
@@ -195,7 +164,7 @@ class Supervisor:
                 while process.child.is_ready and not process.child.is_ready():
                     await asyncio.sleep(_READY_POLL_S)
 
-    async def _keep(self, process: "_Process") -> None:
+    async def _keep(self, process: Process) -> None:
         name, pause_s, n_early_ends = process.child.name, 0.0, 0
         while not self._stopping.is_set():
             try:
@@ -218,7 +187,7 @@ class Supervisor:
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
         return None
 
-    def _give_up(self, process: "_Process", exit_code: int, reason: str) -> None:
+    def _give_up(self, process: Process, exit_code: int, reason: str) -> None:
         if process.child.is_needed:
             self._end_block(exit_code, reason)
         else:
@@ -237,7 +206,7 @@ class Supervisor:
             for server in self._servers.values():
                 server.close()
 
-    async def _stop_stage(self, stage: Sequence["_Process"]) -> None:
+    async def _stop_stage(self, stage: Sequence[Process]) -> None:
         keepers = {process.keeper: process for process in stage if process.keeper}
         if not keepers:  # stopped before it was started
             return
@@ -254,138 +223,12 @@ class Supervisor:
         for process in self._processes:
             process.kill()
 
-    def _stages(self) -> list[list["_Process"]]:
+    def _stages(self) -> list[list[Process]]:
         numbers = sorted({process.child.stage for process in self._processes})
         return [[p for p in self._processes if p.child.stage == number] for number in numbers]
 
     def _say(self, text: str) -> None:
         self._write(f"penstock | {text}")
-
-
-class _Process:
-    """A child's process group, one life after the other.
-
-    Attributes:
-        child: what is run.
-        keeper: the task that starts it, and starts it again; None before its stage is started.
-    """
-
-    def __init__(self, child: Child, server: ForkServer | None, write: Callable[[bytes], None]) -> None:
-        self.child, self._server, self._write = child, server, write
-        self.keeper: asyncio.Task[None] | None = None
-        self._life: _Spawned | Forked | None = None
-        self._output: _Output
-        self._ended: asyncio.Future[int]
-
-    @property
-    def pid(self) -> int | None:
-        """Its process number; None before it is born."""
-        return self._life.pid if self._life else None
-
-    async def live(self) -> tuple[int, float]:
-        """Run once; return the exit code, or minus the signal, and how long it lived, seconds."""
-        loop = asyncio.get_running_loop()
-        started_s = loop.time()
-        self._ended = loop.create_future()
-        pipe, output = os.pipe()
-        try:
-            if self._server is not None:
-                self._life = self._server.fork(self.child.command, self.child.environment, output)
-            else:
-                self._life = _spawn(self.child, output)
-        except OSError:
-            os.close(pipe)
-            raise
-        finally:
-            os.close(output)
-        self._output = _Output(open(pipe, "rb", buffering=0), self._write)  # noqa: PTH123, SIM115  a pipe, closed with it
-        return await self._ended, loop.time() - started_s
-
-    def reap(self) -> None:
-        """See whether it has ended, and if so, what it leaves behind."""
-        if self._life is None or self._ended.done() or (returncode := self._life.poll()) is None:
-            return
-        self.kill()
-        self._output.close()
-        self._ended.set_result(returncode)
-
-    def terminate(self) -> None:
-        if self._life:
-            self._life.terminate()
-
-    def kill(self) -> None:
-        if self._life and not self._ended.done():
-            self._life.kill_group()
-
-
-class _Spawned(subprocess.Popen[bytes]):
-    """A program that was started by itself; it leads a session."""
-
-    def kill_group(self) -> None:
-        # The group may be empty; macOS calls one of zombies a lack of permission.
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-
-
-def _spawn(child: Child, output: int) -> _Spawned:
-    # Not asyncio's own subprocesses: Python 3.11 gives each a thread, and a thread's lock, held at the
-    # fork, is what makes `preexec_fn` unsafe. Here only the main thread runs, but for a look-up of a broker's
-    # name while workers start.
-    with _input(child.told) as told:
-        return _Spawned(
-            child.command,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **child.environment},
-            stdin=told,
-            stdout=output,
-            stderr=output,  # one pipe keeps their order
-            start_new_session=True,
-            umask=-1 if child.umask is None else child.umask,
-            preexec_fn=tie_to_parent(),
-        )
-
-
-def _input(told: bytes) -> IO[bytes]:
-    """Return a file that holds what a child is told, and then ends."""
-    if not told:
-        return open(os.devnull, "rb")  # noqa: PTH123  closed by the caller
-    theirs, ours = os.pipe()
-    os.write(ours, told)  # a pipe takes that much without a reader
-    os.close(ours)
-    return open(theirs, "rb")  # noqa: PTH123  closed by the caller
-
-
-class _Output:
-    """Cuts what comes out of a pipe into lines."""
-
-    def __init__(self, pipe: IO[bytes], write: Callable[[bytes], None]) -> None:
-        self._pipe, self._write, self._partial = pipe, write, b""
-        os.set_blocking(pipe.fileno(), False)
-        asyncio.get_running_loop().add_reader(pipe, self._read)
-
-    def close(self) -> None:
-        """Write what is left, a line without an end too."""
-        if self._pipe.closed:
-            return
-        asyncio.get_running_loop().remove_reader(self._pipe)
-        # One read, not until the end: a daemon that left the group may hold the pipe for ever.
-        self._take(self._pipe.read(_PIPE_BYTES) or b"")
-        self._pipe.close()
-        if self._partial:
-            self._write(self._partial)
-
-    def _read(self) -> None:
-        chunk = self._pipe.read(_PIPE_BYTES)
-        if chunk == b"":
-            self.close()
-        elif chunk:  # None: nothing there after all
-            self._take(chunk)
-
-    def _take(self, chunk: bytes) -> None:
-        *lines, self._partial = (self._partial + chunk).split(b"\n")
-        if len(self._partial) > _MAX_LINE_BYTES:
-            lines, self._partial = [*lines, self._partial], b""
-        for line in lines:
-            self._write(line)
 
 
 def _next_pause_s(pause_s: float, lived_s: float) -> float:
