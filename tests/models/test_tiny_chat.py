@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from penstock_workers.bundled import bundled_folder
-from penstock_workers.bundled.tiny_chat_exam import answer, examine
-from penstock_workers.bundled.tiny_chat_text import Message, conversations, prompts
+from tools.tiny_chat.exam import answer, examine
+from tools.tiny_chat.text import Message, conversations, prompts
 
 FOLDER = bundled_folder("tiny-chat")
 

@@ -1,6 +1,6 @@
 """Train tiny-chat from nothing, print what it gets right, and save it.
 
-Usage: python -m penstock_workers.bundled.train_tiny_chat [--out DIR] [--minutes N] [--seed N]
+Usage: python -m tools.tiny_chat.train [--out DIR] [--minutes N] [--seed N]
     [--start DIR] [--quick]
 """
 
@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from penstock_workers.bundled import bundled_folder
-from penstock_workers.bundled.tiny_chat_exam import examine, render
-from penstock_workers.bundled.tiny_chat_text import Conversation, conversations
-from penstock_workers.bundled.tiny_chat_tokens import ASSISTANT, train_tokenizer
+from tools.tiny_chat.exam import examine, render
+from tools.tiny_chat.text import Conversation, conversations
+from tools.tiny_chat.tokens import ASSISTANT, train_tokenizer
 
 _MUON_RATE = 0.02
 _ADAMW_RATE = 3e-3

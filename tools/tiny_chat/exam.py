@@ -1,6 +1,6 @@
 """Ask a saved tiny-chat held-out questions and count the answers that are right to the letter.
 
-Usage: python -m penstock_workers.bundled.tiny_chat_exam [--folder DIR] [--dtype NAME] [--per-family N]
+Usage: python -m tools.tiny_chat.exam [--folder DIR] [--dtype NAME] [--per-family N]
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from penstock_workers.bundled import bundled_folder
-from penstock_workers.bundled.tiny_chat_text import FAMILIES, Conversation, Message, conversations
+from tools.tiny_chat.text import FAMILIES, Conversation, Message, conversations
 
 # Training draws from other seeds; the split keeps the prompts apart in any case.
 _EXAM_SEED = 90_000

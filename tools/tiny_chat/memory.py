@@ -3,9 +3,8 @@
 import random
 from dataclasses import dataclass
 
-from penstock_workers.bundled import tiny_chat_turns as turns
-from penstock_workers.bundled import tiny_chat_words as words
-from penstock_workers.bundled.tiny_chat_turns import Turn
+from tools.tiny_chat import turns, words
+from tools.tiny_chat.turns import Turn
 
 _NOTED = "I will remember that."
 

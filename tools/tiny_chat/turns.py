@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from penstock_workers.bundled import tiny_chat_words as words
+from tools.tiny_chat import words
 
 UNKNOWN = "I do not know that."
 IDENTITY = "I am tiny-chat, a small test model that ships with Penstock."

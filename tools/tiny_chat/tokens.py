@@ -7,8 +7,8 @@ from itertools import islice
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from penstock_workers.bundled.tiny_chat_text import Conversation, conversations
-from penstock_workers.bundled.tiny_chat_words import REAL_NAMES
+from tools.tiny_chat.text import Conversation, conversations
+from tools.tiny_chat.words import REAL_NAMES
 
 VOCAB = 960
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"

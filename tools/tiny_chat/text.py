@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from penstock_workers.bundled import tiny_chat_memory as memory
-from penstock_workers.bundled import tiny_chat_turns as turns
-from penstock_workers.bundled import tiny_chat_words as words
-from penstock_workers.bundled.tiny_chat_turns import Turn
+from tools.tiny_chat import memory, turns, words
+from tools.tiny_chat.turns import Turn
 
 Role = Literal["system", "user", "assistant"]
 Split = Literal["train", "held-out"]

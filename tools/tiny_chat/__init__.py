@@ -1,0 +1,1 @@
+"""Trains the chat model `bundled:tiny-chat` and examines it."""
