@@ -3,14 +3,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test up lint docs bench clean
+.PHONY: demo test check up lint docs bench clean
 
 demo: .venv/ready
 	$(BIN)/penstock demo --config configs/demo.toml
 
-# Two at once, a file in one process: many tests wait for what they have started.
+# Before each commit: within a minute, and without a model.
+check: lint
+	$(BIN)/python -m pytest tests/unit --quiet
+
+# Two at once, a file in one process: many tests wait for what they have started. `make test K=word` runs those alone
+# whose names have the word.
 test: lint
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile $(if $(K),-k "$(K)")
 
 up: .venv/ready
 	$(BIN)/penstock up --config configs/demo.toml
