@@ -1,7 +1,7 @@
-"""Forks Python programs from a process that has imported what all of them need: that is in memory once.
+"""Forks Python programs from a process that has imported what all of them need, so that it is in memory once.
 
-The supervisor's side of the link is `ForkServer`, the other is this module run as a program. multiprocessing
-has one too, which makes its caller wait while it imports, and leaves out what a program does at its exit.
+`ForkServer` is the supervisor's side of the link; the other side is this module, run as a program. The fork
+server of multiprocessing makes its caller wait while it imports, and skips what a program does at its exit.
 """
 
 import asyncio
@@ -31,11 +31,11 @@ _PR_SET_PDEATHSIG: Final = 1  # Source: linux/prctl.h
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preload:
-    """What a fork server has when it forks.
+    """What a fork server holds before it forks.
 
     Attributes:
-        modules: that it imports; those that cannot be are left to the children, which say why.
-        environment: variables that libraries read as they load.
+        modules: Modules to import. A child imports again what could not be imported, and says why.
+        environment: Variables that libraries read as they load.
     """
 
     modules: tuple[str, ...]
@@ -52,13 +52,13 @@ class _Order:
 
 
 class Forked:
-    """A child of a fork server, with what a supervisor needs of `subprocess.Popen`.
+    """A child of a fork server, with the methods of `subprocess.Popen` that a supervisor needs.
 
-    It leads a process group of its own. When it has ended, what is left of that is killed.
+    It leads a process group of its own. When it has ended, the rest of the group is killed.
 
     Attributes:
-        pid: None until it is born.
-        returncode: minus the signal that ended it; None until it has ended.
+        pid: Process number; None until the child is forked.
+        returncode: Exit code, or minus the signal that ended the child; None until it has ended.
     """
 
     def __init__(self, signal_: Callable[[int], None]) -> None:
@@ -80,13 +80,13 @@ class Forked:
 
 
 class ForkServer:
-    """Starts a fork server when the first child is wanted, and another one should it die.
+    """Starts a fork server with the first child, and another one if it dies.
 
-    Works in a running asyncio loop. A child that is wanted while the server imports is born when it has.
+    Works in a running asyncio loop. A child that is asked for while the server imports is forked afterwards.
 
     Args:
-        preload: what it imports.
-        on_end: called when children have ended.
+        preload: Modules to import, and their variables.
+        on_end: Called when children have ended.
     """
 
     def __init__(self, preload: Preload, on_end: Callable[[], None]) -> None:
@@ -102,12 +102,12 @@ class ForkServer:
         """Start a child; does not wait for it.
 
         Args:
-            command: of this interpreter: `python -m MODULE ARGUMENT...`.
-            environment: variables, added to ours.
-            output: its standard output and standard error, a file's number.
+            command: Command line of this interpreter: `python -m MODULE ARGUMENT...`.
+            environment: Variables, added to ours.
+            output: File descriptor for standard output and standard error.
 
         Raises:
-            OSError: there can be no server, or the arguments are too long.
+            OSError: The server cannot be started, or the arguments are too long.
         """
         executable, option, *arguments = command
         assert (executable, option) == (sys.executable, "-m"), command
@@ -140,7 +140,7 @@ class ForkServer:
             self._send()
 
     def _send(self) -> None:
-        """Send what the server takes now, and the rest as it takes more; nothing while it imports."""
+        """Send as many orders as the server takes now, the rest later; nothing while it imports."""
         loop, link = asyncio.get_running_loop(), self._link
         if link is None or not self._is_ready:
             return
@@ -152,7 +152,7 @@ class ForkServer:
             except BlockingIOError:
                 loop.add_writer(link, self._send)
                 return
-            except OSError:  # it has died, which is heard of next
+            except OSError:  # the server has died: `_read` hears of it next
                 return
             self._unsent.popleft()
             if order.output is not None:
@@ -199,7 +199,7 @@ class ForkServer:
                 self._end(told["number"], told["returncode"])
 
     def _lose(self, link: socket.socket) -> None:
-        """Forget a server that has died, or is to, and what came of it."""
+        """End a server, if it has not died, and all of its children."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(link)
         loop.remove_writer(link)
@@ -219,13 +219,13 @@ class ForkServer:
 
 
 def main() -> None:
-    """Import, fork whatever is asked for, and in a fork run it."""
+    """Import, then fork a process for each order, which runs the program that the order names."""
     link = socket.socket(fileno=int(sys.argv[1]))
     for name in sys.argv[2:]:
-        with suppress(Exception):  # the children import it themselves, and say what is wrong
+        with suppress(Exception):  # a child imports it again, and says what is wrong
             import_module(name)
     gc.collect()
-    gc.freeze()  # a child that looked through all of it for garbage would make a copy of it
+    gc.freeze()  # a child's garbage collection would write to these pages, and so copy them
     order = _serve(link)
     if order is not None:
         module, *arguments = order["arguments"]
@@ -234,9 +234,9 @@ def main() -> None:
 
 
 def _serve(link: socket.socket) -> dict[str, Any] | None:
-    """Fork until the supervisor has gone; returns None then, and in each child what it is to run."""
+    """Fork until the supervisor has gone. Return None then, and in each child its order."""
     server, children = os.getpid(), dict[int, int]()
-    # Each child is told by itself. Blocked and not ignored: what comes before a fork has settled in is kept.
+    # Each child gets its own signal. Blocked, not ignored: a signal before the child is set up must be kept.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGCHLD, lambda *_: None)
     wakes, wake = socket.socketpair()
@@ -271,8 +271,8 @@ def _serve(link: socket.socket) -> dict[str, Any] | None:
 
 
 def _settle_in(order: Mapping[str, Any], output: int, server: int) -> None:
-    """Make a fork look as if it had been started by itself."""
-    os.setpgid(0, 0)  # here and there: whoever comes first
+    """Make a fork look like a program that was started by itself."""
+    os.setpgid(0, 0)  # the server does it too: either may come first
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if (tie := tie_to_parent(server)) is not None:
@@ -305,15 +305,15 @@ def _send_signal(children: Mapping[int, int], order: Mapping[str, Any]) -> None:
 
 
 def tie_to_parent(parent: int | None = None) -> Callable[[], None] | None:
-    """Return what a child runs, so that the kernel sends it SIGTERM when its parent dies; None if none can.
+    """Return what a child calls so that it gets SIGTERM when its parent dies; None where no kernel does that.
 
     Args:
-        parent: its process; None for the one that calls.
+        parent: Process number of the parent; None for the calling process.
     """
     if sys.platform != "linux":
         return None
-    # Looked up before a fork, after which as little as possible should happen. The kernel watches
-    # the parent's thread that forked.
+    # Looked up before the fork, because a child should do as little as possible. The kernel watches the
+    # thread that forked, not the whole parent.
     prctl, expected = ctypes.CDLL(None).prctl, parent or os.getpid()
     prctl.argtypes = (ctypes.c_int, ctypes.c_ulong)
 
@@ -326,7 +326,7 @@ def tie_to_parent(parent: int | None = None) -> Callable[[], None] | None:
 
 
 def _tell(link: socket.socket, told: Mapping[str, Any]) -> None:
-    with suppress(OSError):  # the supervisor has gone, which is seen next
+    with suppress(OSError):  # the supervisor has gone: the loop sees that next
         link.send(json.dumps(told).encode())
 
 

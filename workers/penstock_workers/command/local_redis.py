@@ -21,14 +21,16 @@ def local_redis_command(
     """Return the command line of a server that listens on 127.0.0.1 and never drops a job.
 
     Args:
-        port: where it listens.
-        folder: keeps the data, written as configs/redis.conf says; made if it is missing. None keeps nothing.
-        password: what clients have to send. The server takes it off its command line as it starts; until then
-            everybody on the machine can read it there.
-        reads_input: it takes more from its standard input: `password_line`, which nobody sees.
+        port: Port to listen on.
+        folder: Folder for the data, written as configs/redis.conf says; made if it is missing. None keeps
+            nothing.
+        password: Password for clients. The server removes it from its command line as it starts; until then
+            every user of the machine can read it there.
+        reads_input: True if more configuration comes by standard input, which nobody else sees:
+            `password_line`.
 
     Raises:
-        ConfigError: there is no server on this machine.
+        ConfigError: There is no server on this machine.
     """
     command = [_server_binary(), "--port", str(port), "--bind", "127.0.0.1", "--loglevel", "warning"]
     # Evicting would drop queued jobs in silence; a full server refuses new ones instead.
@@ -43,12 +45,12 @@ def local_redis_command(
 
 
 def password_line(password: str) -> bytes:
-    """Return what a server that reads its standard input is given to ask for a password."""
+    """Return the input that makes a server ask its clients for a password."""
     return f'requirepass "{password}"\n'.encode()
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on; somebody else may take it before you do."""
+    """Return a port of 127.0.0.1 that nobody listens on; another program may take it before you do."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -56,7 +58,7 @@ def free_port() -> int:
 
 
 def listening_error(address: str, port: int) -> OSError | None:
-    """Return why nobody can listen there, on one of the addresses that a name has; None if one can."""
+    """Return why a server cannot listen on `address`, any of a name's addresses; None if it can."""
     try:
         places = socket.getaddrinfo(
             address or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE, proto=socket.IPPROTO_TCP
@@ -78,7 +80,7 @@ def is_ready(url: str) -> bool:
     """Say whether the Redis at `url` answers commands; takes 1 s at most.
 
     Raises:
-        BrokerRefusedError: it answers, and does not let us in.
+        BrokerRefusedError: The server answers, and does not let us in.
     """
     return _ping(url) is None
 
@@ -87,8 +89,8 @@ def wait_until_ready(url: str, within_s: float) -> None:
     """Return as soon as the Redis at `url` answers commands.
 
     Raises:
-        BrokerUnavailableError: it did not within `within_s`.
-        BrokerRefusedError: it answers, and does not let us in.
+        BrokerUnavailableError: The server did not answer within `within_s`.
+        BrokerRefusedError: The server answers, and does not let us in.
     """
     deadline = time.monotonic() + within_s
     while reason := _ping(url):

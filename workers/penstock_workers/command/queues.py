@@ -26,7 +26,7 @@ LEASES_KEY: Final = "penstock:leases"
 DELAYED_KEY: Final = "penstock:delayed"
 SWEEP_KEY: Final = "penstock:sweep"
 PRIORITIES: Final = (0, 3, 6, 9)
-"""Of kombu; our clients send no 9, others may."""
+"""The levels of kombu. Our clients send no 9; others may."""
 
 
 @click.command()
@@ -65,17 +65,17 @@ class QueueState:
     """One queue at one moment.
 
     Attributes:
-        queue: `<pool>.<model>`.
-        waiting: jobs of all priorities that no worker has taken.
-        in_flight: jobs that workers hold.
-        delayed: jobs that are not due yet.
-        dead: jobs that were given up.
-        tokens: of jobs that wait or that workers hold, as their senders estimated them.
-        predicted_wait_s: until a job of the default priority that came now is computed; None if no worker of
-            the queue has told its speed.
-        spilled: jobs that came here so far because the wait in the model's preferred pool was longer.
-        oldest_s: age of the job that waits longest, seconds, by the broker's clock; None if its sender does
-            not say when it was sent.
+        queue: Name of the queue, `<pool>.<model>`.
+        waiting: Jobs of all priorities that no worker has taken.
+        in_flight: Jobs that workers hold.
+        delayed: Jobs that are not due yet.
+        dead: Jobs that were given up.
+        tokens: Tokens of waiting and held jobs, as their senders estimated them.
+        predicted_wait_s: Predicted wait of a job of the default priority that is sent now, seconds; None if
+            no worker of the queue has told its speed.
+        spilled: Jobs sent here so far because the wait in the model's preferred pool was longer.
+        oldest_s: Age of the oldest waiting job, seconds, by the broker's clock; None if its sender does not
+            say when it was sent.
     """
 
     queue: str
@@ -94,14 +94,14 @@ class DeadJob:
     """A job that was given up.
 
     Attributes:
-        id: the job; empty where the message names none.
-        task: the Celery task, if the message names one.
-        queue: where it came from.
-        reason: why it was given up.
-        n_deliveries: how often workers took it.
-        at: when it was given up, Unix seconds on Redis' clock.
-        message: the message as it was.
-        entry: the element of the dead-letter list.
+        id: Id of the job; empty where the message names none.
+        task: Name of the Celery task; empty where the message names none.
+        queue: Queue that the job was taken from.
+        reason: One sentence that says why the job was given up.
+        n_deliveries: Number of times a worker took it.
+        at: Time it was given up, Unix seconds on Redis' clock.
+        message: The message, as it was in the queue.
+        entry: Element of the dead-letter list.
     """
 
     id: str
@@ -114,7 +114,7 @@ class DeadJob:
     entry: bytes
 
     def to_dict(self, *, with_text: bool = False) -> dict[str, object]:
-        """Return it for JSON; the message holds what its caller wrote, so it is left out unless asked for."""
+        """Return it for JSON, without the message unless asked: it holds what the caller wrote."""
         fields = asdict(self)
         del fields["entry"]
         if not with_text:
@@ -123,7 +123,7 @@ class DeadJob:
 
 
 class Queues:
-    """The broker's queues, for people who look after them."""
+    """The broker's queues, as operators see and change them."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -154,15 +154,15 @@ class Queues:
         return [_dead_job(entry) for entry in entries]
 
     def n_dropped(self) -> int:
-        """Count the jobs that were given up, and dropped as the oldest when there was no room for more."""
+        """Count the dead letters that were dropped, oldest first, because the list was full."""
         with redis_errors(self._settings.redis.broker_url):
             return int(self._broker.hget(SWEEP_KEY, "dropped") or 0)
 
     def find_dead(self, job_id: str) -> DeadJob:
-        """Return one of them.
+        """Return the dead letter of a job.
 
         Raises:
-            UnknownJobError: none has this id.
+            UnknownJobError: No dead letter has this id.
         """
         found = next((job for job in self.dead() if job.id == job_id), None)
         if found is None:
@@ -172,11 +172,11 @@ class Queues:
     def requeue(self, job: DeadJob) -> bool:
         """Put a job back into its queue, with all its deliveries before it; False if it was gone.
 
-        It is leased in between: whoever drops or requeues it meanwhile finds it gone, and if this process
-        dies here, a worker takes it over.
+        It is leased in between: another program that drops or requeues it meanwhile finds it gone, and if
+        this process dies here, a worker takes the job over.
 
         Raises:
-            InvalidMessageError: it is no message that a worker would take, or its queue is of no known model.
+            InvalidMessageError: A worker would refuse the message, or its queue belongs to no known model.
         """
         try:
             message = open_entry(job.message.encode(errors="replace"))
@@ -194,7 +194,7 @@ class Queues:
         if tag is None:
             return False
         with redis_errors(self._settings.redis.results_url):
-            # Its caller was told that it is lost; from here on it may end once more.
+            # Its caller was told that it is lost; from here on the job may end once more.
             self._results.delete(result_key(job_id))
             self._results.set(record_key(job_id), SENT, ex=RECORD_TTL_S)
         with redis_errors(self._settings.redis.broker_url):
@@ -207,7 +207,7 @@ class Queues:
             return bool(self._broker.lrem(DEAD_KEY, 1, job.entry))  # type: ignore[arg-type]  # bytes are fine
 
     def purge(self, queue: str) -> int:
-        """Drop all jobs of a queue that wait, and end them for their callers; returns how many."""
+        """Drop all waiting jobs of a queue, tell their callers, and return how many they were."""
         lists = [queue_key(queue, priority) for priority in PRIORITIES]
         with redis_errors(self._settings.redis.broker_url):
             return purge(self._broker, lists, self._revoke)
@@ -283,7 +283,7 @@ def _dead_job(entry: bytes) -> DeadJob:
         found = json.loads(entry)
     except (ValueError, RecursionError):
         found = None
-    # Whoever wrote it, it must be possible to list it, and to drop it.
+    # Whatever an entry holds, operators must be able to list and to drop it.
     fields: dict[str, Any] = found if isinstance(found, dict) else {"reason": "its entry cannot be read"}
     return DeadJob(
         id=str(fields.get("id") or ""),
@@ -317,7 +317,7 @@ def _age_s(message: bytes, now_s: float) -> float | None:
         body = json.loads(json.loads(message)["body"])
         return max(0.0, now_s - float(body[1]["sent_at"]))
     except (ValueError, ArithmeticError, LookupError, TypeError, RecursionError):
-        return None  # another sender's: it need not say
+        return None  # another program's message, which need not say
 
 
 def table(states: Sequence[QueueState]) -> Iterator[str]:

@@ -44,13 +44,14 @@ class Stack:
     """What to start, and how to reach it.
 
     Attributes:
-        children: for the supervisor.
-        broker_url: where clients connect.
-        results_url: where results are.
-        password: of the Redis that is started, which its URLs do not hold; None where none is.
-        flower_url: the monitoring page; None if none is started.
-        layouts: worker processes by pool.
-        notes: what is other than one expects, a line each.
+        children: The processes that the supervisor runs.
+        broker_url: URL that clients connect to.
+        results_url: URL of the result store.
+        password: Password of the Redis that is started, which its URLs do not hold; None where none is
+            started.
+        flower_url: URL of the monitoring page; None if none is started.
+        layouts: Worker processes by pool.
+        notes: Lines that tell people what differs from the default, such as another port.
     """
 
     children: tuple[Child, ...]
@@ -67,7 +68,7 @@ class Stack:
         return self.broker_url if self.password is None else with_login(self.broker_url, self.password)
 
     def told(self, models: tuple[str, ...]) -> RunningStack:
-        """Return what this user's other programs are told; no password of a Redis that was there before."""
+        """Return what this user's other programs are told, with the password only of our own Redis."""
         return RunningStack(
             pid=os.getpid(),
             folder=str(Path.cwd()),
@@ -89,16 +90,16 @@ def plan_stack(
     """Decide what to start for a configuration.
 
     Args:
-        loaded: the configuration; a Redis is started if it names no broker.
-        config: its file, for the children.
-        environment: variables for the children, on top of ours.
-        redis_folder: where the Redis that is started keeps its data; None keeps nothing, and takes any
-            free port.
-        with_flower: start the monitoring page too.
+        loaded: The configuration; a Redis is started if it names no broker.
+        config: File of the configuration, for the children.
+        environment: Variables for the children, added to ours.
+        redis_folder: Folder for the data of the Redis that is started. None keeps nothing, and takes any free
+            port.
+        with_flower: True to start the monitoring page too.
 
     Raises:
-        ConfigError: no models, no processes, no Redis to start, a port that is taken, or variables that
-            would win over settings.
+        ConfigError: There is no model, no process or no Redis to start, a port is taken, or a variable would
+            win over the settings.
     """
     require_engines()
     refuse_variables(os.environ)  # the children have them too
@@ -112,7 +113,7 @@ def plan_stack(
     notes: list[str] = []
     broker_url, results_url, password = settings.broker_url, settings.results_url, None
     if "redis.broker_url" not in loaded.origins:
-        # One that starts at the same time listens only after a while, and is told at once.
+        # A stack that starts at the same time announces its port at once, and listens on it later.
         is_free = redis_folder and _is_free(DEFAULT_PORT) and stack_at(DEFAULT_PORT) is None
         port = DEFAULT_PORT if is_free else free_port()
         if redis_folder and not is_free:
@@ -145,12 +146,12 @@ def worker_queues(settings: Settings, pool: PoolName, models: tuple[str, ...] = 
     """Return the queues that a worker of `pool` takes from.
 
     Args:
-        settings: the deployment.
-        pool: what hardware it works on.
-        models: all of the pool if empty.
+        settings: The deployment's settings.
+        pool: The worker's pool.
+        models: Names of models; empty for all of the pool.
 
     Raises:
-        ConfigError: the pool serves no model, or not one of those asked for.
+        ConfigError: The pool serves no model, or not one of these.
     """
     served = [name for name, model in settings.models.items() if pool in model.pools]
     known = ", ".join(served) or "none"
@@ -190,7 +191,7 @@ def worker_command(settings: Settings, queues: list[str], node: str) -> list[str
 
 
 def _redis(port: int, folder: Path | None, password: str) -> Child:
-    """Return a server for this user: every user of the machine reaches its port, and could read its files."""
+    """Return a server for this user alone, with a password: every user of the machine can reach its port."""
     login_url = with_login(f"redis://127.0.0.1:{port}/0", password)
     return Child(
         name="redis",
@@ -204,7 +205,7 @@ def _redis(port: int, folder: Path | None, password: str) -> Child:
 
 
 def _password(folder: Path | None) -> str:
-    """Return a password that is made once for a folder's data: clients outlive a stack that is started again.
+    """Return the password of a folder's data, made once: clients outlive a stack that is started again.
 
     Raises:
         ConfigError: the folder is another user's.
@@ -220,7 +221,7 @@ def _password(folder: Path | None) -> str:
             check_private(file)
             if kept := file.read_text().strip():
                 return kept
-            file.unlink()  # a start that was killed had not come further
+            file.unlink()  # empty: an earlier start was killed before it wrote
         with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new:  # noqa: PTH123  with its mode
             new.write(password)
     except OSError as error:
@@ -246,7 +247,7 @@ def _workers(
 
 def _preload(settings: Settings, pool: PoolName, layout: Layout) -> Preload | None:
     """Return what the processes of a pool have in common; None where they have to start by themselves."""
-    # One process would have a server for nothing, and a fork cannot use what its parent knows of a card.
+    # A server for one process shares nothing, and a fork cannot use the GPU that its parent has touched.
     if layout.processes < 2 or on_cards(settings, pool):
         return None
     models = [model for model in settings.models.values() if pool in model.pools]
@@ -258,7 +259,7 @@ def _preload(settings: Settings, pool: PoolName, layout: Layout) -> Preload | No
 
 
 def _card(layout: Layout, number: int) -> Mapping[str, str]:
-    """Let a process see one card: torch takes the first that it sees."""
+    """Let a process see one GPU: torch takes the first that it sees."""
     if not layout.cards:
         return {}
     return {"CUDA_VISIBLE_DEVICES": layout.cards[number % len(layout.cards)]}
@@ -270,10 +271,10 @@ def has_flower() -> bool:
 
 
 def _flower_port(loaded: Loaded) -> int:
-    """Return where Flower listens, 0 for nowhere: any free port where the configuration names none.
+    """Return Flower's port, 0 for no Flower; a free one where the default is taken.
 
     Raises:
-        ConfigError: nobody can listen where it says.
+        ConfigError: Flower cannot listen on the port or address that is configured.
     """
     address, port = loaded.settings.flower.address, loaded.settings.flower.port
     if port == 0 or (error := listening_error(address, port)) is None:

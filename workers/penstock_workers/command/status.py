@@ -47,9 +47,9 @@ class Line:
     """One worker or model.
 
     Attributes:
-        name: the worker's id, or the model's name.
-        is_ready: whether it takes jobs.
-        detail: what it serves and how, or why it is not ready.
+        name: The worker's id, or the model's name.
+        is_ready: True if it takes jobs.
+        detail: Models and hardware of a worker, format and workers of a model; or the reason it is not ready.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Status:
 
     @property
     def is_ready(self) -> bool:
-        """Whether every model has a worker that takes its jobs."""
+        """True if every model has a worker that takes its jobs."""
         return bool(self.models) and all(line.is_ready for line in self.models)
 
     def to_dict(self) -> dict[str, object]:
@@ -88,8 +88,9 @@ def read_status(settings: Settings, expected: Sequence[str] = ()) -> Status:
     """Look at the registry.
 
     Args:
-        settings: its models are expected; where it has none,
-        expected: these, and where there are none either, those that were ever announced.
+        settings: The deployment; its models are expected.
+        expected: Models expected of a deployment that configures none; where this is empty too, every model
+            that was ever announced.
 
     Raises:
         TransportError: Redis is out of reach, or refuses.
@@ -105,7 +106,7 @@ def judge(registry: Registry, expected: tuple[str, ...]) -> Status:
 
 
 async def wait_for_workers(url: str, pids: Callable[[], Sequence[int | None]]) -> None:
-    """Return when all processes of this machine that `pids` names take jobs; however long that is."""
+    """Wait, without a limit, until all processes of this machine that `pids` names take jobs."""
     async with AsyncClient(url) as client:
         while True:
             with suppress(PenstockError):

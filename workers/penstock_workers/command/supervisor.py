@@ -1,4 +1,4 @@
-"""Starts the processes of one machine, starts crashed ones again, and stops all of them in order.
+"""Starts the processes of one machine, restarts crashed ones, and stops all of them in order.
 
 Knows commands and exit codes; must not know Redis, Celery or models.
 """
@@ -31,7 +31,7 @@ class StackEndedError(Exception):
 
 def write_line(line: str) -> None:
     """Write `line` to stdout at once."""
-    # The reader of `penstock up | head` may be gone; the children go on.
+    # The reader may be gone, as in `penstock up | head`; the children go on.
     with suppress(BrokenPipeError):
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
@@ -62,9 +62,9 @@ class Supervisor:
         """Start nothing yet.
 
         Args:
-            children: what to run.
-            drain_s: how long each stage may take to end after SIGTERM; 2 s are added.
-            write: takes each line, complete with its prefix.
+            children: The processes to run.
+            drain_s: Time for each stage to end after SIGTERM, seconds; 2 s are added.
+            write: Called with each line, its prefix included.
         """
         self._limit_s, self._write = drain_s + _GRACE_S, write
         colours = itertools.cycle(_ANSI_COLOURS if _paints() else (None,))
@@ -88,7 +88,7 @@ class Supervisor:
             async with self.running():
                 await (stop or asyncio.Event()).wait()
         except StackEndedError as end:
-            if end.exit_code:  # far above, by now
+            if end.exit_code:  # its first line has scrolled far up by now
                 self._say(f"ended: {end}")
             return end.exit_code
         return 0
@@ -98,7 +98,7 @@ class Supervisor:
         """Run the children while the block runs; none is left when the block is.
 
         Raises:
-            StackEndedError: a signal or a hopeless child cancelled the block.
+            StackEndedError: A signal, or a child that cannot be kept running, cancelled the block.
         """
         self._block = asyncio.current_task()
         try:
@@ -114,7 +114,7 @@ class Supervisor:
             raise self._end from None
 
     def pids(self, stage: int) -> Sequence[int | None]:
-        """Return the process numbers of a stage's children; None for one that has not been born."""
+        """Return the process numbers of a stage's children; None for a child that has not started yet."""
         return [process.pid for process in self._processes if process.child.stage == stage]
 
     @contextmanager

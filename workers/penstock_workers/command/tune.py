@@ -1,6 +1,6 @@
-"""Which layout is fastest here: processes that embed generated texts with the workers' engine and batcher.
+"""`penstock tune`: which processes, threads and batches embed generated texts fastest on this machine.
 
-Knows neither Redis nor Celery's tasks; what a worker spends on those comes on top.
+Measures the engine and the batcher of a worker. A worker's work for Redis and Celery comes on top.
 """
 
 import math
@@ -45,18 +45,18 @@ if TYPE_CHECKING:  # torch loads in the processes that compute
 
 THREADS: Final = (1, 2, 4, 8)
 REPLICAS: Final = (1, 2, 4)
-"""Processes on one card."""
+"""Processes on one GPU."""
 BATCH_TOKENS: Final = {"cpu": (512, 1024, 2048, 4096), "cards": (8192, 16_384, 32_768, 65_536)}
 ROUNDS: Final = 2
-"""How often each batch size is measured, in turn: machines are noisy, and their clocks change."""
+"""Each batch size is measured this often, in turn: machines are noisy, and their clocks change."""
 LEAST_S: Final = 0.5
 LEAST_BATCHES: Final = 3
-"""The first is not counted: it has waited for tokens, or warmed something up."""
+"""Fewest batches of a measurement, the first included, which is not counted: it warms up."""
 NOISE: Final = 0.03
-"""Candidates that are slower by less are as good; then memory decides, then small batches."""
+"""Candidates within this share of the fastest are as good; memory decides then, then small batches."""
 JOBS_UNDER_WAY: Final = 3
 JOB_S: Final = 0.5
-"""As `embed_many` cuts its jobs."""
+"""Work in a job, seconds, as `embed_many` cuts its jobs."""
 _WORDS: Final = """
 the of and to in is it that was for on are with as his they be at one have this from or had by hot but some
 what there we can out other were all your when up use word how said an each she which do their time turbine
@@ -66,14 +66,15 @@ pressure reservoir engineer maintenance efficiency 1924 café measurement distri
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What one candidate did.
+    """The measurement of one candidate.
 
     Attributes:
-        layout: processes and threads.
-        model: whose texts were embedded.
-        max_batch_tokens: of its batches.
-        texts_per_s: of all processes together, mean of the rounds.
-        memory_bytes: of all processes together, shared pages counted once; 0 where the system does not tell.
+        layout: Processes and threads.
+        model: Name of the model that embedded.
+        max_batch_tokens: Upper bound of a batch, tokens.
+        texts_per_s: Texts per second of all processes together, mean of the rounds.
+        memory_bytes: Memory of all processes together, shared pages counted once; 0 where the system does not
+            tell.
     """
 
     layout: Layout
@@ -84,7 +85,7 @@ class Measured:
 
 
 def texts(n: int = 1024) -> list[str]:
-    """Return texts of mixed length, the same each time: 25 words in the middle, 1 to 400."""
+    """Return texts of 1 to 400 words, 25 in the median, the same each time."""
     words = _WORDS.split()
     seeded = random.Random(0)  # noqa: S311  # texts, not secrets
     lengths = [min(400, max(1, round(seeded.lognormvariate(math.log(25), 1)))) for _ in range(n)]
@@ -95,7 +96,7 @@ def candidates(settings: Settings, pool: PoolName, names: Sequence[str]) -> list
     """Return the layouts that fit this machine, those of fewer threads first.
 
     Raises:
-        ConfigError: the pool works on cards, and there is none.
+        ConfigError: The pool works on GPUs, and there is none.
     """
     machine = read_machine()
     if on_cards(settings, pool):
@@ -117,12 +118,12 @@ def choose_names(settings: Settings, pool: PoolName, models: Sequence[str]) -> l
     """Return the embedding models to measure.
 
     Args:
-        settings: the deployment.
-        pool: whose models.
-        models: all of them if empty.
+        settings: The deployment's settings.
+        pool: Pool to measure.
+        models: Names of models; empty for all of the pool.
 
     Raises:
-        ConfigError: there is none, or not one of those asked for.
+        ConfigError: The pool embeds with no model, or not with one of these.
     """
     known = [
         name
@@ -140,17 +141,17 @@ def choose_names(settings: Settings, pool: PoolName, models: Sequence[str]) -> l
 def measure(
     settings: Settings, pool: PoolName, names: Sequence[str], layouts: Sequence[Layout], seconds: float
 ) -> list[Measured]:
-    """Measure layouts one after the other; those that time does not allow are left out.
+    """Measure layouts one after the other, as many as the time allows.
 
     Args:
-        settings: the deployment.
-        pool: what hardware to work on.
-        names: embedding models; each process loads all, and they are measured in turn.
-        layouts: what to measure, at least the first.
-        seconds: for all of it, loading included; the first layout, once begun, is measured to its end.
+        settings: The deployment's settings.
+        pool: Pool to measure.
+        names: Embedding models. Each process loads all of them, and they are measured in turn.
+        layouts: Candidates; at least the first is measured.
+        seconds: Time for all of it, loading included. The first layout is measured to its end.
 
     Raises:
-        PenstockError: a model cannot be loaded, or a process ended.
+        PenstockError: A model cannot be loaded, or a process ended.
     """
     sizes = BATCH_TOKENS["cards" if on_cards(settings, pool) else "cpu"]
     runs = [(name, size) for _ in range(ROUNDS) for name in names for size in sizes]
@@ -192,7 +193,7 @@ def measure(
 
 
 def choose_best(found: Sequence[Measured]) -> list[Measured]:
-    """Return one measurement per model, all of the layout that is best for them together."""
+    """Return one measurement per model, all for the one layout that suits the models best together."""
 
     def best(measured: Sequence[Measured]) -> Measured:
         fastest = max(one.texts_per_s for one in measured)
@@ -244,9 +245,10 @@ def _processes(
         for number, (_, theirs) in enumerate(pairs)
     ]
     try:
-        # A terminal's Ctrl-C reaches the whole group. The children inherit the mask and never hear it. Here
-        # another thread may, and a start cut short leaves a child with half of what it needs: so it counts
-        # once all are started. The tracker lifts the mask as it starts, so it starts before.
+        # A terminal's Ctrl-C reaches the whole group. The children inherit the mask and never see the signal.
+        # In this process another thread may, and a start that is cut short leaves a child half set up: so it
+        # takes effect when all are started. The resource tracker lifts the mask as it starts, so it starts
+        # first.
         resource_tracker.ensure_running()
         interrupts: list[int] = []
         before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
@@ -290,18 +292,18 @@ def _serve(
     layout: Layout,
     number: int,
 ) -> None:
-    """Load, then measure what the parent asks for, until it closes the pipe."""
+    """Load the models, then measure for each order of the parent, until it closes the pipe."""
     if layout.cards:
         os.environ["CUDA_VISIBLE_DEVICES"] = layout.cards[number % len(layout.cards)]
     os.environ.update(thread_variables(layout.threads))
-    # What a worker imports counts as its memory, and torch must not be there before.
+    # A worker's imports count as its memory, and torch must not be imported before.
     from transformers.utils.logging import disable_progress_bar
 
     import penstock_workers.app  # noqa: F401
     from penstock_workers.engines.device import choose_device, share_cores
     from penstock_workers.engines.embedding import Embedder
 
-    # The parent shows how far it is.
+    # The parent shows the progress.
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no types here
     try:
         device = choose_device(pool, getattr(settings.pools, pool).device)
@@ -321,7 +323,7 @@ def _serve(
 
 
 class _Subject:
-    """A model and one batcher, as in a worker: each further model thread would hold buffers of its own."""
+    """A model and one batcher, as in a worker: a second model thread would hold buffers of its own."""
 
     def __init__(self, model: ModelSettings, engine: "Embedder", device: "torch.device") -> None:
         self._model, self._engine, self._device = model, engine, device
@@ -338,10 +340,10 @@ class _Subject:
         self._ends: list[tuple[float, int]] = []  # of batches: seconds, tokens
 
     def steady_rate(self, max_batch_tokens: int, seconds: float) -> tuple[float, int]:
-        """Return texts per second between the first batch's end and the last's, and bytes held.
+        """Return texts per second, from the first batch's end to the last's, and the memory in bytes.
 
         Raises:
-            PenstockError: a text cannot be embedded.
+            PenstockError: A text cannot be embedded.
         """
         model = self._model.model_copy(update={"max_batch_tokens": max_batch_tokens})
         self._cut = cut_texts(model, self._engine, self._device)
@@ -380,7 +382,7 @@ class _Subject:
                 prepared = self._engine.prepare(self._request(chosen))
                 self._batcher.submit("tune", prepared, None, is_unwanted=enough.is_set).wait()
         except PenstockError as error:
-            if not enough.is_set():  # else what was under way was cancelled
+            if not enough.is_set():  # otherwise the jobs in flight were cancelled
                 errors.append(error)
                 enough.set()
 
