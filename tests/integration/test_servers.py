@@ -16,7 +16,7 @@ from penstock import BrokerRefusedError, Client
 from penstock.errors import ConfigError
 from penstock.settings import Settings, load_settings
 from penstock_workers.command.local_redis import free_port
-from penstock_workers.server import look_at_servers
+from penstock_workers.preflight import check_servers
 from tests.deployment import BUNDLED, ROOT, Server, server_command
 from tests.eventually import eventually
 
@@ -92,7 +92,7 @@ def test_an_old_server_is_refused_in_words(reply: bytes, words: str) -> None:
     """A server before version 7 is one line for workers, and a typed error for callers."""
     with old_server(reply) as url:
         with pytest.raises(ConfigError, match=words) as caught:
-            look_at_servers(settings(url))
+            check_servers(settings(url))
         assert len(str(caught.value).splitlines()) == 1
         with Client(url) as client, pytest.raises(BrokerRefusedError, match=words):
             client.models()
@@ -121,16 +121,16 @@ def test_what_would_lose_jobs_is_a_warning(own: Server) -> None:
     """Eviction and a log that is off are told; a server that loses nothing gets no word."""
     here = settings(own.broker_url, own.results_url)
     with Server(free_port()).running() as other, redis.Redis.from_url(own.broker_url) as admin:
-        assert [line for line in look_at_servers(here) if "appendonly" in line]
+        assert [line for line in check_servers(here) if "appendonly" in line]
         admin.config_set("appendonly", "yes")
-        assert look_at_servers(here) == []
+        assert check_servers(here) == []
 
         for policy in ("allkeys-lru", "volatile-ttl"):
             admin.config_set("maxmemory-policy", policy)
-            (warning,) = look_at_servers(here)
+            (warning,) = check_servers(here)
             assert policy in warning
             assert "noeviction" in warning
-            (of_results,) = look_at_servers(settings(own.broker_url.replace("/0", "/0"), other.results_url))
+            (of_results,) = check_servers(settings(own.broker_url.replace("/0", "/0"), other.results_url))
             assert of_results == warning
         admin.config_set("appendonly", "no")
 
@@ -138,6 +138,6 @@ def test_what_would_lose_jobs_is_a_warning(own: Server) -> None:
 def test_a_database_that_does_not_exist_is_refused(own: Server) -> None:
     """A number above the server's is one line; a server that is away is nobody's fault."""
     with pytest.raises(ConfigError, match="DB index"):
-        look_at_servers(settings(own.broker_url.replace("/0", "/99")))
+        check_servers(settings(own.broker_url.replace("/0", "/99")))
 
-    assert look_at_servers(settings(f"redis://127.0.0.1:{free_port()}/0")) == []
+    assert check_servers(settings(f"redis://127.0.0.1:{free_port()}/0")) == []

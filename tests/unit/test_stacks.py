@@ -24,7 +24,7 @@ from penstock.stacks import (
     with_password,
     without_login,
 )
-from penstock_workers.beside import load_beside
+from penstock_workers.running_stack import load_with_stack
 
 STACK = RunningStack(
     pid=4711,
@@ -139,8 +139,8 @@ def test_settings_of_this_user_need_no_password(host: str) -> None:
 def test_results_are_where_the_stack_that_is_named_has_them() -> None:
     """Whoever names the broker of a stack alone, has no other result store than its workers."""
     with announced(STACK), announced(ANOTHER):
-        found = load_beside(None, {"redis.broker_url": "redis://127.0.0.1:7001/0"})
-        other = load_beside(None, {"redis.broker_url": "redis://127.0.0.1:7009/0"})
+        found = load_with_stack(None, {"redis.broker_url": "redis://127.0.0.1:7001/0"})
+        other = load_with_stack(None, {"redis.broker_url": "redis://127.0.0.1:7009/0"})
 
     assert found.stack == STACK
     assert found.loaded.settings.redis.results_url == STACK.results_url

@@ -1,7 +1,7 @@
 import pytest
 
 from penstock.errors import ConfigError
-from penstock_workers.variables import refuse_variables
+from penstock_workers.celery_variables import refuse_variables
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ if sys.path[0] in ("", str(Path.cwd())) and Path(__file__).parents[1] != Path.cw
 
 from penstock.errors import ConfigError, PenstockError
 from penstock_workers.app import build_app
-from penstock_workers.beside import load_beside
+from penstock_workers.running_stack import load_with_stack
 
 try:
-    app = build_app(load_beside(None, {}, only_here=True).loaded.settings)
+    app = build_app(load_with_stack(None, {}, only_here=True).loaded.settings)
 except PenstockError as error:
     sys.stderr.write(f"{error}\n")
     sys.exit(os.EX_CONFIG if isinstance(error, ConfigError) else 1)

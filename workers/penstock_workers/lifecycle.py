@@ -39,7 +39,7 @@ from penstock.urls import announce_results
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.folders import settle_folders
 from penstock_workers.layout import choose_threads, read_machine, thread_variables
-from penstock_workers.server import look_at_servers
+from penstock_workers.preflight import check_servers
 from penstock_workers.serving import Serving, load_model
 from penstock_workers.surroundings import refuse_options_from_variables
 
@@ -180,7 +180,7 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
     def start(self, worker: Any) -> None:
         """Load the models; the process ends if one cannot be loaded."""
         with _or_exit():
-            for warning in look_at_servers(self._settings):
+            for warning in check_servers(self._settings):
                 logger.warning("%s", warning)
         worker.app.penstock_cancelled.start()
         worker.app.penstock_streams.start()

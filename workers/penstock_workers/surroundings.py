@@ -17,7 +17,7 @@ from celery.loaders.app import AppLoader
 from click.core import ParameterSource
 
 from penstock.errors import ConfigError
-from penstock_workers.variables import refuse_variables
+from penstock_workers.celery_variables import refuse_variables
 
 
 class Loader(AppLoader):  # type: ignore[misc]  # Celery has no types

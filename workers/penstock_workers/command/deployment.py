@@ -10,7 +10,7 @@ from penstock.errors import ConfigError
 from penstock.settings import CONFIG_VARIABLE, Loaded, load_settings, variable_name
 from penstock.stacks import RunningStack
 from penstock.urls import mask_url
-from penstock_workers.beside import load_beside
+from penstock_workers.running_stack import load_with_stack
 
 
 class Deployment:
@@ -24,8 +24,8 @@ class Deployment:
         self.stack: RunningStack | None = None
 
     def joined(self, *, only_here: bool = False) -> "Deployment":
-        """Return it with the Redis of the stack that is meant; see `load_beside`."""
-        self.loaded, self.stack, values = load_beside(self.config, self._arguments, only_here=only_here)
+        """Return it with the Redis of the stack that is meant; see `load_with_stack`."""
+        self.loaded, self.stack, values = load_with_stack(self.config, self._arguments, only_here=only_here)
         self.environment |= _as_variables(values)
         return self
 

@@ -17,6 +17,7 @@ from penstock.errors import ConfigError
 from penstock.request import PoolName
 from penstock.settings import CONFIG_VARIABLE, Loaded, Settings, variable_name
 from penstock.stacks import RunningStack, check_private, stack_at, with_login, without_login
+from penstock_workers.celery_variables import refuse_variables
 from penstock_workers.command.child import Child
 from penstock_workers.command.forkserver import Preload
 from penstock_workers.command.local_redis import (
@@ -27,7 +28,6 @@ from penstock_workers.command.local_redis import (
     password_line,
 )
 from penstock_workers.layout import Layout, choose_layouts, on_cards, read_machine, thread_variables
-from penstock_workers.variables import refuse_variables
 
 DEFAULT_PORT: Final = 6379
 WORKERS_STAGE: Final = 1

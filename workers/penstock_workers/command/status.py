@@ -18,7 +18,7 @@ from penstock.registry import ALIVE_S, Registry, WorkerInfo
 from penstock.settings import Settings
 from penstock.urls import mask_url
 from penstock_workers.command.deployment import Deployment, deployment_options
-from penstock_workers.server import look_at_servers
+from penstock_workers.preflight import check_servers
 
 _POLL_S: Final = 0.5
 
@@ -31,7 +31,7 @@ def status(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> 
     deployment = Deployment(config, assignments).joined()
     models = deployment.stack.models if deployment.stack else ()
     found = read_status(deployment.loaded.settings, models)
-    warnings = look_at_servers(deployment.loaded.settings)
+    warnings = check_servers(deployment.loaded.settings)
     told = {
         **found.to_dict(),
         "redis": mask_url(deployment.loaded.settings.redis.broker_url),

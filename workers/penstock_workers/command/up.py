@@ -18,7 +18,7 @@ from penstock_workers.command.deployment import Deployment, deployment_options
 from penstock_workers.command.stack import WORKERS_STAGE, Stack, plan_stack
 from penstock_workers.command.status import wait_for_workers
 from penstock_workers.command.supervisor import Supervisor, write_line
-from penstock_workers.server import look_at_servers
+from penstock_workers.preflight import check_servers
 
 DATA_FOLDER: Final = Path(".penstock")
 
@@ -30,7 +30,7 @@ def up(config: Path | None, assignments: tuple[str, ...]) -> None:
     deployment = Deployment(config, assignments)
     _refuse_second(deployment)
     if "redis.broker_url" in deployment.loaded.origins:
-        look_at_servers(deployment.loaded.settings)  # what is to be warned of, the workers tell
+        check_servers(deployment.loaded.settings)  # what is to be warned of, the workers tell
     stack = plan_stack(
         deployment.loaded,
         config=config,

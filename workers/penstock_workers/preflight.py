@@ -1,4 +1,4 @@
-"""What a server has to be for queues to be kept in it, said before anything is started."""
+"""Checks the Redis servers before anything is started: a queue in the wrong kind of server loses jobs."""
 
 from typing import Any, Final
 
@@ -14,11 +14,11 @@ from penstock.urls import mask_url
 _ANSWER_S: Final = 5.0
 
 
-def look_at_servers(settings: Settings) -> list[str]:
-    """Return what is wrong with broker and result store, a line each; nothing of a server that is away.
+def check_servers(settings: Settings) -> list[str]:
+    """Return warnings about broker and result store, a line each; none about a server that is out of reach.
 
     Raises:
-        ConfigError: one of them cannot be used, and waiting changes nothing.
+        ConfigError: A server cannot be used, and waiting changes nothing.
     """
     warnings = _warnings("broker", settings.broker_url)
     if not _is_same_server(settings.broker_url, settings.results_url):
@@ -40,10 +40,10 @@ def _warnings(role: str, url: str) -> list[str]:
 
 
 def _ask(url: str) -> dict[str, Any]:
-    """Return what the server says of itself; nothing where it is away, or says it to nobody.
+    """Return the server's `INFO`; empty where it is out of reach, or where we have no right to ask.
 
     Raises:
-        ConfigError: see `look_at_servers`.
+        ConfigError: See `check_servers`.
     """
     try:
         with connect_sync(url, answer_timeout_s=_ANSWER_S, n_retries=0) as client:
@@ -55,7 +55,7 @@ def _ask(url: str) -> dict[str, Any]:
     except ResponseError as error:
         if "DB index" in str(error):
             raise ConfigError([f"{mask_url(url)} cannot be used: {in_words(error)}"]) from error
-        return {}  # no right to ask, among others
+        return {}  # we have no right to ask, for one
     except (redis.RedisError, OSError):
         return {}
 

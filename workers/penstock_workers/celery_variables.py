@@ -1,4 +1,4 @@
-"""Variables that Celery and kombu read behind the settings. Knows names alone, and imports neither."""
+"""Environment variables that Celery and kombu would read behind our settings. Imports neither of them."""
 
 from collections.abc import Mapping
 from typing import Final, NamedTuple
@@ -7,7 +7,7 @@ from penstock.errors import ConfigError
 
 
 class _Foreign(NamedTuple):
-    """Variables of one meaning: what Celery reads, and what its command line makes that from."""
+    """Variables with one effect: the name that Celery reads, and those of its command line."""
 
     names: tuple[str, ...]
     problem: str
@@ -37,10 +37,10 @@ _FOREIGN: Final = (
 
 
 def refuse_variables(environ: Mapping[str, str]) -> None:
-    """Refuse an environment in which something else than the settings decides.
+    """Refuse an environment whose variables would win over the settings.
 
     Raises:
-        ConfigError: names each variable, without its value.
+        ConfigError: Names each variable, without its value.
     """
     problems = []
     for foreign in _FOREIGN:
