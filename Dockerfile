@@ -1,7 +1,7 @@
 # One image for workers and Flower.
 #
-#   processors only:  docker build --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu -t penstock:cpu .
-#   NVIDIA cards:     docker build -t penstock:cuda .
+#   CPU only:         docker build --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu -t penstock:cpu .
+#   NVIDIA GPUs:      docker build -t penstock:cuda .
 #
 # Any index of https://pytorch.org/get-started/locally/ will do, such as .../whl/cu130 for one CUDA version.
 
@@ -43,7 +43,7 @@ ARG TORCH_INDEX_URL=
 RUN pip install --no-cache-dir --constraint /etc/penstock/constraints.txt \
     ${TORCH_INDEX_URL:+--extra-index-url "${TORCH_INDEX_URL}"} torch
 
-# Triton, which comes with torch for cards, has a C compiler build what starts each kernel, at the first load.
+# Triton, which comes with torch for GPUs, has a C compiler build what starts each kernel, at the first load.
 RUN if python -c "import triton" 2>/dev/null; then \
     apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; fi
 
