@@ -10,7 +10,7 @@ demo: .venv/ready
 
 # Before each commit: within a minute, and without a model.
 check: lint
-	$(BIN)/python -m pytest tests/unit --quiet
+	$(BIN)/python -m pytest tests/unit -m "not gpu" --quiet
 
 # Two at once, a file in one process: many tests wait for what they have started. `make test K=word` runs those alone
 # whose names have the word.
