@@ -27,8 +27,8 @@ from penstock.errors import (
 from penstock.request import EmbedRequest, new_job_id
 from penstock.settings import ModelSettings
 from penstock_workers.batching import Work
-from penstock_workers.calling import Caller
-from penstock_workers.engines.remote_embedding import RemoteEmbedder
+from penstock_workers.remote.dispatcher import Caller
+from penstock_workers.remote.embedding import RemoteEmbedder
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.upstream import (

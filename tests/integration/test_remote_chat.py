@@ -18,11 +18,12 @@ from penstock.errors import (
 )
 from penstock.request import GenerateRequest, Message, new_job_id
 from penstock.settings import ModelSettings
-from penstock_workers import calling
-from penstock_workers.calling import Caller
-from penstock_workers.engines.remote_answer import Answer
-from penstock_workers.engines.remote_chat import Prompt, RemoteGenerator
 from penstock_workers.generation.thinking import Thought
+from penstock_workers.remote import dispatcher
+from penstock_workers.remote.answer import Answer
+from penstock_workers.remote.chat import Prompt
+from penstock_workers.remote.chat import RemoteGenerator
+from penstock_workers.remote.dispatcher import Caller
 from tests.deployment import Server
 from tests.upstream import (
     ANSWER,
@@ -70,7 +71,7 @@ Make = Callable[..., Generation]
 @pytest.fixture
 def generation(server: Server, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Connect to the server; it is asked again as often, but sooner."""
-    monkeypatch.setattr(calling, "BACKOFF_S", (0.05, 1.0))
+    monkeypatch.setattr(dispatcher, "BACKOFF_S", (0.05, 1.0))
     return lambda **remote: Generation(server, remote_settings(f"{upstream.url}/v1", "generate", **remote))
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from penstock_workers.calling import Limits
-from penstock_workers.upstream import read_delay, read_spent
+from penstock_workers.remote.dispatcher import Limits
+from penstock_workers.remote.upstream import read_delay, read_spent
 
 NOW = 1_800_000_000.0
 

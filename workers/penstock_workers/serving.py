@@ -12,8 +12,8 @@ from penstock.result import Usage
 from penstock.settings import MODEL_NAME, ModelSettings, Settings
 from penstock_workers.batching import Batcher, Cut, cut_by_tokens
 from penstock_workers.cache import VectorCache
-from penstock_workers.calling import Caller
 from penstock_workers.engines.source import explain_failure
+from penstock_workers.remote.dispatcher import Caller
 from penstock_workers.scheduling import Scheduler
 from penstock_workers.turns import Device, Turn
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:  # torch loads with the first model, not with the app
     from numpy.typing import NDArray
 
     from penstock_workers.engines.embedding import Embedder
-    from penstock_workers.engines.remote_chat import RemoteGenerator
-    from penstock_workers.engines.remote_embedding import RemoteEmbedder
     from penstock_workers.engines.reranking import Reranker
     from penstock_workers.engines.tokenizing import Encoded
     from penstock_workers.generation.answering import Answer
     from penstock_workers.generation.generator import Generator
     from penstock_workers.generation.sequence import ScheduledSequence
+    from penstock_workers.remote.chat import RemoteGenerator
+    from penstock_workers.remote.embedding import RemoteEmbedder
 
 
 DEFAULT_SHARES: Final[Mapping[Task, float]] = {"embed": 2.0, "generate": 1.0, "rerank": 2.0}
@@ -263,8 +263,8 @@ def _load(name: str, settings: Settings, device: "torch.device | None", turn: Tu
 
 def _load_remote(name: str, model: ModelSettings, settings: Settings) -> Served:
     try:
-        from penstock_workers.engines.remote_chat import RemoteGenerator
-        from penstock_workers.engines.remote_embedding import RemoteEmbedder
+        from penstock_workers.remote.chat import RemoteGenerator
+        from penstock_workers.remote.embedding import RemoteEmbedder
     except ModuleNotFoundError as error:
         raise ModelLoadError(name, f"{error.name} is missing: pip install 'penstock[remote]'") from error
     if model.task == "embed":

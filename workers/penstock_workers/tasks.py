@@ -31,10 +31,10 @@ from penstock_workers.batching import (
     why_unwanted,
 )
 from penstock_workers.cache import Embedded
-from penstock_workers.calling import Caller
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.engines.formats import row_bytes
 from penstock_workers.generation.thinking import Thought
+from penstock_workers.remote.dispatcher import Caller
 from penstock_workers.serving import ServedEmbedder, ServedGenerator, ServedReranker, Serving
 from penstock_workers.streams import Streams
 

@@ -9,9 +9,8 @@ from typing import Any, Final, Self
 from penstock.errors import IncompleteOutputError, InvalidFormatError, InvalidOptionError, UpstreamError
 from penstock.request import GenerateRequest, GenerationOptions, ToolCall
 from penstock.settings import ModelSettings
-from penstock_workers.calling import Limits
-from penstock_workers.engines.remote import Server, plain_word, share_out
-from penstock_workers.engines.remote_answer import (
+from penstock_workers.engines.thinking import Thought
+from penstock_workers.remote.answer import (
     FINISH,
     Answer,
     UnusableError,
@@ -20,7 +19,12 @@ from penstock_workers.engines.remote_answer import (
     thought_of,
 )
 from penstock_workers.generation.thinking import Thought
-from penstock_workers.upstream import Fault, Upstream
+from penstock_workers.remote.dispatcher import Limits
+from penstock_workers.remote.server import Server
+from penstock_workers.remote.server import plain_word
+from penstock_workers.remote.server import share_out
+from penstock_workers.remote.upstream import Fault
+from penstock_workers.remote.upstream import Upstream
 
 DEFAULTS: Final = GenerationOptions(max_new_tokens=256, truncation="error")
 _TURN_TOKENS: Final = 4  # around what is said in a turn

@@ -31,8 +31,8 @@ from penstock.errors import (
     UpstreamUnavailableError,
 )
 from penstock.settings import PROVIDER, ModelSettings, is_loopback
-from penstock_workers.calling import Limits
-from penstock_workers.upstream import MAX_LOADING_S, Fault, Upstream, read_delay, read_spent
+from penstock_workers.remote.dispatcher import Limits
+from penstock_workers.remote.upstream import MAX_LOADING_S, Fault, Upstream, read_delay, read_spent
 
 logger = logging.getLogger(__name__)
 for chatty in ("httpx2", "httpcore2", "openai"):  # a line for each request, and texts in those for debugging
@@ -133,7 +133,7 @@ class Server(ABC):
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Upstream]:
-        """See `calling.Remote.open`."""
+        """See `dispatcher.Remote.open`."""
         store = connect(self._broker_url)
         limit = self.model.rate_limit
         self._upstream = Upstream(store, self.root, self.model_id, self._token, limit)

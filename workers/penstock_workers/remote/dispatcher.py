@@ -27,7 +27,7 @@ from penstock.errors import (
 from penstock.request import Priority
 from penstock_workers.batching import PATIENCE_S, HasTokens, ModelThread, TryLaterError, Work, stretch
 from penstock_workers.clock import BROKER_CLOCK
-from penstock_workers.upstream import Fault, Leave, Upstream
+from penstock_workers.remote.upstream import Fault, Leave, Upstream
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from penstock.errors import InvalidOptionError, ModelLoadError, PenstockError, U
 from penstock.request import EmbedRequest, describe
 from penstock.result import Vectors
 from penstock.settings import ModelSettings
-from penstock_workers.calling import Limits
 from penstock_workers.engines.formats import form, read_ranges
-from penstock_workers.engines.remote import CONNECT_S, Server, share_out
-from penstock_workers.upstream import Fault, Upstream
+from penstock_workers.remote.dispatcher import Limits
+from penstock_workers.remote.server import CONNECT_S, Server, share_out
+from penstock_workers.remote.upstream import Fault, Upstream
 
 START_S: Final = 60.0
 """How long the start waits for a server that has to be asked for the width of its vectors."""
@@ -75,7 +75,7 @@ class RemoteEmbedder(Server):
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Upstream]:
-        """See `calling.Remote.open`."""
+        """See `dispatcher.Remote.open`."""
         async with super().open() as upstream:
             self._hub = _Hub(self.http, self.provider)
             yield upstream
