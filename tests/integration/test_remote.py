@@ -27,7 +27,7 @@ from penstock.errors import (
 from penstock.request import EmbedRequest, new_job_id
 from penstock.settings import ModelSettings
 from penstock_workers.batching import Work
-from penstock_workers.remote.dispatcher import Caller
+from penstock_workers.remote.dispatcher import Dispatcher
 from penstock_workers.remote.embedding import RemoteEmbedder
 from tests.deployment import Server
 from tests.eventually import eventually
@@ -64,7 +64,7 @@ class Embedding:
 
     def __init__(self, server: Server, model: ModelSettings) -> None:
         self.engine = RemoteEmbedder.load("hosted", model, server.broker_url)
-        self.caller: Caller = Caller(self.engine)
+        self.dispatcher: Dispatcher = Dispatcher(self.engine)
 
     def submit(
         self,
@@ -76,7 +76,7 @@ class Embedding:
         """Queue a job."""
         items = self.engine.prepare(EmbedRequest(model="hosted", texts=texts))
         deadline = None if deadline_s is None else time.time() + deadline_s
-        return self.caller.submit(new_job_id(), items, deadline, is_unwanted=is_unwanted)
+        return self.dispatcher.submit(new_job_id(), items, deadline, is_unwanted=is_unwanted)
 
     def embed(self, texts: list[str], **options: object) -> np.ndarray:
         """Return float32, shape (n_texts, DIM)."""
@@ -356,7 +356,7 @@ def test_a_pause_holds_all_workers(server: Server, upstream: Upstream) -> None:
     upstream.plan.append(says(429, Retry_After="2"))
 
     refused = one.submit(["one"])
-    eventually(lambda: one.caller.trouble)
+    eventually(lambda: one.dispatcher.trouble)
     waiting = other.submit(["other"])
     refused.wait()
     waiting.wait()
@@ -409,12 +409,12 @@ def test_the_circuit_opens_and_one_probe_closes_it(server: Server, upstream: Ups
     upstream.always = lambda _: says(500)
     jobs = [worker.submit([f"{i}"]) for i, worker in enumerate(workers) for _ in range(4)]
 
-    eventually(lambda: all("circuit open" in worker.caller.trouble for worker in workers), within_s=10)
+    eventually(lambda: all("circuit open" in worker.dispatcher.trouble for worker in workers), within_s=10)
     n_failed = len(upstream.seen)
     error = workers[0].failure(["hasty"], deadline_s=0.3)
     upstream.always = None
     vectors = [job.wait() for job in jobs]
-    eventually(lambda: not any(worker.caller.trouble for worker in workers))
+    eventually(lambda: not any(worker.dispatcher.trouble for worker in workers))
 
     assert isinstance(error, UpstreamUnavailableError | DeadlineExceededError)
     assert n_failed <= 8
@@ -497,12 +497,12 @@ def test_concurrency_is_halved_by_overload_and_grows_again(embedding: Make, upst
     """Answers add requests under way, an overload halves them once."""
     hosted = embedding(max_request_texts=1, max_concurrency=16)
     hosted.embed([f"{i}" for i in range(200)])
-    grown = hosted.caller.concurrency
+    grown = hosted.dispatcher.in_flight.concurrency
     upstream.plan += [says(429, Retry_After="0.1")] * 3
     hosted.embed([f"{i}" for i in range(5)])
 
     assert grown > 8
-    assert hosted.caller.concurrency < 0.75 * grown
+    assert hosted.dispatcher.in_flight.concurrency < 0.75 * grown
     assert upstream.most_in_flight <= 16
 
 

@@ -23,7 +23,7 @@ from penstock_workers.remote import dispatcher
 from penstock_workers.remote.answer import Answer
 from penstock_workers.remote.chat import Prompt
 from penstock_workers.remote.chat import RemoteGenerator
-from penstock_workers.remote.dispatcher import Caller
+from penstock_workers.remote.dispatcher import Dispatcher
 from tests.deployment import Server
 from tests.upstream import (
     ANSWER,
@@ -45,7 +45,7 @@ class Generation:
 
     def __init__(self, server: Server, model: ModelSettings) -> None:
         self.engine = RemoteGenerator.load("hosted", model, server.broker_url)
-        self.caller: Caller = Caller(self.engine)
+        self.dispatcher: Dispatcher = Dispatcher(self.engine)
 
     def ask(self, listen: Callable[[str], None] | None = None, **options: object) -> Answer:
         """Return the only answer to a request."""
@@ -56,7 +56,7 @@ class Generation:
         """Return the answers to a request."""
         request = GenerateRequest.parse({"model": "hosted", "prompt": "Who?", **options})
         self.prompt: Prompt = self.engine.prepare(request)
-        work = self.caller.submit(
+        work = self.dispatcher.submit(
             new_job_id(),
             self.prompt.choices(),
             time.time() + 20,
@@ -348,7 +348,7 @@ def test_an_option_that_a_server_ignores_does_not_break_it(generation: Make, ups
         with pytest.raises(UpstreamAnswerError, match="1 answers, not 2"):
             hosted.ask_all(n=2)
 
-    assert hosted.caller.trouble == ""
+    assert hosted.dispatcher.trouble == ""
     assert hosted.ask().text == "".join(ANSWER)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from penstock_workers.remote.dispatcher import Limits
-from penstock_workers.remote.upstream import read_delay, read_spent
+from penstock_workers.remote.backlog import Limits
+from penstock_workers.remote.rate_headers import read_delay, read_spent
 
 NOW = 1_800_000_000.0
 

@@ -13,7 +13,7 @@ from penstock.settings import MODEL_NAME, ModelSettings, Settings
 from penstock_workers.batching import Batcher, Cut, cut_by_tokens
 from penstock_workers.cache import VectorCache
 from penstock_workers.engines.source import explain_failure
-from penstock_workers.remote.dispatcher import Caller
+from penstock_workers.remote.dispatcher import Dispatcher
 from penstock_workers.scheduling import Scheduler
 from penstock_workers.turns import Device, Turn
 
@@ -45,7 +45,7 @@ class ServedEmbedder:
 
     info: ModelInfo
     engine: "Embedder | RemoteEmbedder"
-    batcher: "Batcher[Any, NDArray[np.float32]] | Caller[Any, NDArray[np.float32]]"
+    batcher: "Batcher[Any, NDArray[np.float32]] | Dispatcher[Any, NDArray[np.float32]]"
     cache: VectorCache | None = None
 
 
@@ -55,7 +55,7 @@ class ServedGenerator:
 
     info: ModelInfo
     engine: "Generator | RemoteGenerator"
-    batcher: "Scheduler[Any, ScheduledSequence[Answer], Answer] | Caller[Any, Any]"
+    batcher: "Scheduler[Any, ScheduledSequence[Answer], Answer] | Dispatcher[Any, Any]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +177,7 @@ class Serving:
     def troubles(self) -> Mapping[str, str]:
         """Return what is wrong with the servers of remote models, by model; without those that are well."""
         callers = {name: served.batcher for name, served in self.models.items()}
-        told = {name: one.trouble for name, one in callers.items() if isinstance(one, Caller)}
+        told = {name: one.trouble for name, one in callers.items() if isinstance(one, Dispatcher)}
         return {name: trouble for name, trouble in told.items() if trouble}
 
     def caches(self) -> Mapping[str, VectorCache]:
@@ -276,13 +276,13 @@ def _load_remote(name: str, model: ModelSettings, settings: Settings) -> Served:
             ),
             engine=embedder,
             cache=_open_cache(embedder, settings),
-            batcher=Caller(embedder),
+            batcher=Dispatcher(embedder),
         )
     generator = RemoteGenerator.load(name, model, settings.broker_url)
     return ServedGenerator(
         info=_describe(name, model, None, generator.context_window, "remote", "openai"),
         engine=generator,
-        batcher=Caller(generator),
+        batcher=Dispatcher(generator),
     )
 
 

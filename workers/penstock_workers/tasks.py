@@ -34,7 +34,7 @@ from penstock_workers.cache import Embedded
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.engines.formats import row_bytes
 from penstock_workers.generation.thinking import Thought
-from penstock_workers.remote.dispatcher import Caller
+from penstock_workers.remote.dispatcher import Dispatcher
 from penstock_workers.serving import ServedEmbedder, ServedGenerator, ServedReranker, Serving
 from penstock_workers.streams import Streams
 
@@ -236,7 +236,10 @@ def rerank(delivery: Delivery, request: RerankRequest, serving: Serving) -> Rera
 
 
 def _wait_for(
-    delivery: Delivery, request: Request, batcher: Batcher[Any, Any] | Caller[Any, Any], items: Sequence[Any]
+    delivery: Delivery,
+    request: Request,
+    batcher: Batcher[Any, Any] | Dispatcher[Any, Any],
+    items: Sequence[Any],
 ) -> list[Any]:
     """Return the model's answers to the items of a job that is answered as a whole."""
     work = batcher.submit(

@@ -19,11 +19,11 @@ from penstock_workers.remote.answer import (
     thought_of,
 )
 from penstock_workers.generation.thinking import Thought
-from penstock_workers.remote.dispatcher import Limits
+from penstock_workers.remote.backlog import Limits
+from penstock_workers.remote.faults import Fault
 from penstock_workers.remote.server import Server
 from penstock_workers.remote.server import plain_word
 from penstock_workers.remote.server import share_out
-from penstock_workers.remote.upstream import Fault
 from penstock_workers.remote.upstream import Upstream
 
 DEFAULTS: Final = GenerationOptions(max_new_tokens=256, truncation="error")

@@ -22,9 +22,10 @@ from penstock.request import EmbedRequest, describe
 from penstock.result import Vectors
 from penstock.settings import ModelSettings
 from penstock_workers.engines.formats import form, read_ranges
-from penstock_workers.remote.dispatcher import Limits
+from penstock_workers.remote.backlog import Limits
+from penstock_workers.remote.faults import Fault
 from penstock_workers.remote.server import CONNECT_S, Server, share_out
-from penstock_workers.remote.upstream import Fault, Upstream
+from penstock_workers.remote.upstream import Upstream
 
 START_S: Final = 60.0
 """How long the start waits for a server that has to be asked for the width of its vectors."""
@@ -212,12 +213,12 @@ class RemoteEmbedder(Server):
         until, problem = time.monotonic() + START_S, ""
         while time.monotonic() < until:
             try:
-                leave = await upstream.ask(text.n_tokens, within_s=START_S, timeout_s=self.timeout_s)
-                problem = leave.trouble or problem
-                if not leave.may_leave:
-                    await asyncio.sleep(min(leave.wait_s, until - time.monotonic()))
+                permit = await upstream.ask(text.n_tokens, within_s=START_S, timeout_s=self.timeout_s)
+                problem = permit.trouble or problem
+                if not permit.is_granted:
+                    await asyncio.sleep(min(permit.wait_s, until - time.monotonic()))
                     continue
-                await asyncio.sleep(leave.wait_s)
+                await asyncio.sleep(permit.wait_s)
                 async with asyncio.timeout(self.timeout_s):
                     (found,) = await self.call([text])
                 await upstream.answered()

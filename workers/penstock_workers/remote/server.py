@@ -31,8 +31,10 @@ from penstock.errors import (
     UpstreamUnavailableError,
 )
 from penstock.settings import PROVIDER, ModelSettings, is_loopback
-from penstock_workers.remote.dispatcher import Limits
-from penstock_workers.remote.upstream import MAX_LOADING_S, Fault, Upstream, read_delay, read_spent
+from penstock_workers.remote.backlog import Limits
+from penstock_workers.remote.faults import Fault
+from penstock_workers.remote.rate_headers import read_delay, read_spent
+from penstock_workers.remote.upstream import MAX_LOADING_S, Upstream
 
 logger = logging.getLogger(__name__)
 for chatty in ("httpx2", "httpcore2", "openai"):  # a line for each request, and texts in those for debugging

@@ -13,18 +13,13 @@ The id is one of server, model and token: limits belong to all three.
 
 import hashlib
 import math
-import re
-import time
-from collections.abc import Mapping
-from contextlib import suppress
-from email.utils import parsedate_to_datetime
 from typing import Final, Literal, NamedTuple
 
 import redis.asyncio as aioredis
 
 from penstock.bucket import BUCKET_PREFIX, Bucket, bucket_functions, take, take_arguments
-from penstock.errors import PenstockError
 from penstock.settings import RateLimit
+from penstock_workers.remote.faults import Fault
 
 UPSTREAM_PREFIX: Final = "penstock:upstream:"
 
@@ -105,14 +100,14 @@ redis.call('HSET', KEYS[1], 'open', at + cooldown, 'cooldown', cooldown, 'probe'
 """
 
 
-class Leave(NamedTuple):
-    """What `Upstream.ask` says.
+class Permit(NamedTuple):
+    """Whether a request may be sent, and the server's state.
 
     Attributes:
-        state: `go` and `doubt`: the request may leave in `wait_s`; with `doubt`, its answer is news.
+        state: `go` and `doubt`: the request may be sent in `wait_s`; with `doubt`, its answer is news.
             `full`: the rate allows none now; `hold`: the server asked for a pause; `open`: it is broken.
-        wait_s: before leaving, or before it is worth asking again.
-        why: what the server did that it is on hold or broken.
+        wait_s: Seconds before it may be sent, or before it is worth asking again.
+        why: Reason of the server's pause, or its last failure.
     """
 
     state: State
@@ -120,7 +115,7 @@ class Leave(NamedTuple):
     why: str
 
     @property
-    def may_leave(self) -> bool:
+    def is_granted(self) -> bool:
         """Whether the request may be sent, after `wait_s`."""
         return self.state in ("go", "doubt")
 
@@ -156,25 +151,25 @@ class Upstream:
             store.register_script(functions + script) for script in (ASK, LOOK, TELL)
         )
 
-    async def ask(self, n_tokens: int, *, within_s: float, timeout_s: float) -> Leave:
-        """Ask for a request's leave; books it if it may be sent.
+    async def ask(self, n_tokens: int, *, within_s: float, timeout_s: float) -> Permit:
+        """Ask for a request's permit; reserves its place in the rate if it may be sent.
 
         Args:
-            n_tokens: what it will cost, by estimate.
-            within_s: the longest wait for the rate that is booked.
-            timeout_s: how long it may take.
+            n_tokens: Estimated cost of the request.
+            within_s: Longest wait for a place in the rate that is reserved.
+            timeout_s: Longest time the request may take.
         """
         shares = [self._requests.of(1)] if self._requests else []
         shares += [self._tokens.of(n_tokens)] if self._tokens else []
         keys, arguments = take_arguments(*shares, within_s=within_s)
-        return _leave(await self._ask(keys=[self._key, *keys], args=[timeout_s, *arguments]))
+        return _permit(await self._ask(keys=[self._key, *keys], args=[timeout_s, *arguments]))
 
-    async def look(self) -> Leave:
-        """Look at its state; books nothing."""
-        return _leave(await self._look(keys=[self._key]))
+    async def look(self) -> Permit:
+        """Look at its state; reserves nothing."""
+        return _permit(await self._look(keys=[self._key]))
 
     async def correct(self, n_tokens: int, n_requests: int = 0) -> None:
-        """Take or give back what the estimate missed: positive is more than was booked."""
+        """Take or give back what the estimate missed: positive is more than was reserved."""
         shares = [self._requests.of(n_requests)] if self._requests and n_requests else []
         shares += [self._tokens.of(n_tokens)] if self._tokens and n_tokens else []
         if shares:
@@ -197,94 +192,15 @@ class Upstream:
         """Tell that it failed."""
         await self._tell(keys=[self._key], args=["failed", why, "", ""])
 
-
-FaultKind = Literal["refused", "item", "size", "busy", "failed", "broken"]
-
-
-class Fault(Exception):  # noqa: N818  never reaches a caller: `error` does
-    """A request without a usable answer.
-
-    Attributes:
-        kind: `refused`: no request would do better; `item`: one of its items is to blame; `size`: it was too
-            large as a whole; `busy`: the server asks for a pause; `failed`: it may do better next time;
-            `broken`: the same, but a part of the answer was passed on.
-        error: what the caller gets if that is the end of it.
-        retry_after_s: the server's own word.
-    """
-
-    def __init__(self, kind: FaultKind, error: PenstockError, retry_after_s: float | None = None) -> None:
-        super().__init__(kind, error)
-        self.kind, self.error, self.retry_after_s = kind, error, retry_after_s
-
-
-def read_delay(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Return how long a server that refused for now wants to be left alone, seconds; None: it does not say.
-
-    Args:
-        headers: of its answer, any case.
-        now: Unix seconds, for dates; None takes the server's own, where it tells it.
-
-    Source: RFC 9110, section 10.2.3 (Retry-After, seconds or date); draft-ietf-httpapi-ratelimit-headers-09
-    (RateLimit); platform.openai.com, Rate limits in headers (x-ratelimit, retry-after-ms).
-    """
-    found = {name.lower(): value for name, value in headers.items()}
-    if (milliseconds := _number(found.get("retry-after-ms"))) is not None:
-        return milliseconds / 1000
-    if "retry-after" in found:
-        if (seconds := _number(found["retry-after"])) is not None:
-            return seconds
-        try:
-            date = parsedate_to_datetime(found["retry-after"])
-        except ValueError:
-            pass  # neither of the two: as if it had not been said
+    async def report(self, fault: Fault) -> None:
+        """Tell what a request without a usable answer says of the server."""
+        why = str(getattr(fault.error, "problem", fault.error))
+        if fault.kind == "busy":
+            await self.hold(why, fault.retry_after_s)
+        elif fault.kind in ("failed", "broken"):
+            await self.failed(why)
         else:
-            return max(0.0, date.timestamp() - (_now(found) if now is None else now))
-    return read_spent(found)
-
-
-def read_spent(headers: Mapping[str, str]) -> float | None:
-    """Return when an allowance that is used up is there again, seconds; None: some of it is left.
-
-    Args:
-        headers: of any answer, any case.
-
-    Source: see `read_delay`.
-    """
-    found = {name.lower(): value for name, value in headers.items()}
-    waits = []
-    for item in re.split(r",(?=\s*\"|\s*[a-z])", found.get("ratelimit", "")):  # "api";r=0;t=55
-        fields = dict(re.findall(r"\b(\w+)\s*=\s*(\d+)", item))
-        if fields.get("r", fields.get("remaining")) == "0":  # a later and an earlier draft
-            waits.append(_number(fields.get("t", fields.get("reset"))))
-    for name, value in found.items():
-        if (match := re.fullmatch(r"x-ratelimit-remaining((?:-\w+)*)", name)) and _number(value) == 0:
-            waits.append(_duration(found.get(f"x-ratelimit-reset{match[1]}", ""), _now(found)))
-    return max((wait for wait in waits if wait is not None), default=None)
-
-
-_UNITS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def _now(headers: Mapping[str, str]) -> float:
-    """Return what the server's clock said: its dates are by that."""
-    with suppress(KeyError, ValueError):
-        return parsedate_to_datetime(headers["date"]).timestamp()
-    return time.time()
-
-
-def _duration(text: str, now: float) -> float | None:
-    """Read `12ms`, `6m0s`, seconds, or a moment in Unix seconds."""
-    if (seconds := _number(text)) is not None:
-        return max(0.0, seconds - now) if seconds > 1e9 else seconds
-    parts = re.findall(r"([\d.]+)(ms|[smhd])", text)
-    if not parts or "".join(map("".join, parts)) != text:
-        return None
-    numbers = [(_number(number), unit) for number, unit in parts]
-    return sum(number * _UNITS[unit] for number, unit in numbers if number is not None)
-
-
-def _number(text: str | None) -> float | None:
-    return float(text) if text and re.fullmatch(r"\s*\d{1,12}(\.\d*)?\s*", text, re.ASCII) else None
+            await self.answered()
 
 
 def _bucket(name: str, per_minute: float | None) -> Bucket | None:
@@ -293,6 +209,6 @@ def _bucket(name: str, per_minute: float | None) -> Bucket | None:
     return Bucket(f"{BUCKET_PREFIX}{name}", RATE_SHARE * per_minute / 60, max(1.0, BURST_SHARE * per_minute))
 
 
-def _leave(reply: list[bytes]) -> Leave:
+def _permit(reply: list[bytes]) -> Permit:
     state, wait_s, why = (part.decode() if isinstance(part, bytes) else str(part) for part in reply)
-    return Leave(state, float(wait_s), why)  # type: ignore[arg-type]  # the scripts say nothing else
+    return Permit(state, float(wait_s), why)  # type: ignore[arg-type]  # the scripts say nothing else
