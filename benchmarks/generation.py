@@ -31,7 +31,10 @@ from benchmarks.deployment import deployed
 from benchmarks.report import Figure, Report, Row, arguments, finish
 from penstock.request import EmbedRequest, GenerateRequest, ResponseFormat
 from penstock.settings import ModelSettings
-from penstock_workers.batching import Batcher
+from penstock_workers.batching.batcher import Batcher
+from penstock_workers.batching.scheduler import Scheduler
+from penstock_workers.batching.turns import Device
+from penstock_workers.batching.turns import Turn
 from penstock_workers.engines.embedding import Embedder
 from penstock_workers.generation.batch_mode import BatchMode
 from penstock_workers.generation.decoding import Decoding
@@ -39,10 +42,9 @@ from penstock_workers.generation.generator import Generator
 from penstock_workers.generation.loading import pause_between_layers
 from penstock_workers.generation.mode_trial import find_batch_mode
 from penstock_workers.generation.sampling_params import SamplingParams
-from penstock_workers.generation.sequence import ScheduledSequence, TokenSequence
-from penstock_workers.scheduling import Scheduler
+from penstock_workers.generation.sequence import ScheduledSequence
+from penstock_workers.generation.sequence import TokenSequence
 from penstock_workers.serving import DEFAULT_SHARES, cut_texts
-from penstock_workers.turns import Device, Turn
 
 N_NEW = 64
 CHAT = "bundled:tiny-chat"

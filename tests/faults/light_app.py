@@ -28,7 +28,8 @@ from penstock.registry import ModelInfo
 from penstock.request import EmbedRequest
 from penstock.settings import load_settings
 from penstock_workers.app import build_app
-from penstock_workers.batching import Batcher, cut_by_tokens
+from penstock_workers.batching.batcher import Batcher
+from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.lifecycle import Heartbeat, Lifecycle
 from penstock_workers.serving import ServedEmbedder
 

@@ -26,7 +26,7 @@ from penstock.errors import (
 )
 from penstock.request import EmbedRequest, new_job_id
 from penstock.settings import ModelSettings
-from penstock_workers.batching import Work
+from penstock_workers.batching.work import Work
 from penstock_workers.remote.dispatcher import Dispatcher
 from penstock_workers.remote.embedding import RemoteEmbedder
 from tests.deployment import Server

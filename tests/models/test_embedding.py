@@ -13,7 +13,8 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from penstock.errors import EngineError, InvalidOptionError, OutOfMemoryError
 from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
-from penstock_workers.batching import Batcher, cut_by_tokens
+from penstock_workers.batching.batcher import Batcher
+from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.engines import embedding
 from penstock_workers.engines.embedding import MIN_COSINE, Embedder

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from penstock.errors import ModelLoadError
 from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
-from penstock_workers.batching import Batcher, cut_by_tokens
+from penstock_workers.batching.batcher import Batcher
+from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.engines.embedding import MIN_COSINE, Embedder
 from tests.models.test_embedding import cosines
 from tests.models.test_packed import CPU, LENGTHS, PACKED, build, texts_of

@@ -33,7 +33,8 @@ from transformers import (
 from penstock.errors import EngineError
 from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
-from penstock_workers.batching import Batcher, cut_by_tokens
+from penstock_workers.batching.batcher import Batcher
+from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.engines.attention import Layout, _attend, group_lengths, packed
 from penstock_workers.engines.embedding import Embedder
 from penstock_workers.engines.fused_card import FusedOnCard

@@ -17,16 +17,10 @@ from penstock.errors import (
     PenstockError,
 )
 from penstock.request import Priority
-from penstock_workers.batching import (
-    ATTENTION_BYTES,
-    PADDING_TOKENS,
-    WINDOW_ITEMS,
-    Batcher,
-    HandBackError,
-    Speed,
-    Work,
-    cut_by_tokens,
-)
+from penstock_workers.batching.batcher import WINDOW_ITEMS, Batcher
+from penstock_workers.batching.cuts import ATTENTION_BYTES, PADDING_TOKENS, cut_by_tokens
+from penstock_workers.batching.rate import Speed
+from penstock_workers.batching.work import RequeueError, Work
 from tests.eventually import eventually
 
 HELD_S = 5.0  # a test that forgets to release its model fails after this
@@ -50,7 +44,7 @@ class FakeModel:
         self._fails = fails
 
     def run(self, items: Sequence[Text]) -> Iterator[tuple[int, str | PenstockError] | None]:
-        """See `penstock_workers.batching.Run`; the answers come last first."""
+        """See `penstock_workers.batching.batcher.Run`; the answers come last first."""
         self.batches.append([item.text for item in items])
         self.go_on.wait(HELD_S)
         if (error := self._fails(items)) is not None:
@@ -425,7 +419,7 @@ def test_dead_model_thread_hands_back_what_it_did_not_touch(death: BaseException
     model.go_on.set()
 
     for work in waiting:
-        with pytest.raises(HandBackError):
+        with pytest.raises(RequeueError):
             answers(work)
     later = batcher.submit("later", texts("c"), None)
     assert batcher.is_stalled(60)
@@ -709,7 +703,7 @@ def test_a_dead_thread_of_two_ends_all() -> None:
 
     go_on["deadly"].set()
 
-    with pytest.raises(HandBackError):
+    with pytest.raises(RequeueError):
         answers(waiting)
     go_on["other"].set()
     assert answers(other) == ["OTHER"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from penstock.errors import DeadlineExceededError, EngineError, JobCancelledError, PenstockError
-from penstock_workers.batching import HandBackError
-from penstock_workers.scheduling import Scheduler
+from penstock_workers.batching.scheduler import Scheduler
+from penstock_workers.batching.work import RequeueError
 from tests.eventually import eventually
 
 
@@ -204,7 +204,7 @@ def test_dead_thread_hands_back_what_it_did_not_touch(
     steps.death = MemoryError("gone")
 
     eventually(lambda: scheduler.is_stalled(60))
-    with pytest.raises(HandBackError, match="model thread of fake has ended"):
+    with pytest.raises(RequeueError, match="model thread of fake has ended"):
         waiting.wait()
     assert not running.is_over
     assert not scheduler.submit("later", words("d"), None).is_over

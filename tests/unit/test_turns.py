@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from penstock_workers.batching import Batcher, cut_by_tokens
-from penstock_workers.scheduling import Scheduler
-from penstock_workers.turns import Device, Turn
+from penstock_workers.batching.batcher import Batcher
+from penstock_workers.batching.cuts import cut_by_tokens
+from penstock_workers.batching.scheduler import Scheduler
+from penstock_workers.batching.turns import Device, Turn
 from tests.eventually import eventually
 from tests.unit.test_batching import Text, texts
 from tests.unit.test_scheduling import FakeSteps, Spelling, Word, spell, words

@@ -21,11 +21,11 @@ from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, R
 from penstock.result import Choice, EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
 from penstock.stream import Part
 from penstock.waiting import WaitPolicy
-from penstock_workers.batching import (
+from penstock_workers.batching.batcher import Batcher
+from penstock_workers.batching.work import (
     PATIENCE_S,
-    Batcher,
-    HandBackError,
     HasTokens,
+    RequeueError,
     TryLaterError,
     Work,
     why_unwanted,
@@ -104,7 +104,7 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], str
             except (DeadlineExceededError, JobCancelledError) as error:
                 error.args = (*error.args[:-1], _rounded(_timings(delivery, request)))  # what is stored
                 raise
-            except HandBackError as error:
+            except RequeueError as error:
                 raise Reject(str(error), requeue=True) from None
             except TryLaterError as later:
                 if self.request.retries >= MAX_RETRIES:
@@ -134,7 +134,7 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
     """Embed a request's texts, in batches with those of other jobs.
 
     Raises:
-        HandBackError: the model will not answer any more.
+        RequeueError: the model will not answer any more.
     """
     served = serving.find(request.model, ServedEmbedder)
     _check_number(len(request.texts), served.info.max_texts)
@@ -171,7 +171,7 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
     """Answer a request, in a batch with those of other jobs.
 
     Raises:
-        HandBackError: the model will not answer any more.
+        RequeueError: the model will not answer any more.
     """
     served = serving.find(request.model, ServedGenerator)
     prompt: Any = served.engine.prepare(request)
@@ -219,7 +219,7 @@ def rerank(delivery: Delivery, request: RerankRequest, serving: Serving) -> Rera
     """Score a request's documents, in batches with those of other jobs.
 
     Raises:
-        HandBackError: the model will not answer any more.
+        RequeueError: the model will not answer any more.
     """
     served = serving.find(request.model, ServedReranker)
     _check_number(len(request.documents), served.info.max_texts)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from penstock.errors import ConfigError, PenstockError, WorkerError
 from penstock.request import EmbedRequest, PoolName
 from penstock.settings import ModelSettings, Settings
-from penstock_workers.batching import Batcher
+from penstock_workers.batching.batcher import Batcher
 from penstock_workers.layout import (
     Layout,
     find_cards,

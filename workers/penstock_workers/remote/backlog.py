@@ -8,7 +8,7 @@ from itertools import count
 from typing import Generic, Protocol, TypeVar
 
 from penstock.errors import PenstockError
-from penstock_workers.batching import HasTokens, Work
+from penstock_workers.batching.work import HasTokens, Work
 
 
 class HasCost(HasTokens, Protocol):

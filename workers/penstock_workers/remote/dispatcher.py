@@ -21,7 +21,8 @@ from penstock.errors import (
     UpstreamUnavailableError,
 )
 from penstock.request import Priority
-from penstock_workers.batching import PATIENCE_S, ModelThread, TryLaterError, Work, stretch
+from penstock_workers.batching.model_thread import ModelThread
+from penstock_workers.batching.work import PATIENCE_S, TryLaterError, Work, stretch
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.remote.backlog import A, Backlog, Entry, I, Limits, Submission, count_tokens
 from penstock_workers.remote.in_flight import Call, InFlight

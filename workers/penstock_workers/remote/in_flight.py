@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, Generic
 
-from penstock_workers.batching import Work
+from penstock_workers.batching.rate import Ratio
+from penstock_workers.batching.work import Work
 from penstock_workers.remote.backlog import A, Entry, I
 
 FIRST_CONCURRENCY: Final = 4
-_DECAY: Final = 0.98  # weight of a request beside the next one, in the running mean of the speed
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +53,7 @@ class InFlight(Generic[I, A]):
         self.concurrency = float(min(FIRST_CONCURRENCY, most))
         self._calls: set[Call[I, A]] = set()
         self._halved_at = 0.0
-        self._n_tokens = self._seconds = 0.0
+        self._speed = Ratio()
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -69,7 +69,7 @@ class InFlight(Generic[I, A]):
     @property
     def tokens_per_s(self) -> float | None:
         """Tokens per second of all together, recent ones weighing most; None before the first answer."""
-        return self._n_tokens / self._seconds if self._seconds else None
+        return self._speed.value
 
     def add(self, call: Call[I, A]) -> None:
         """Count a request that is sent now."""
@@ -93,8 +93,7 @@ class InFlight(Generic[I, A]):
         """
         if n_at_once >= int(self.concurrency) - 1:  # else it tells nothing about more
             self.concurrency = min(self.concurrency + 1 / self.concurrency, self._most)
-        self._n_tokens = _DECAY * self._n_tokens + n_tokens
-        self._seconds = _DECAY * self._seconds + max(seconds / n_at_once, 1e-9)
+        self._speed.count(n_tokens, max(seconds / n_at_once, 1e-9))
 
     def overloaded(self) -> None:
         """Halve how many may be in flight, once for all that were so together."""

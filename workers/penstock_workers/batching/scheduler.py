@@ -1,7 +1,7 @@
-"""Continuous batching of jobs: one model thread per engine, which jobs join and leave between steps.
+"""Continuous batching of jobs: one batch per engine, which jobs join and leave between steps.
 
-The counterpart of `batching` for text that grows: a batch there is cut once, here it never ends. Knows
-nothing of models: an engine has rows and steps.
+The counterpart of `batcher` for text that grows: a batch there is cut once, here it never ends. Knows nothing
+of models: an engine has rows and steps.
 """
 
 import time
@@ -9,11 +9,13 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Final, Generic, NoReturn, Protocol, TypeVar
 
 from penstock.errors import PenstockError
-from penstock_workers.batching import HasTokens, ModelThread, Work
-from penstock_workers.turns import Turn
+from penstock_workers.batching.model_thread import ModelThread
+from penstock_workers.batching.rate import Ratio
+from penstock_workers.batching.turns import Turn
+from penstock_workers.batching.work import HasTokens, Work
 
 SWEEP_S: Final = 0.2
-"""How often jobs that wait are looked at; running ones are at every step."""
+"""Seconds between two checks of waiting jobs; running ones are checked at every step."""
 
 I = TypeVar("I", bound=HasTokens)  # noqa: E741  an item, as in typing's own examples
 I_contra = TypeVar("I_contra", contravariant=True)
@@ -66,10 +68,10 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
     """Answers the items of concurrent jobs in one batch that they join and leave.
 
     Args:
-        name: of the model, for logs and errors.
-        steps: its batch; touched by the model thread alone.
-        make_row: turns an item into a row of it.
-        turn: see `ModelThread`; a step is a turn.
+        name: Name of the model, for logs and errors.
+        steps: Its batch; touched by the model thread alone.
+        make_row: Turns an item into a row of it.
+        turn: See `ModelThread`; a step is a turn.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
         self._steps, self._make_row = steps, make_row
         self._arrived: list[tuple[Work[I, A], int, R]] = []
         self._rows: dict[R, tuple[Work[I, A], int]] = {}
-        self._n_tokens = self._seconds = 0.0
+        self._speed = Ratio()
         super().__init__(name, turn)
 
     def submit(
@@ -90,14 +92,14 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
         is_unwanted: Callable[[], bool] = lambda: False,
         listen: Listen | None = None,
     ) -> Work[I, A]:
-        """Let a job's items in.
+        """Admit a job's items.
 
         Args:
-            job_id: for errors.
-            items: may be empty.
-            deadline: after this, Unix seconds, its items leave the batch.
-            is_unwanted: the job was cancelled; asked in the model thread before each step.
-            listen: takes their text piece by piece.
+            job_id: Id of the job, for errors.
+            items: Its items; there may be none.
+            deadline: Unix seconds; after this its items leave the batch.
+            is_unwanted: Says that the job was cancelled; called in the model thread before each step.
+            listen: Takes their text piece by piece.
         """
         work: Work[I, A] = Work(job_id, items, deadline, is_unwanted)
         rows = [(work, index, self._row(work, index, item, listen)) for index, item in enumerate(items)]
@@ -110,7 +112,7 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
     @property
     def tokens_per_s(self) -> float | None:
         """Tokens of prompts and answers per busy second, recent steps weighing most; None before."""
-        return self._n_tokens / self._seconds if self._seconds else None
+        return self._speed.value
 
     def _row(self, work: Work[I, A], index: int, item: I, listen: Listen | None) -> R:
         on_piece = None if listen is None else (lambda piece: listen(index, piece))
@@ -126,7 +128,7 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
                 swept = began
                 self._sweep()
             self._step()
-            self._measure(self._steps.n_tokens - n_before, time.perf_counter() - began)
+            self._speed.count(self._steps.n_tokens - n_before, time.perf_counter() - began)
 
     def _give_up(self) -> Iterable[Work[I, A]]:
         works = [*(work for work, _ in self._rows.values()), *(work for work, _, _ in self._arrived)]
@@ -135,7 +137,7 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
         return works
 
     def _take(self) -> None:
-        """Let in who has arrived; waits for somebody if there is nothing to do."""
+        """Admit the jobs that have arrived; waits for one if there is nothing to do."""
         with self._changed:
             while not self._arrived and self._steps.is_idle:
                 self._rows.clear()  # all have left
@@ -162,7 +164,3 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
         with self._changed:
             for row in [row for row, (work, _) in self._rows.items() if work.is_over]:
                 del self._rows[row]
-
-    def _measure(self, n_tokens: int, seconds: float) -> None:
-        self._n_tokens = 0.98 * self._n_tokens + n_tokens
-        self._seconds = 0.98 * self._seconds + seconds

@@ -1,8 +1,8 @@
-"""Whose turn it is on a device that the engines of one process share, each by its weight.
+"""Turns on a device that the engines of one process share, each by its weight.
 
-Fair queueing by start times: time on the device, over the engine's share, is added to its account; whoever
-has the least goes next, and who comes back after a while of not asking starts at the account of the turn
-that is under way: it goes first, and has no claim on the time it did not want.
+Fair queueing by start times: time on the device, over the engine's share, is added to its account; the engine
+with the least goes next, and an engine that has not asked for a while starts at the account of the turn in
+progress: it goes first, and has no claim on the time it did not want.
 
 Source: Goyal, Vin and Cheng 1996, "Start-time Fair Queueing", section 2.
 """
@@ -17,7 +17,7 @@ class Device:
     """A device that has one user at a time.
 
     Args:
-        clock: seconds from whenever.
+        clock: Returns seconds since any moment.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -25,10 +25,10 @@ class Device:
         self._changed = threading.Condition()
         self._holder: Turn | None = None
         self._waiting: list[Turn] = []
-        self._account_s = 0.0  # at which the turn under way started
+        self._account_s = 0.0  # at which the turn in progress started
 
     def turn(self, share: float) -> "Turn":
-        """Return an engine's way to its turns; one that has twice another's share has twice its time."""
+        """Return an engine's turns; with twice another's share it has twice the time."""
         return Turn(self, share)
 
 
@@ -58,7 +58,7 @@ class Turn:
             device._changed.notify_all()
 
     def pause(self) -> None:
-        """Let whoever is behind go first, in the middle of a turn."""
+        """Let an engine that is behind go first, in the middle of a turn."""
         device = self._device
         if not device._waiting:  # as nearly always, without the lock
             return

@@ -1,0 +1,1 @@
+"""Jobs into batches, and batches onto threads; knows no model."""

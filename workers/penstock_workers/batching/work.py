@@ -1,0 +1,195 @@
+"""One job's items on their way through an engine: what waits, what was answered, when it is due."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from copy import copy
+from typing import Final, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.errors import DeadlineExceededError, JobCancelledError, PenstockError
+from penstock.request import Priority
+from penstock_workers.batching.cuts import Lengths
+from penstock_workers.clock import BROKER_CLOCK
+from penstock_workers.failures import forget_frames
+
+PATIENCE_S: Final = {Priority.INTERACTIVE: 1.0, Priority.DEFAULT: 30.0, Priority.BATCH: 100.0}
+"""Seconds after which a job of each priority is due, if its deadline is not before."""
+STRETCH: Final = 10
+"""A job may have to wait for smaller ones that came later, up to this multiple of its own computing time."""
+
+
+class HasTokens(Protocol):
+    """An item of a batch."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of its tokens, without padding."""
+
+
+class RequeueError(Exception):
+    """The model thread ended before it saw the job, which has to be requeued."""
+
+
+class TryLaterError(Exception):
+    """The job cannot be answered now; requeue it, so that other jobs use its place.
+
+    Attributes:
+        error: Reason, and what callers get if nobody tries again. Its `retry_after_s` says when to try.
+    """
+
+    def __init__(self, error: PenstockError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+I = TypeVar("I", bound=HasTokens)  # noqa: E741  an item, as in typing's own examples
+A = TypeVar("A")
+
+
+def why_unwanted(
+    job_id: str, deadline: float | None, is_unwanted: Callable[[], bool]
+) -> DeadlineExceededError | JobCancelledError | None:
+    """Return why nobody waits for a job any more; None while somebody does.
+
+    Args:
+        job_id: Id of the job.
+        deadline: Unix seconds, on the broker's clock.
+        is_unwanted: Says whether it was cancelled.
+    """
+    if deadline is not None and (late_s := BROKER_CLOCK.now() - deadline) > 0:
+        return DeadlineExceededError(job_id, late_s)
+    return JobCancelledError(job_id) if is_unwanted() else None
+
+
+class Work(Generic[I, A]):
+    """One job's items, answered as a whole.
+
+    Attributes:
+        job_id: Id of the job.
+        items: Its items, in the order of the answers.
+        deadline: Unix seconds; what is in no batch by then, or cannot be computed by then, is dropped.
+        is_unwanted: Says whether the job was cancelled.
+        due: Unix seconds; the job with the smallest goes first.
+        tenant: Sender of the job; empty if it names none.
+        priority: Priority of the job.
+        tokens: Token counts of the items that are in no batch yet, int64, shape (n_waiting,), longest first.
+        is_over: Whether it was answered, or failed.
+        batched_s: Seconds that its first item waited for a batch; set with the answer or the error.
+        computed_s: Seconds from the first batch that held one of its items to the end of the last.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        items: Sequence[I],
+        deadline: float | None,
+        is_unwanted: Callable[[], bool] = lambda: False,
+        tenant: str = "",
+        priority: Priority = Priority.DEFAULT,
+    ) -> None:
+        self.job_id, self.items, self.deadline, self.is_unwanted = job_id, items, deadline, is_unwanted
+        self.batched_s = self.computed_s = 0.0
+        self.due = math.inf if deadline is None else deadline
+        self.tenant, self.priority = tenant, priority
+        tokens: Lengths = np.array([item.n_tokens for item in items], dtype=np.int64)
+        self._waiting = np.argsort(-tokens, kind="stable")
+        self.tokens = tokens[self._waiting]
+        self.is_over = False
+        self._future: Future[list[A]] = Future()
+        self._answers: dict[int, A] = {}
+        self._submitted = time.perf_counter()
+        self._started: float | None = None
+        if not items:
+            self._end(result=[])
+
+    def wait(self) -> list[A]:
+        """Return the answers in the items' order.
+
+        Raises:
+            PenstockError: why one of the items has none.
+            RequeueError: they will not come from here.
+            TryLaterError: they will not come soon.
+        """
+        if (error := self._future.exception()) is None:
+            return self._future.result()
+        raise copy(error)  # its traceback will hold this job, which holds the error
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error; what still waits of it is dropped. Any thread may call."""
+        self._end(error=error)
+
+    def is_dropped(self) -> bool:
+        """Fail it if nobody waits for it any more; return whether it is over."""
+        if not self.is_over and (error := why_unwanted(self.job_id, self.deadline, self.is_unwanted)):
+            self.fail(error)
+        return self.is_over
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the model has seen any item of it."""
+        return self._started is not None
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the model has answered any item of it."""
+        return bool(self._answers)
+
+    def start(self) -> None:
+        """Note that an item of it goes into a batch."""
+        if self._started is None:
+            self._started = time.perf_counter()
+            self.batched_s = self._started - self._submitted
+
+    def take(self, positions: NDArray[np.intp]) -> list[tuple["Work[I, A]", int]]:
+        """Take waiting items for a batch; positions are those in `tokens`."""
+        self.start()
+        taken = self._waiting[positions]
+        left = np.ones(len(self.tokens), dtype=bool)
+        left[positions] = False
+        self._waiting, self.tokens = self._waiting[left], self.tokens[left]
+        return [(self, index) for index in taken.tolist()]
+
+    def settle(self, index: int, answer: A | PenstockError) -> None:
+        """Take one item's answer, or the error that answers for all."""
+        if isinstance(answer, PenstockError):
+            return self.fail(answer)
+        self._answers[index] = answer
+        if len(self._answers) == len(self.items):
+            self.computed_s = time.perf_counter() - (self._started or self._submitted)
+            self._end(result=[self._answers[i] for i in range(len(self.items))])
+        return None
+
+    def _end(self, *, result: list[A] | None = None, error: BaseException | None = None) -> None:
+        if error is not None and not self.is_over:
+            now = time.perf_counter()
+            if self._started is None:
+                self.batched_s = now - self._submitted
+            else:
+                self.computed_s = now - self._started
+        self.is_over = True
+        self.is_unwanted = _never  # what was asked may hold this job
+        with suppress(InvalidStateError):  # whoever is first decides
+            if error is not None:
+                self._future.set_exception(forget_frames(error))
+            else:
+                self._future.set_result(result or [])
+
+
+def _never() -> bool:
+    return False
+
+
+Entry = tuple[Work[I, A], int]
+
+
+def stretch(work: Work[I, A], others: Iterable[Work[I, A]], tokens_per_s: float | None) -> float:
+    """Return how much later a job is due for its size, seconds; its tenant's other waiting jobs count too."""
+    n_tokens = float(work.tokens.sum())
+    if work.tenant:
+        n_tokens += sum(float(other.tokens.sum()) for other in others if other.tenant == work.tenant)
+    return STRETCH * n_tokens / (tokens_per_s or math.inf)
