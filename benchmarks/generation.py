@@ -44,7 +44,8 @@ from penstock_workers.generation.mode_trial import find_batch_mode
 from penstock_workers.generation.sampling_params import SamplingParams
 from penstock_workers.generation.sequence import ScheduledSequence
 from penstock_workers.generation.sequence import TokenSequence
-from penstock_workers.serving import DEFAULT_SHARES, cut_texts
+from penstock_workers.serving.models import DEFAULT_SHARES
+from penstock_workers.serving.models import cut_texts
 
 N_NEW = 64
 CHAT = "bundled:tiny-chat"

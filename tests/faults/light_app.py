@@ -27,11 +27,12 @@ from penstock.delay import TOKENS_PER_CHARACTER
 from penstock.registry import ModelInfo
 from penstock.request import EmbedRequest
 from penstock.settings import load_settings
-from penstock_workers.app import build_app
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
-from penstock_workers.lifecycle import Heartbeat, Lifecycle
-from penstock_workers.serving import ServedEmbedder
+from penstock_workers.serving.app import build_app
+from penstock_workers.serving.lifecycle import Heartbeat
+from penstock_workers.serving.lifecycle import Lifecycle
+from penstock_workers.serving.models import ServedEmbedder
 
 MODEL = "light"
 DIM = 3

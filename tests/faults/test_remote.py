@@ -20,7 +20,7 @@ from penstock import (
     UpstreamRefusedError,
     UpstreamUnavailableError,
 )
-from penstock_workers.tasks import MAX_RETRIES
+from penstock_workers.serving.tasks import MAX_RETRIES
 from tests.deployment import Server, WorkerProcess
 from tests.eventually import eventually
 from tests.upstream import ANSWER, ARGUMENTS, DIM, TOKEN, TOOLS, Upstream, says, vector_of, waits_for

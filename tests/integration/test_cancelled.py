@@ -9,7 +9,7 @@ from penstock import Client
 from penstock.store import CANCELLED_KEY, MAX_CANCELLED, SENT, record_key
 from penstock.stream import stream_key
 from penstock_workers.cancelled import Cancelled
-from penstock_workers.streams import Streams
+from penstock_workers.serving.streams import Streams
 from tests.deployment import Server, WorkerProcess
 from tests.eventually import eventually
 

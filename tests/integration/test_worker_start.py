@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from penstock_workers.bundled import bundled_folder
-from penstock_workers.lifecycle import EXIT_CONFIG
+from penstock_workers.serving.lifecycle import EXIT_CONFIG
 from tests.deployment import BUNDLED, ROOT, Server, WorkerProcess
 from tests.eventually import eventually
 from tests.models.odd_models import change_json, drop_weights

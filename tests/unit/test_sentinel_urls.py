@@ -10,8 +10,8 @@ from penstock.errors import ConfigError
 from penstock.registry import announce_results, locate_results, mask_url
 from penstock.sentinel import SentinelUrl
 from penstock.settings import Settings, effective_values, load_settings
-from penstock_workers.app import build_app
 from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
+from penstock_workers.serving.app import build_app
 
 PLAIN = "sentinel://a,b:26380/0?master_name=main"
 FULL = "sentinel://me:p%40ss@a:1,b:2,c/3?master_name=main&sentinel_password=hu%26sh"

@@ -10,7 +10,7 @@ from penstock import AsyncClient, Client, ConfigError
 from penstock.broker import connect, connect_sync
 from penstock.settings import load_settings
 from penstock.urls import mask_url, plain_url
-from penstock_workers.app import build_app
+from penstock_workers.serving.app import build_app
 
 # Each with the form that all libraries are given.
 READ = [

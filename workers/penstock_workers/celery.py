@@ -10,8 +10,8 @@ if sys.path[0] in ("", str(Path.cwd())) and Path(__file__).parents[1] != Path.cw
     del sys.path[0]
 
 from penstock.errors import ConfigError, PenstockError
-from penstock_workers.app import build_app
 from penstock_workers.running_stack import load_with_stack
+from penstock_workers.serving.app import build_app
 
 try:
     app = build_app(load_with_stack(None, {}, only_here=True).loaded.settings)

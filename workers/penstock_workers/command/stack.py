@@ -253,7 +253,7 @@ def _preload(settings: Settings, pool: PoolName, layout: Layout) -> Preload | No
     models = [model for model in settings.models.values() if pool in model.pools]
     engines = {_ENGINES[model.task] for model in models if model.engine != "remote"}
     return Preload(
-        modules=("celery.bin.celery", "celery.bin.worker", "penstock_workers.app", *sorted(engines)),
+        modules=("celery.bin.celery", "celery.bin.worker", "penstock_workers.serving.app", *sorted(engines)),
         environment=tuple(thread_variables(layout.threads).items()),
     )
 

@@ -33,7 +33,7 @@ from penstock_workers.layout import (
     share_of_cores,
     thread_variables,
 )
-from penstock_workers.serving import batches_at_once, cut_texts
+from penstock_workers.serving.models import batches_at_once, cut_texts
 
 if TYPE_CHECKING:  # torch loads in the processes that compute
     import numpy as np
@@ -299,7 +299,7 @@ def _serve(
     # A worker's imports count as its memory, and torch must not be imported before.
     from transformers.utils.logging import disable_progress_bar
 
-    import penstock_workers.app  # noqa: F401
+    import penstock_workers.serving.app  # noqa: F401
     from penstock_workers.engines.device import choose_device, share_cores
     from penstock_workers.engines.embedding import Embedder
 

@@ -30,13 +30,13 @@ from penstock_workers.batching.work import (
     Work,
     why_unwanted,
 )
-from penstock_workers.cache import Embedded
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.engines.formats import row_bytes
 from penstock_workers.generation.thinking import Thought
 from penstock_workers.remote.dispatcher import Dispatcher
-from penstock_workers.serving import ServedEmbedder, ServedGenerator, ServedReranker, Serving
-from penstock_workers.streams import Streams
+from penstock_workers.serving.models import ServedEmbedder, ServedGenerator, ServedReranker, Serving
+from penstock_workers.serving.streams import Streams
+from penstock_workers.serving.vector_cache import Embedded
 
 MAX_RETRIES: Final = 10  # of a job that its worker puts off; a deadline may end them before
 HEADER_BYTES: Final = 1 << 16  # room for all of a result that is not its array

@@ -18,12 +18,12 @@ from penstock.transport import install
 from penstock_workers.callbacks import Callbacks
 from penstock_workers.cancelled import Cancelled
 from penstock_workers.clock import BROKER_CLOCK
-from penstock_workers.lifecycle import Lifecycle, end_process
 from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
-from penstock_workers.serving import Serving
-from penstock_workers.streams import Streams
+from penstock_workers.serving.lifecycle import Lifecycle, end_process
+from penstock_workers.serving.models import Serving
+from penstock_workers.serving.streams import Streams
+from penstock_workers.serving.tasks import register_tasks
 from penstock_workers.surroundings import new_app
-from penstock_workers.tasks import register_tasks
 
 POOL: Final = "penstock_workers.pool:TaskPool"
 

@@ -14,9 +14,9 @@ from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import Cut, cut_by_tokens
 from penstock_workers.batching.scheduler import Scheduler
 from penstock_workers.batching.turns import Device, Turn
-from penstock_workers.cache import VectorCache
 from penstock_workers.engines.source import explain_failure
 from penstock_workers.remote.dispatcher import Dispatcher
+from penstock_workers.serving.vector_cache import VectorCache
 
 if TYPE_CHECKING:  # torch loads with the first model, not with the app
     import numpy as np
