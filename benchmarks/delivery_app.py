@@ -106,14 +106,16 @@ def _stock_parts(setup: Setup) -> dict[str, Any]:
 
 def _our_parts(setup: Setup) -> dict[str, Any]:
     from penstock.transport import install  # replaces `redis://` in the whole process
+    from penstock_workers.consumer import Consumer
+    from penstock_workers.results import ResultBackend
 
     install()
     register(SERIALIZER, encode_meta, decode_meta, content_type=CONTENT_TYPE, content_encoding="binary")
     return {
-        "result_backend": f"penstock_workers.results:ResultBackend+{setup.url(1)}",
+        "result_backend": f"{ResultBackend.__module__}:{ResultBackend.__name__}+{setup.url(1)}",
         "result_serializer": SERIALIZER,
         "result_accept_content": [SERIALIZER],
-        "worker_consumer": "penstock_workers.consumer:Consumer",
+        "worker_consumer": f"{Consumer.__module__}:{Consumer.__name__}",
         "broker_transport_options": {
             "lease_s": setup.lease_s,
             "max_deliveries": setup.max_deliveries,

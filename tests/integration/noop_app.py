@@ -28,6 +28,8 @@ from redis.retry import Retry
 from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.store import record_key, result_key
 from penstock.transport import install
+from penstock_workers.consumer import Consumer
+from penstock_workers.pool import TaskPool
 from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
 from tests.deployment import ROOT, Server
 from tests.eventually import eventually
@@ -72,8 +74,8 @@ def build_noop_app(
         task_acks_late=True,
         task_create_missing_queues=True,
         broker_connection_retry_on_startup=True,
-        worker_pool="penstock_workers.pool:TaskPool",
-        worker_consumer="penstock_workers.consumer:Consumer",
+        worker_pool=f"{TaskPool.__module__}:{TaskPool.__name__}",
+        worker_consumer=f"{Consumer.__module__}:{Consumer.__name__}",
         worker_prefetch_multiplier=1,
         worker_enable_prefetch_count_reduction=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,

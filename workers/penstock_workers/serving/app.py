@@ -18,6 +18,8 @@ from penstock.transport import install
 from penstock_workers.callbacks import Callbacks
 from penstock_workers.cancelled import Cancelled
 from penstock_workers.clock import BROKER_CLOCK
+from penstock_workers.consumer import Consumer
+from penstock_workers.pool import TaskPool
 from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
 from penstock_workers.serving.lifecycle import Lifecycle, end_process
 from penstock_workers.serving.models import Serving
@@ -25,7 +27,7 @@ from penstock_workers.serving.streams import Streams
 from penstock_workers.serving.tasks import register_tasks
 from penstock_workers.surroundings import new_app
 
-POOL: Final = "penstock_workers.pool:TaskPool"
+POOL: Final = f"{TaskPool.__module__}:{TaskPool.__name__}"
 
 
 def build_app(settings: Settings) -> Celery:
@@ -122,7 +124,7 @@ def _configuration(settings: Settings) -> dict[str, Any]:
         "worker_prefetch_multiplier": 1,
         # Leases outlive connections and are counted per process; Celery would count them twice.
         "worker_enable_prefetch_count_reduction": False,
-        "worker_consumer": "penstock_workers.consumer:Consumer",
+        "worker_consumer": f"{Consumer.__module__}:{Consumer.__name__}",
         "worker_disable_rate_limits": True,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_send_task_events": True,  # Flower shows nothing without

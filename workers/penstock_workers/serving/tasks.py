@@ -31,6 +31,7 @@ from penstock_workers.batching.work import (
     why_unwanted,
 )
 from penstock_workers.clock import BROKER_CLOCK
+from penstock_workers.consumer import Request as JobRequest
 from penstock_workers.engines.formats import row_bytes
 from penstock_workers.generation.thinking import Thought
 from penstock_workers.remote.dispatcher import Dispatcher
@@ -80,7 +81,7 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], str
             shared=False,  # else Celery adds it to every other app of the process
             typing=False,
             throws=(PenstockError,),
-            Request="penstock_workers.consumer:Request",
+            Request=f"{JobRequest.__module__}:{JobRequest.__name__}",
         )
         def task(self: Any, *args: object, **kwargs: object) -> Result:
             job_id = self.request.id
