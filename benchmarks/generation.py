@@ -32,6 +32,7 @@ from benchmarks.report import Figure, Report, Row, arguments, finish
 from penstock.request import EmbedRequest, GenerateRequest, ResponseFormat
 from penstock.settings import ModelSettings
 from penstock_workers.batching.batcher import Batcher
+from penstock_workers.batching.engine import Job
 from penstock_workers.batching.scheduler import Scheduler
 from penstock_workers.batching.turns import Device
 from penstock_workers.batching.turns import Turn
@@ -44,8 +45,8 @@ from penstock_workers.generation.mode_trial import find_batch_mode
 from penstock_workers.generation.sampling_params import SamplingParams
 from penstock_workers.generation.sequence import ScheduledSequence
 from penstock_workers.generation.sequence import TokenSequence
+from penstock_workers.serving.loading import cut_texts
 from penstock_workers.serving.models import DEFAULT_SHARES
-from penstock_workers.serving.models import cut_texts
 
 N_NEW = 64
 CHAT = "bundled:tiny-chat"
@@ -194,7 +195,7 @@ def throughput(model: PreTrainedModel, *, n_rounds: int, with_64: bool) -> Found
     asks = make_asks(64)
 
     def ours(n: int) -> list[list[int]]:
-        works = [schedulers[n].submit(str(i), [ask], None) for i, ask in enumerate(asks[:n])]
+        works = [schedulers[n].submit(Job(id=str(i)), [ask]) for i, ask in enumerate(asks[:n])]
         return [work.wait()[0] for work in works]
 
     ways: dict[str, tuple[int, Callable[[], list[list[int]]]]] = {
@@ -306,7 +307,7 @@ def stream_ours(model: PreTrainedModel, asks: Sequence[Ask], at: Sequence[float]
         def listen(_: int, __: str, index: int = index, when: float = when) -> None:
             first.setdefault(index, time.perf_counter() - began - when)
 
-        work = scheduler.submit(str(index), [ask], None, listen=listen)
+        work = scheduler.submit(Job(id=str(index)), [ask], listen=listen)
 
         def wait(work: Any = work, when: float = when) -> None:
             work.wait()
@@ -446,7 +447,7 @@ def beside(model: PreTrainedModel, *, n_texts: int, n_rounds: int) -> Found:
         for _ in range(n_texts):
             time.sleep(dice.uniform(0.005, 0.03))  # at any moment of a step
             began = time.perf_counter()
-            batcher.submit("text", items, None).wait()
+            batcher.submit(Job(id="text"), items).wait()
             found.append(1e3 * (time.perf_counter() - began))
         return found
 
@@ -515,7 +516,7 @@ def formats(*, n_rounds: int) -> Found:
             ]
             scheduler = Scheduler("chat", engine.decoding(max_rows=16), engine.sequence)
             began = time.perf_counter()
-            answers = scheduler.submit("job", prompts, None).wait()
+            answers = scheduler.submit(Job(id="job"), prompts).wait()
             seconds = time.perf_counter() - began
             if round_:
                 found[way].append(1e3 * seconds / max(answer.n_tokens for answer in answers))
@@ -572,7 +573,7 @@ def generating(model: PreTrainedModel, turn: Turn | None) -> Iterator[Decoding[l
 
     def answer(ask: Ask) -> None:
         while not is_over.is_set():
-            scheduler.submit("answer", [ask], None).wait()
+            scheduler.submit(Job(id="answer"), [ask]).wait()
 
     threads = [threading.Thread(target=answer, args=(ask,)) for ask in make_asks(16, seed=8)]
     for thread in threads:

@@ -32,7 +32,7 @@ from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.serving.app import build_app
 from penstock_workers.serving.lifecycle import Heartbeat
 from penstock_workers.serving.lifecycle import Lifecycle
-from penstock_workers.serving.models import ServedEmbedder
+from penstock_workers.serving.models import Served
 
 MODEL = "light"
 DIM = 3
@@ -120,5 +120,5 @@ def serve(**_: object) -> None:
     engine = cast("Any", Engine())
     serving = app.penstock_serving
     batcher: Batcher[Any, Any] = Batcher(MODEL, engine.run, cut_by_tokens(1, is_padded=False))
-    serving.models[MODEL] = ServedEmbedder(info=INFO, engine=engine, batcher=batcher)
+    serving.models[MODEL] = Served(info=INFO, engine=engine, feed=batcher)
     Heartbeat(settings, serving, cast("Any", POOL), "cpu", [MODEL]).start()

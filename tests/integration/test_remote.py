@@ -26,6 +26,7 @@ from penstock.errors import (
 )
 from penstock.request import EmbedRequest, new_job_id
 from penstock.settings import ModelSettings
+from penstock_workers.batching.engine import Job
 from penstock_workers.batching.work import Work
 from penstock_workers.remote.dispatcher import Dispatcher
 from penstock_workers.remote.embedding import RemoteEmbedder
@@ -76,7 +77,7 @@ class Embedding:
         """Queue a job."""
         items = self.engine.prepare(EmbedRequest(model="hosted", texts=texts))
         deadline = None if deadline_s is None else time.time() + deadline_s
-        return self.dispatcher.submit(new_job_id(), items, deadline, is_unwanted=is_unwanted)
+        return self.dispatcher.submit(Job(id=new_job_id(), deadline=deadline, is_unwanted=is_unwanted), items)
 
     def embed(self, texts: list[str], **options: object) -> np.ndarray:
         """Return float32, shape (n_texts, DIM)."""
@@ -356,7 +357,7 @@ def test_a_pause_holds_all_workers(server: Server, upstream: Upstream) -> None:
     upstream.plan.append(says(429, Retry_After="2"))
 
     refused = one.submit(["one"])
-    eventually(lambda: one.dispatcher.trouble)
+    eventually(lambda: one.dispatcher.trouble())
     waiting = other.submit(["other"])
     refused.wait()
     waiting.wait()
@@ -409,12 +410,12 @@ def test_the_circuit_opens_and_one_probe_closes_it(server: Server, upstream: Ups
     upstream.always = lambda _: says(500)
     jobs = [worker.submit([f"{i}"]) for i, worker in enumerate(workers) for _ in range(4)]
 
-    eventually(lambda: all("circuit open" in worker.dispatcher.trouble for worker in workers), within_s=10)
+    eventually(lambda: all("circuit open" in worker.dispatcher.trouble() for worker in workers), within_s=10)
     n_failed = len(upstream.seen)
     error = workers[0].failure(["hasty"], deadline_s=0.3)
     upstream.always = None
     vectors = [job.wait() for job in jobs]
-    eventually(lambda: not any(worker.dispatcher.trouble for worker in workers))
+    eventually(lambda: not any(worker.dispatcher.trouble() for worker in workers))
 
     assert isinstance(error, UpstreamUnavailableError | DeadlineExceededError)
     assert n_failed <= 8

@@ -18,9 +18,10 @@ from penstock.errors import (
 )
 from penstock.request import GenerateRequest, Message, new_job_id
 from penstock.settings import ModelSettings
+from penstock_workers.batching.engine import Answer
+from penstock_workers.batching.engine import Job
 from penstock_workers.generation.thinking import Thought
 from penstock_workers.remote import dispatcher
-from penstock_workers.remote.answer import Answer
 from penstock_workers.remote.chat import Prompt
 from penstock_workers.remote.chat import RemoteGenerator
 from penstock_workers.remote.dispatcher import Dispatcher
@@ -57,9 +58,8 @@ class Generation:
         request = GenerateRequest.parse({"model": "hosted", "prompt": "Who?", **options})
         self.prompt: Prompt = self.engine.prepare(request)
         work = self.dispatcher.submit(
-            new_job_id(),
+            Job(id=new_job_id(), deadline=time.time() + 20),
             self.prompt.choices(),
-            time.time() + 20,
             listen=None if listen is None else lambda _, piece: listen(piece),
         )
         return self.prompt.answers(work.wait())
@@ -348,7 +348,7 @@ def test_an_option_that_a_server_ignores_does_not_break_it(generation: Make, ups
         with pytest.raises(UpstreamAnswerError, match="1 answers, not 2"):
             hosted.ask_all(n=2)
 
-    assert hosted.dispatcher.trouble == ""
+    assert hosted.dispatcher.trouble() == ""
     assert hosted.ask().text == "".join(ANSWER)
 
 

@@ -15,6 +15,7 @@ from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
+from penstock_workers.batching.engine import Job
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.engines import embedding
 from penstock_workers.engines.embedding import MIN_COSINE, Embedder
@@ -53,7 +54,7 @@ def embed(engine: Embedder, texts: list[str], n_threads: int = 1, **options: obj
     """Embed as a worker does, in batches; shape (n_texts, dim)."""
     request = EmbedRequest.parse({"model": engine.name, "texts": texts, **options})
     batcher = Batcher(engine.name, engine.run, cut_by_tokens(4096), n_threads=n_threads)
-    vectors = batcher.submit("job", engine.prepare(request), None).wait()
+    vectors = batcher.submit(Job(id="job"), engine.prepare(request)).wait()
     return engine.finish(request, vectors)  # type: ignore[return-value]  # float32 was asked for
 
 
@@ -168,7 +169,7 @@ def test_broken_weights_never_leave_the_worker(tmp_path: Path) -> None:
     batcher = Batcher("tiny", engine.run, cut_by_tokens(4096))
 
     works = [
-        batcher.submit(text, engine.prepare(EmbedRequest(model="tiny", texts=[text])), None)
+        batcher.submit(Job(id=text), engine.prepare(EmbedRequest(model="tiny", texts=[text])))
         for text in (first_word, SCRIPTS[2])
     ]
 

@@ -12,6 +12,7 @@ from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
+from penstock_workers.batching.engine import Job
 from penstock_workers.engines.embedding import MIN_COSINE, Embedder
 from tests.models.test_embedding import cosines
 from tests.models.test_packed import CPU, LENGTHS, PACKED, build, texts_of
@@ -29,7 +30,7 @@ def embed(engine: Embedder, texts: list[str], max_tokens: int = 1024) -> NDArray
     """Embed as a worker does, in padded batches; shape (n_texts, dim)."""
     batcher = Batcher(engine.name, engine.run, cut_by_tokens(max_tokens))
     prepared = engine.prepare(EmbedRequest(model="small", texts=texts))
-    return np.stack(batcher.submit("job", prepared, None).wait())
+    return np.stack(batcher.submit(Job(id="job"), prepared).wait())
 
 
 # Beyond its window ModernBERT's padding sees no token, which is not a number in the graph.

@@ -35,6 +35,7 @@ from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
+from penstock_workers.batching.engine import Job
 from penstock_workers.engines.attention import Layout, _attend, group_lengths, packed
 from penstock_workers.engines.embedding import Embedder
 from penstock_workers.engines.fused_card import FusedOnCard
@@ -285,7 +286,7 @@ def test_two_batches_are_under_way_on_a_card(tmp_path: Path) -> None:
     cut = cut_by_tokens(256, is_padded=False)
 
     one, two = (
-        Batcher("small", engine.run, cut, n_threads=n).submit("job", items, None).wait() for n in (1, 2)
+        Batcher("small", engine.run, cut, n_threads=n).submit(Job(id="job"), items).wait() for n in (1, 2)
     )
 
     assert np.allclose(one, two, atol=1e-5)

@@ -19,8 +19,9 @@ from penstock.errors import (
 from penstock.request import Priority
 from penstock_workers.batching.batcher import WINDOW_ITEMS, Batcher
 from penstock_workers.batching.cuts import ATTENTION_BYTES, PADDING_TOKENS, cut_by_tokens
+from penstock_workers.batching.engine import Job, RequeueError
 from penstock_workers.batching.rate import Speed
-from penstock_workers.batching.work import RequeueError, Work
+from penstock_workers.batching.work import Work
 from tests.eventually import eventually
 
 HELD_S = 5.0  # a test that forgets to release its model fails after this
@@ -77,7 +78,7 @@ def start_busy(model: FakeModel, *, max_items: int = 64) -> tuple[Batcher[Text, 
     """Return a batcher whose model is held in a first batch, and that batch's job."""
     model.hold()
     batcher = start(model, max_items=max_items)
-    first = batcher.submit("first", texts("first"), None)
+    first = batcher.submit(Job(id="first"), texts("first"))
     eventually(lambda: model.batches)
     return batcher, first
 
@@ -169,7 +170,7 @@ def test_job_is_answered_as_a_whole_and_in_order() -> None:
     """Answers come in the order of the items, whatever order the model gave them in."""
     batcher = start(FakeModel())
 
-    assert answers(batcher.submit("job", texts("a b c d"), None)) == ["A", "B", "C", "D"]
+    assert answers(batcher.submit(Job(id="job"), texts("a b c d"))) == ["A", "B", "C", "D"]
 
 
 def test_job_larger_than_a_batch_is_answered_as_a_whole() -> None:
@@ -177,7 +178,7 @@ def test_job_larger_than_a_batch_is_answered_as_a_whole() -> None:
     model = FakeModel()
     batcher = start(model, max_items=2)
 
-    work = batcher.submit("job", texts("a b c d e"), None)
+    work = batcher.submit(Job(id="job"), texts("a b c d e"))
 
     assert answers(work) == ["A", "B", "C", "D", "E"]
     assert model.batches == [["a", "b"], ["c", "d"], ["e"]]
@@ -187,7 +188,7 @@ def test_items_of_waiting_jobs_share_a_batch() -> None:
     """What piles up while the model is busy is computed together."""
     model = FakeModel()
     batcher, first = start_busy(model)
-    jobs = [batcher.submit(f"job-{n}", texts(f"a{n} b{n}"), None) for n in range(3)]
+    jobs = [batcher.submit(Job(id=f"job-{n}"), texts(f"a{n} b{n}")) for n in range(3)]
 
     model.go_on.set()
 
@@ -202,7 +203,7 @@ def test_idle_model_starts_at_once() -> None:
     batcher = start(model)
 
     for word in ("a", "b"):
-        assert answers(batcher.submit(word, texts(word), None)) == [word.upper()]
+        assert answers(batcher.submit(Job(id=word), texts(word))) == [word.upper()]
 
     assert model.batches == [["a"], ["b"]]
 
@@ -220,7 +221,7 @@ def test_every_item_is_computed_once() -> None:
 
     def submit(names: list[str]) -> None:
         for name in names:
-            works[name] = batcher.submit(name, jobs[name], None)
+            works[name] = batcher.submit(Job(id=name), jobs[name])
 
     senders = [threading.Thread(target=submit, args=([*jobs][n::3],)) for n in range(3)]
     for sender in senders:
@@ -239,10 +240,10 @@ def test_window_is_the_oldest_items() -> None:
     model = FakeModel()
     model.hold()
     batcher: Batcher[Text, str] = Batcher("fake", model.run, cut_by_tokens(10_000))
-    first = batcher.submit("first", [Text("first", 1)], None)
+    first = batcher.submit(Job(id="first"), [Text("first", 1)])
     eventually(lambda: model.batches)
-    long = batcher.submit("long", [Text("long", 9_999)], None)
-    short = batcher.submit("short", [Text(f"s{n}", 1) for n in range(2 * WINDOW_ITEMS)], None)
+    long = batcher.submit(Job(id="long"), [Text("long", 9_999)])
+    short = batcher.submit(Job(id="short"), [Text(f"s{n}", 1) for n in range(2 * WINDOW_ITEMS)])
 
     model.go_on.set()
 
@@ -257,7 +258,7 @@ def test_empty_job_is_answered_at_once() -> None:
     model = FakeModel()
     batcher, _ = start_busy(model)
 
-    assert batcher.submit("empty", [], None).wait() == []
+    assert batcher.submit(Job(id="empty"), []).wait() == []
 
     model.go_on.set()
     assert model.batches == [["first"]]
@@ -267,7 +268,7 @@ def test_work_tells_its_times() -> None:
     """Waiting for a batch and computing are told apart."""
     model = FakeModel()
     batcher, first = start_busy(model)
-    second = batcher.submit("second", texts("second"), None)
+    second = batcher.submit(Job(id="second"), texts("second"))
     held = time.perf_counter()
     eventually(lambda: time.perf_counter() - held > 0.1)
 
@@ -305,9 +306,9 @@ def test_failing_item_fails_its_job_only() -> None:
     """The item that fails is found by halving; jobs that shared its batch get their answers."""
     model = FakeModel(fails_on("bad", ValueError("bad words")))
     batcher, _ = start_busy(model)
-    before = batcher.submit("before", texts("a b c"), None)
-    failing = batcher.submit("failing", texts("d bad e"), None)
-    after = batcher.submit("after", texts("f g"), None)
+    before = batcher.submit(Job(id="before"), texts("a b c"))
+    failing = batcher.submit(Job(id="failing"), texts("d bad e"))
+    after = batcher.submit(Job(id="after"), texts("f g"))
 
     model.go_on.set()
 
@@ -316,7 +317,7 @@ def test_failing_item_fails_its_job_only() -> None:
     with pytest.raises(EngineError) as caught:
         answers(failing)
     assert str(caught.value) == "fake failed: ValueError in its forward pass"  # not the error's own text
-    assert answers(batcher.submit("next", texts("h"), None)) == ["H"]
+    assert answers(batcher.submit(Job(id="next"), texts("h"))) == ["H"]
 
 
 def test_error_of_ours_reaches_the_caller_unchanged() -> None:
@@ -325,7 +326,7 @@ def test_error_of_ours_reaches_the_caller_unchanged() -> None:
     batcher = start(model)
 
     with pytest.raises(OutOfMemoryError, match="9 tokens"):
-        answers(batcher.submit("job", texts("bad"), None))
+        answers(batcher.submit(Job(id="job"), texts("bad")))
 
 
 def test_error_as_an_answer_fails_its_job_only() -> None:
@@ -338,11 +339,11 @@ def test_error_as_an_answer_fails_its_job_only() -> None:
             yield index, EngineError("fake", "no number") if item.text == "bad" else item.text
 
     batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_tokens(8, is_padded=False))
-    failing = batcher.submit("failing", texts("bad a bad b"), None)
+    failing = batcher.submit(Job(id="failing"), texts("bad a bad b"))
 
     with pytest.raises(EngineError, match="no number"):
         answers(failing)
-    assert answers(batcher.submit("next", texts("c"), None)) == ["c"]
+    assert answers(batcher.submit(Job(id="next"), texts("c"))) == ["c"]
     assert batches[0] == 4
 
 
@@ -350,7 +351,7 @@ def test_batch_that_does_not_fit_is_halved() -> None:
     """Out of memory in a large batch costs time, not jobs."""
     model = FakeModel(lambda items: RuntimeError("out of memory") if len(items) > 2 else None)
     batcher, _ = start_busy(model)
-    jobs = [batcher.submit(f"{n}", texts(f"a{n} b{n}"), None) for n in range(4)]
+    jobs = [batcher.submit(Job(id=f"{n}"), texts(f"a{n} b{n}")) for n in range(4)]
 
     model.go_on.set()
 
@@ -371,7 +372,7 @@ def test_answers_given_before_a_failure_stand() -> None:
 
     batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_tokens(8, is_padded=False))
 
-    assert answers(batcher.submit("job", texts("a b c d"), None)) == ["A", "B", "C", "D"]
+    assert answers(batcher.submit(Job(id="job"), texts("a b c d"))) == ["A", "B", "C", "D"]
     assert runs == [["a", "b", "c", "d"], ["c"], ["d"]]
 
 
@@ -381,9 +382,9 @@ def test_halving_stops_for_a_job_that_has_failed() -> None:
     batcher = start(model)
 
     with pytest.raises(EngineError):
-        answers(batcher.submit("failing", texts("a b c d e f g h"), None))
+        answers(batcher.submit(Job(id="failing"), texts("a b c d e f g h")))
 
-    assert answers(batcher.submit("next", texts("next"), None)) == ["NEXT"]
+    assert answers(batcher.submit(Job(id="next"), texts("next"))) == ["NEXT"]
     assert model.batches == [[*"abcdefgh"], [*"abcd"], [*"ab"], ["a"], ["next"]]
 
 
@@ -398,7 +399,7 @@ def test_item_without_an_answer_fails_its_job_only() -> None:
                 yield index, item.text.upper()
 
     batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_tokens(8, is_padded=False))
-    works = [batcher.submit(words, texts(words), None) for words in ("a", "b forgotten", "c d")]
+    works = [batcher.submit(Job(id=words), texts(words)) for words in ("a", "b forgotten", "c d")]
 
     held.set()
 
@@ -413,7 +414,7 @@ def test_dead_model_thread_hands_back_what_it_did_not_touch(death: BaseException
     """Waiting jobs go back to their queue; those of the batch, which may be why, are left to their leases."""
     model = FakeModel(lambda _: death)
     batcher, first = start_busy(model, max_items=1)
-    waiting = [batcher.submit(f"{n}", texts("a b"), None) for n in range(3)]
+    waiting = [batcher.submit(Job(id=f"{n}"), texts("a b")) for n in range(3)]
     assert not batcher.is_stalled(60)
 
     model.go_on.set()
@@ -421,7 +422,7 @@ def test_dead_model_thread_hands_back_what_it_did_not_touch(death: BaseException
     for work in waiting:
         with pytest.raises(RequeueError):
             answers(work)
-    later = batcher.submit("later", texts("c"), None)
+    later = batcher.submit(Job(id="later"), texts("c"))
     assert batcher.is_stalled(60)
     assert not first.is_over
     assert not later.is_over
@@ -433,8 +434,8 @@ def test_lack_of_memory_is_learned_from_and_forgotten_slowly() -> None:
     model = FakeModel(lambda items: OutOfMemoryError("fake", 10) if len(items) > 40 else None)
     batcher: Batcher[Text, str] = Batcher("fake", model.run, cut_by_tokens(640))
 
-    assert len(answers(batcher.submit("first", texts("a " * 64, 10), None))) == 64
-    assert len(answers(batcher.submit("second", texts("b " * 2000, 10), None))) == 2000
+    assert len(answers(batcher.submit(Job(id="first"), texts("a " * 64, 10)))) == 64
+    assert len(answers(batcher.submit(Job(id="second"), texts("b " * 2000, 10)))) == 2000
 
     sizes = [len(batch) for batch in model.batches]
     assert sizes[:4] == [64, 32, 32, 32]
@@ -451,11 +452,11 @@ def test_urgent_jobs_go_first() -> None:
     eventually(lambda: model.batches)
     now = time.time()
     jobs = [
-        batcher.submit("batch", texts("batch"), None, priority=Priority.BATCH),
-        batcher.submit("default", texts("default"), None),
-        batcher.submit("soon", texts("soon"), now + 20),
-        batcher.submit("interactive", texts("interactive"), None, priority=Priority.INTERACTIVE),
-        batcher.submit("at once", texts("now"), now + 0.9),
+        batcher.submit(Job(id="batch", priority=Priority.BATCH), texts("batch")),
+        batcher.submit(Job(id="default"), texts("default")),
+        batcher.submit(Job(id="soon", deadline=now + 20), texts("soon")),
+        batcher.submit(Job(id="interactive", priority=Priority.INTERACTIVE), texts("interactive")),
+        batcher.submit(Job(id="at once", deadline=now + 0.9), texts("now")),
     ]
 
     model.go_on.set()
@@ -478,8 +479,11 @@ def test_less_urgent_jobs_have_one_token_of_eight() -> None:
     batcher, first = start_busy(model, max_items=100)
     works = [
         first,
-        *(batcher.submit("batch", texts("batch", 100), None, priority=Priority.BATCH) for _ in range(3)),
-        *(batcher.submit("i", texts("urgent", 100), None, priority=Priority.INTERACTIVE) for _ in range(120)),
+        *(batcher.submit(Job(id="batch", priority=Priority.BATCH), texts("batch", 100)) for _ in range(3)),
+        *(
+            batcher.submit(Job(id="i", priority=Priority.INTERACTIVE), texts("urgent", 100))
+            for _ in range(120)
+        ),
     ]
     model.go_on.set()
     for work in works:
@@ -496,12 +500,12 @@ def test_small_jobs_are_not_stuck_behind_a_bulk_load(priority: Priority, order: 
     """Once the speed is known, a job that computes for long lets later small ones pass, but not bulk ones."""
     model = FakeModel()
     batcher = start(model, max_items=1)
-    answers(batcher.submit("measure", [Text("measure", 10)], None))
+    answers(batcher.submit(Job(id="measure"), [Text("measure", 10)]))
     model.hold()
-    held = batcher.submit("held", texts("held"), None)
+    held = batcher.submit(Job(id="held"), texts("held"))
     eventually(lambda: len(model.batches) == 2)
-    bulk = batcher.submit("bulk", [Text("bulk", 1 << 40)], None, priority=priority)
-    small = batcher.submit("small", texts("small"), None, priority=priority)
+    bulk = batcher.submit(Job(id="bulk", priority=priority), [Text("bulk", 1 << 40)])
+    small = batcher.submit(Job(id="small", priority=priority), texts("small"))
 
     model.go_on.set()
 
@@ -515,8 +519,8 @@ def test_cancelled_job_costs_no_forward_pass() -> None:
     model = FakeModel()
     batcher, first = start_busy(model, max_items=2)
     is_cancelled = threading.Event()
-    cancelled = batcher.submit("cancelled", texts("a b c d"), None, is_unwanted=is_cancelled.is_set)
-    kept = batcher.submit("kept", texts("e"), None)
+    cancelled = batcher.submit(Job(id="cancelled", is_unwanted=is_cancelled.is_set), texts("a b c d"))
+    kept = batcher.submit(Job(id="kept"), texts("e"))
     is_cancelled.set()
 
     model.go_on.set()
@@ -536,8 +540,8 @@ def test_job_whose_deadline_passed_is_not_computed() -> None:
     model = FakeModel()
     batcher, _ = start_busy(model)
     deadline = time.time() + 0.02
-    late = batcher.submit("late", texts("a b"), deadline)
-    in_time = batcher.submit("in time", texts("c"), deadline + 3600)
+    late = batcher.submit(Job(id="late", deadline=deadline), texts("a b"))
+    in_time = batcher.submit(Job(id="in time", deadline=deadline + 3600), texts("c"))
     eventually(lambda: time.time() > deadline)
 
     model.go_on.set()
@@ -559,10 +563,10 @@ def test_job_that_cannot_be_in_time_makes_room_for_others() -> None:
     answers(first)
     eventually(lambda: batcher.tokens_per_s is not None)
     model.hold()
-    batcher.submit("busy", texts("x"), None)
+    batcher.submit(Job(id="busy"), texts("x"))
     eventually(lambda: len(model.batches) == 2)
-    large = batcher.submit("large", texts("y", 100_000), time.time() + 600)
-    small = batcher.submit("small", texts("z"), time.time() + 3600)
+    large = batcher.submit(Job(id="large", deadline=time.time() + 600), texts("y", 100_000))
+    small = batcher.submit(Job(id="small", deadline=time.time() + 3600), texts("z"))
 
     model.go_on.set()
 
@@ -576,10 +580,10 @@ def test_batches_are_short_after_an_interactive_job() -> None:
     """The next one may come at any moment, and is not to wait for a full batch of others."""
     model = FakeModel(lambda items: time.sleep(sum(item.n_tokens for item in items) / 10_000))
     batcher = start(model, max_items=10_000)
-    answers(batcher.submit("bulk", texts("b " * 20, 60), None))
-    answers(batcher.submit("query", texts("q", 8), None, priority=Priority.INTERACTIVE))
+    answers(batcher.submit(Job(id="bulk"), texts("b " * 20, 60)))
+    answers(batcher.submit(Job(id="query", priority=Priority.INTERACTIVE), texts("q", 8)))
     n_before = len(model.batches)
-    answers(batcher.submit("bulk", texts("b " * 5, 60), None))
+    answers(batcher.submit(Job(id="bulk"), texts("b " * 5, 60)))
 
     assert model.batches[0] == ["b"] * 20
     assert [len(batch) for batch in model.batches[n_before:]] == [2, 2, 1]
@@ -594,7 +598,7 @@ def test_a_wrong_speed_ends_with_the_next_batch() -> None:
     answers(first)
     eventually(lambda: batcher.tokens_per_s is not None)
 
-    assert answers(batcher.submit("large", texts("y", 100_000), time.time() + 600)) == ["Y"]
+    assert answers(batcher.submit(Job(id="large", deadline=time.time() + 600), texts("y", 100_000))) == ["Y"]
 
 
 def test_speed_tells_full_batches_from_small_ones() -> None:
@@ -624,10 +628,10 @@ def test_deadline_in_the_past_is_told_at_once() -> None:
     batcher = start(model)
 
     with pytest.raises(DeadlineExceededError):
-        answers(batcher.submit("late", texts("a"), time.time() - 10))
+        answers(batcher.submit(Job(id="late", deadline=time.time() - 10), texts("a")))
 
     assert model.batches == []
-    assert answers(batcher.submit("next", texts("b"), None)) == ["B"]
+    assert answers(batcher.submit(Job(id="next"), texts("b"))) == ["B"]
 
 
 # Two batches under way, as on a card
@@ -643,9 +647,9 @@ def test_the_next_batch_is_under_way_while_one_runs() -> None:
     model = FakeModel()
     model.hold()
     batcher = start_two(model)
-    large = batcher.submit("large", texts("a b c d"), None)
+    large = batcher.submit(Job(id="large"), texts("a b c d"))
     assert eventually(lambda: len(model.batches) == 2)
-    small = batcher.submit("small", texts("e"), None)
+    small = batcher.submit(Job(id="small"), texts("e"))
     assert len(model.batches) == 2
 
     model.go_on.set()
@@ -659,7 +663,7 @@ def test_each_job_has_its_own_answers_from_two_threads() -> None:
     batcher = start_two(FakeModel())
     words = [[f"w{n}x{i}" for i in range(n % 7 + 1)] for n in range(200)]
 
-    works = [batcher.submit(f"{n}", texts(" ".join(some)), None) for n, some in enumerate(words)]
+    works = [batcher.submit(Job(id=f"{n}"), texts(" ".join(some))) for n, some in enumerate(words)]
 
     assert [answers(work) for work in works] == [[word.upper() for word in some] for some in words]
 
@@ -674,10 +678,10 @@ def test_one_of_two_threads_that_hangs_is_seen() -> None:
         yield 0, items[0].text.upper()
 
     batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_tokens(1, is_padded=False), n_threads=2)
-    hung = batcher.submit("job", texts("hang"), None)
+    hung = batcher.submit(Job(id="job"), texts("hang"))
 
     def works_and_stalls() -> bool:
-        assert answers(batcher.submit("other", texts("a"), None)) == ["A"]
+        assert answers(batcher.submit(Job(id="other"), texts("a"))) == ["A"]
         return batcher.is_stalled(0.1)
 
     assert eventually(works_and_stalls)
@@ -697,9 +701,9 @@ def test_a_dead_thread_of_two_ends_all() -> None:
         yield 0, items[0].text.upper()
 
     batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_tokens(1, is_padded=False), n_threads=2)
-    deadly, other = (batcher.submit(word, texts(word), None) for word in go_on)
+    deadly, other = (batcher.submit(Job(id=word), texts(word)) for word in go_on)
     assert eventually(lambda: deadly.is_started and other.is_started)
-    waiting = batcher.submit("waiting", texts("waiting"), None)
+    waiting = batcher.submit(Job(id="waiting"), texts("waiting"))
 
     go_on["deadly"].set()
 
@@ -722,7 +726,7 @@ def test_the_speed_of_two_threads_is_that_of_their_device() -> None:
 
     batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_tokens(1, is_padded=False), n_threads=2)
     began = time.perf_counter()
-    works = [batcher.submit(f"{n}", texts("a", n_tokens=100), None) for n in range(30)]
+    works = [batcher.submit(Job(id=f"{n}"), texts("a", n_tokens=100)) for n in range(30)]
     for work in works:
         assert answers(work) == ["A"]
 
@@ -761,7 +765,7 @@ def test_signs_of_life_are_progress() -> None:
         yield 0, items[0].text.upper()
 
     batcher: Batcher[Text, str] = Batcher("fake", run, cut_by_tokens(1, is_padded=False))
-    work = batcher.submit("job", texts("a"), None)
+    work = batcher.submit(Job(id="job"), texts("a"))
     assert eventually(lambda: batcher.is_stalled(0.1))
 
     alive.set()

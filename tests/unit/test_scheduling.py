@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from penstock.errors import DeadlineExceededError, EngineError, JobCancelledError, PenstockError
+from penstock_workers.batching.engine import Job, RequeueError
 from penstock_workers.batching.scheduler import Scheduler
-from penstock_workers.batching.work import RequeueError
 from tests.eventually import eventually
 
 
@@ -119,19 +119,19 @@ def test_answers_keep_the_order_of_items(steps: FakeSteps, scheduler: Scheduler[
     """A job gets the answers in the order of its items, whichever ended first, and its speed is measured."""
     steps.gate.set()
 
-    assert scheduler.submit("job", words("longest a mid"), None).wait() == ["LONGEST", "A", "MID"]
-    assert scheduler.submit("empty", [], None).wait() == []
+    assert scheduler.submit(Job(id="job"), words("longest a mid")).wait() == ["LONGEST", "A", "MID"]
+    assert scheduler.submit(Job(id="empty"), []).wait() == []
     assert (scheduler.tokens_per_s or 0) > 0
 
 
 def test_jobs_join_while_others_run(steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]) -> None:
     """A short job that comes later is answered before a long one ends."""
     is_cancelled = threading.Event()
-    long = scheduler.submit("long", words("x" * 50_000), None, is_unwanted=is_cancelled.is_set)
+    long = scheduler.submit(Job(id="long", is_unwanted=is_cancelled.is_set), words("x" * 50_000))
     steps.gate.set()
     assert eventually(lambda: steps.n_tokens > 10)
 
-    assert scheduler.submit("short", words("ab"), None).wait() == ["AB"]
+    assert scheduler.submit(Job(id="short"), words("ab")).wait() == ["AB"]
 
     assert not long.is_over
     is_cancelled.set()
@@ -139,8 +139,8 @@ def test_jobs_join_while_others_run(steps: FakeSteps, scheduler: Scheduler[Word,
 
 def test_bad_item_fails_its_job_alone(steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]) -> None:
     """The job of an item that fails gets its error; the others get their answers."""
-    bad = scheduler.submit("bad", words("a b! c"), None)
-    good = scheduler.submit("good", words("abc de"), None)
+    bad = scheduler.submit(Job(id="bad"), words("a b! c"))
+    good = scheduler.submit(Job(id="good"), words("abc de"))
     steps.gate.set()
 
     with pytest.raises(EngineError, match="a bad word"):
@@ -153,8 +153,8 @@ def test_cancelled_job_gives_its_places_away(
 ) -> None:
     """A cancelled job ends at once, running or waiting, and the next one has its place."""
     is_cancelled = threading.Event()
-    running = scheduler.submit("running", [Word("x" * 10**6)] * 2, None, is_unwanted=is_cancelled.is_set)
-    waiting = scheduler.submit("waiting", words("y"), None)
+    running = scheduler.submit(Job(id="running", is_unwanted=is_cancelled.is_set), [Word("x" * 10**6)] * 2)
+    waiting = scheduler.submit(Job(id="waiting"), words("y"))
     steps.gate.set()
     assert eventually(lambda: steps.n_tokens > 10)
     assert not waiting.is_over
@@ -169,20 +169,20 @@ def test_cancelled_job_gives_its_places_away(
 def test_late_jobs_leave(steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]) -> None:
     """A job past its deadline leaves the batch, or never enters it."""
     steps.gate.set()
-    running = scheduler.submit("running", [Word("x" * 10**7)], time.time() + 0.3)
-    late = scheduler.submit("late", words("y"), time.time() - 5)
+    running = scheduler.submit(Job(id="running", deadline=time.time() + 0.3), [Word("x" * 10**7)])
+    late = scheduler.submit(Job(id="late", deadline=time.time() - 5), words("y"))
 
     for work in (late, running):
         with pytest.raises(DeadlineExceededError):
             work.wait()
-    assert scheduler.submit("next", words("z"), time.time() + 60).wait() == ["Z"]
+    assert scheduler.submit(Job(id="next", deadline=time.time() + 60), words("z")).wait() == ["Z"]
 
 
 def test_pieces_reach_their_listener(steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]) -> None:
     """A listener hears of each item's text piece by piece."""
     heard: list[tuple[int, str]] = []
     work = scheduler.submit(
-        "job", words("ab c"), None, listen=lambda index, piece: heard.append((index, piece))
+        Job(id="job"), words("ab c"), listen=lambda index, piece: heard.append((index, piece))
     )
     steps.gate.set()
 
@@ -195,10 +195,10 @@ def test_dead_thread_hands_back_what_it_did_not_touch(
     steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]
 ) -> None:
     """What ran may be why it died, and is left to its lease; the process is told to end."""
-    running = scheduler.submit("running", [Word("x" * 10**7)] * 2, None)
+    running = scheduler.submit(Job(id="running"), [Word("x" * 10**7)] * 2)
     steps.gate.set()
     eventually(lambda: running.is_started)
-    waiting = scheduler.submit("waiting", words("y"), None)
+    waiting = scheduler.submit(Job(id="waiting"), words("y"))
     assert not scheduler.is_stalled(60)
 
     steps.death = MemoryError("gone")
@@ -207,13 +207,13 @@ def test_dead_thread_hands_back_what_it_did_not_touch(
     with pytest.raises(RequeueError, match="model thread of fake has ended"):
         waiting.wait()
     assert not running.is_over
-    assert not scheduler.submit("later", words("d"), None).is_over
+    assert not scheduler.submit(Job(id="later"), words("d")).is_over
 
 
 def test_hanging_step_is_a_stall(steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]) -> None:
     """A step without end counts as hung after the limit; an idle thread never does."""
     assert not scheduler.is_stalled(0.0)
-    work = scheduler.submit("job", words("a"), None)
+    work = scheduler.submit(Job(id="job"), words("a"))
     assert eventually(lambda: scheduler.is_stalled(0.05))
 
     steps.gate.set()

@@ -8,6 +8,7 @@ import pytest
 
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
+from penstock_workers.batching.engine import Job
 from penstock_workers.batching.scheduler import Scheduler
 from penstock_workers.batching.turns import Device, Turn
 from tests.eventually import eventually
@@ -142,9 +143,9 @@ def test_a_text_is_embedded_in_the_middle_of_a_step() -> None:
     scheduler: Scheduler[Word, Spelling, str] = Scheduler("chat", steps, spell, step_turn)
     batcher: Batcher[Text, str] = Batcher("embed", run, cut_by_tokens(8), device.turn(2))
 
-    answer = scheduler.submit("long", words("word"), None)
+    answer = scheduler.submit(Job(id="long"), words("word"))
     eventually(lambda: device._holder is step_turn)
-    vector = batcher.submit("short", texts("a"), None)
+    vector = batcher.submit(Job(id="short"), texts("a"))
 
     assert vector.wait() == ["A"]
     assert answer.wait() == ["WORD"]

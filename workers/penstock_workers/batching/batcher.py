@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, NoReturn
 
 import numpy as np
@@ -18,10 +18,11 @@ import numpy as np
 from penstock.errors import DeadlineExceededError, EngineError, OutOfMemoryError, PenstockError
 from penstock.request import Priority
 from penstock_workers.batching.cuts import MIN_BATCH_TOKENS, Cut, Lengths
+from penstock_workers.batching.engine import A, I, Job, Run
 from penstock_workers.batching.model_thread import ModelThread
 from penstock_workers.batching.rate import Speed
 from penstock_workers.batching.turns import Turn
-from penstock_workers.batching.work import PATIENCE_S, A, Entry, I, Work, stretch
+from penstock_workers.batching.work import PATIENCE_S, Entry, Work, stretch
 from penstock_workers.clock import BROKER_CLOCK
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,9 @@ SHARED_BATCH_S: Final = 0.05
 URGENT_BATCH_S: Final = 0.015
 """The same for `URGENT_S` after an interactive job: the next one is not to wait for a full batch."""
 URGENT_S: Final = 10.0
+HELD_S: Final = 0.1
+"""Work that a process should hold, two jobs aside, seconds."""
 _RECOVERY: Final = 1.01  # of the limit that a lack of memory has set, for each full batch since
-
-Run = Callable[[Sequence[I]], Iterator[tuple[int, A | PenstockError] | None]]
-"""Compute a batch: yields (index, answer or its error) as each is ready, None as a sign of life."""
 
 
 class Batcher(ModelThread[I, A]):
@@ -74,27 +74,10 @@ class Batcher(ModelThread[I, A]):
         self._urgent_until = self._ended = 0.0
         super().__init__(name, turn, n_threads)
 
-    def submit(
-        self,
-        job_id: str,
-        items: Sequence[I],
-        deadline: float | None,
-        *,
-        priority: Priority = Priority.DEFAULT,
-        is_unwanted: Callable[[], bool] = lambda: False,
-        tenant: str = "",
-    ) -> Work[I, A]:
-        """Queue a job's items.
-
-        Args:
-            job_id: Id of the job, for errors.
-            items: Its items; there may be none.
-            deadline: Unix seconds; items that are in no batch by then are dropped.
-            priority: Decides with the deadline, the age and the size which job goes first.
-            is_unwanted: Says that the job was cancelled; called in the model thread before each batch.
-            tenant: Sender of the job: their other waiting jobs count for its size, so that others go between.
-        """
-        work: Work[I, A] = Work(job_id, items, deadline, is_unwanted, tenant, priority)
+    def submit(self, job: Job, items: Sequence[I]) -> Work[I, A]:
+        """Queue a job's items; see `Feed.submit`."""
+        work: Work[I, A] = Work(job, items)
+        priority = job.priority
         with self._changed:
             if priority == Priority.INTERACTIVE:
                 self._urgent_until = BROKER_CLOCK.now() + URGENT_S
@@ -110,6 +93,10 @@ class Batcher(ModelThread[I, A]):
     def tokens_per_s(self) -> float | None:
         """Tokens of items computed per second in full batches; None before the first."""
         return self._speed.tokens_per_s
+
+    def room(self) -> float:
+        """Return how many tokens of jobs this process should hold: more would wait while others are free."""
+        return HELD_S * (self.tokens_per_s or 0.0)
 
     def _serve(self) -> NoReturn:
         while True:
@@ -143,14 +130,14 @@ class Batcher(ModelThread[I, A]):
         late = {
             work: late_s
             for work in self._works
-            if work.deadline is not None
+            if work.job.deadline is not None
             and not work.is_started
-            and (late_s := now + self._speed.seconds(float(work.tokens.sum())) - work.deadline) > 0
+            and (late_s := now + self._speed.seconds(float(work.tokens.sum())) - work.job.deadline) > 0
         }
         if late and len(late) == len(self._works):  # one is tried: the speed may be wrong
             del late[next(iter(late))]
         for work, late_s in late.items():
-            work.fail(DeadlineExceededError(work.job_id, late_s))
+            work.fail(DeadlineExceededError(work.job.id, late_s))
         self._works = [work for work in self._works if not work.is_over]
 
     def _next_batch(self, now: float) -> list[Entry[I, A]]:
@@ -183,19 +170,19 @@ class Batcher(ModelThread[I, A]):
         Enough is as many as the job has, or as are worth a batch.
         """
         for work in self._works:
-            if self._credits[work.priority] >= min(MIN_BATCH_TOKENS, max(1, work.tokens.sum())):
+            if self._credits[work.job.priority] >= min(MIN_BATCH_TOKENS, max(1, work.tokens.sum())):
                 return work
         return None
 
     def _count_aging(self, batch: list[Entry[I, A]], aged: Work[I, A] | None) -> None:
         """Count a batch for the priorities that it goes before, and against those that are in it."""
-        levels = {work.priority for work, _ in batch}
-        for level in {work.priority for work in self._works if work.priority > min(levels)}:
+        levels = {work.job.priority for work, _ in batch}
+        for level in {work.job.priority for work in self._works if work.job.priority > min(levels)}:
             self._credits[level] += _count(batch) / AGING_TOKENS
         for level in levels:
-            left = self._credits[level] - _count([entry for entry in batch if entry[0].priority == level])
+            left = self._credits[level] - _count([entry for entry in batch if entry[0].job.priority == level])
             # The level that spent its aging credit may go negative; others are clamped at 0.
-            self._credits[level] = left if aged is not None and level == aged.priority else max(left, 0.0)
+            self._credits[level] = left if aged is not None and level == aged.job.priority else max(left, 0.0)
 
     def _limit(self, now: float) -> float:
         """Return how many tokens the next batch may have, for memory and for those who wait or may come."""
@@ -203,7 +190,7 @@ class Batcher(ModelThread[I, A]):
         if not self.tokens_per_s or (len(self._works) < 2 and not is_urgent):
             return self._memory_tokens
         longest_s = URGENT_BATCH_S if is_urgent else SHARED_BATCH_S
-        seconds = min(longest_s, (self._works[0].deadline or math.inf) - now)
+        seconds = min(longest_s, (self._works[0].job.deadline or math.inf) - now)
         return min(self._memory_tokens, max(MIN_BATCH_TOKENS, seconds * self.tokens_per_s))
 
     def _compute(self, batch: list[Entry[I, A]]) -> None:

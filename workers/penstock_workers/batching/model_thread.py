@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Generic, NoReturn
 
+from penstock_workers.batching.engine import A, I, RequeueError
 from penstock_workers.batching.turns import Turn
-from penstock_workers.batching.work import A, I, RequeueError, Work
+from penstock_workers.batching.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,14 @@ class ModelThread(ABC, Generic[I, A]):
         self._death: BaseException | None = None
         for _ in range(n_threads):
             threading.Thread(target=self._live, name=f"model-{name}", daemon=True).start()
+
+    def room(self) -> float | None:
+        """Return None: jobs that join a running batch are bounded by its places, requests by their server."""
+        return None
+
+    def trouble(self) -> str:
+        """Return nothing: what is computed here depends on nobody."""
+        return ""
 
     def is_stalled(self, stall_s: float) -> bool:
         """Whether a thread has ended, or shown no sign of life for this long, in seconds."""

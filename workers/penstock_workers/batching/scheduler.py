@@ -9,23 +9,17 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Final, Generic, NoReturn, Protocol, TypeVar
 
 from penstock.errors import PenstockError
+from penstock_workers.batching.engine import A, A_co, I, I_contra, Job, Listen
 from penstock_workers.batching.model_thread import ModelThread
 from penstock_workers.batching.rate import Ratio
 from penstock_workers.batching.turns import Turn
-from penstock_workers.batching.work import HasTokens, Work
+from penstock_workers.batching.work import Work
 
 SWEEP_S: Final = 0.2
 """Seconds between two checks of waiting jobs; running ones are checked at every step."""
 
-I = TypeVar("I", bound=HasTokens)  # noqa: E741  an item, as in typing's own examples
-I_contra = TypeVar("I_contra", contravariant=True)
-A_co = TypeVar("A_co", covariant=True)
 R_co = TypeVar("R_co", covariant=True)
 R = TypeVar("R", bound=Hashable)
-A = TypeVar("A")
-
-Listen = Callable[[int, str], None]
-"""Takes the index of an item and the next piece of its text; in the model thread, so it has to be quick."""
 
 
 class Steps(Protocol[R, A_co]):
@@ -83,25 +77,9 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
         self._speed = Ratio()
         super().__init__(name, turn)
 
-    def submit(
-        self,
-        job_id: str,
-        items: Sequence[I],
-        deadline: float | None,
-        *,
-        is_unwanted: Callable[[], bool] = lambda: False,
-        listen: Listen | None = None,
-    ) -> Work[I, A]:
-        """Admit a job's items.
-
-        Args:
-            job_id: Id of the job, for errors.
-            items: Its items; there may be none.
-            deadline: Unix seconds; after this its items leave the batch.
-            is_unwanted: Says that the job was cancelled; called in the model thread before each step.
-            listen: Takes their text piece by piece.
-        """
-        work: Work[I, A] = Work(job_id, items, deadline, is_unwanted)
+    def submit(self, job: Job, items: Sequence[I], listen: Listen | None = None) -> Work[I, A]:
+        """Admit a job's items; see `StreamingFeed.submit`. Listens in the model thread."""
+        work: Work[I, A] = Work(job, items)
         rows = [(work, index, self._row(work, index, item, listen)) for index, item in enumerate(items)]
         with self._changed:
             if self._death is None:

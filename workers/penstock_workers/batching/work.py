@@ -2,19 +2,19 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from copy import copy
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final, Generic
 
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.errors import DeadlineExceededError, JobCancelledError, PenstockError
+from penstock.errors import PenstockError
 from penstock.request import Priority
 from penstock_workers.batching.cuts import Lengths
-from penstock_workers.clock import BROKER_CLOCK
+from penstock_workers.batching.engine import A, I, Job
 from penstock_workers.failures import forget_frames
 
 PATIENCE_S: Final = {Priority.INTERACTIVE: 1.0, Priority.DEFAULT: 30.0, Priority.BATCH: 100.0}
@@ -23,79 +23,23 @@ STRETCH: Final = 10
 """A job may have to wait for smaller ones that came later, up to this multiple of its own computing time."""
 
 
-class HasTokens(Protocol):
-    """An item of a batch."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of its tokens, without padding."""
-
-
-class RequeueError(Exception):
-    """The model thread ended before it saw the job, which has to be requeued."""
-
-
-class TryLaterError(Exception):
-    """The job cannot be answered now; requeue it, so that other jobs use its place.
-
-    Attributes:
-        error: Reason, and what callers get if nobody tries again. Its `retry_after_s` says when to try.
-    """
-
-    def __init__(self, error: PenstockError) -> None:
-        super().__init__(error)
-        self.error = error
-
-
-I = TypeVar("I", bound=HasTokens)  # noqa: E741  an item, as in typing's own examples
-A = TypeVar("A")
-
-
-def why_unwanted(
-    job_id: str, deadline: float | None, is_unwanted: Callable[[], bool]
-) -> DeadlineExceededError | JobCancelledError | None:
-    """Return why nobody waits for a job any more; None while somebody does.
-
-    Args:
-        job_id: Id of the job.
-        deadline: Unix seconds, on the broker's clock.
-        is_unwanted: Says whether it was cancelled.
-    """
-    if deadline is not None and (late_s := BROKER_CLOCK.now() - deadline) > 0:
-        return DeadlineExceededError(job_id, late_s)
-    return JobCancelledError(job_id) if is_unwanted() else None
-
-
 class Work(Generic[I, A]):
-    """One job's items, answered as a whole.
+    """One job's items, answered as a whole; see `engine.Pending`.
 
     Attributes:
-        job_id: Id of the job.
+        job: The job.
         items: Its items, in the order of the answers.
-        deadline: Unix seconds; what is in no batch by then, or cannot be computed by then, is dropped.
-        is_unwanted: Says whether the job was cancelled.
         due: Unix seconds; the job with the smallest goes first.
-        tenant: Sender of the job; empty if it names none.
-        priority: Priority of the job.
         tokens: Token counts of the items that are in no batch yet, int64, shape (n_waiting,), longest first.
         is_over: Whether it was answered, or failed.
         batched_s: Seconds that its first item waited for a batch; set with the answer or the error.
         computed_s: Seconds from the first batch that held one of its items to the end of the last.
     """
 
-    def __init__(
-        self,
-        job_id: str,
-        items: Sequence[I],
-        deadline: float | None,
-        is_unwanted: Callable[[], bool] = lambda: False,
-        tenant: str = "",
-        priority: Priority = Priority.DEFAULT,
-    ) -> None:
-        self.job_id, self.items, self.deadline, self.is_unwanted = job_id, items, deadline, is_unwanted
+    def __init__(self, job: Job, items: Sequence[I]) -> None:
+        self.job, self.items = job, items
         self.batched_s = self.computed_s = 0.0
-        self.due = math.inf if deadline is None else deadline
-        self.tenant, self.priority = tenant, priority
+        self.due = math.inf if job.deadline is None else job.deadline
         tokens: Lengths = np.array([item.n_tokens for item in items], dtype=np.int64)
         self._waiting = np.argsort(-tokens, kind="stable")
         self.tokens = tokens[self._waiting]
@@ -108,13 +52,7 @@ class Work(Generic[I, A]):
             self._end(result=[])
 
     def wait(self) -> list[A]:
-        """Return the answers in the items' order.
-
-        Raises:
-            PenstockError: why one of the items has none.
-            RequeueError: they will not come from here.
-            TryLaterError: they will not come soon.
-        """
+        """Return the answers in the items' order; see `engine.Pending.wait`."""
         if (error := self._future.exception()) is None:
             return self._future.result()
         raise copy(error)  # its traceback will hold this job, which holds the error
@@ -125,7 +63,7 @@ class Work(Generic[I, A]):
 
     def is_dropped(self) -> bool:
         """Fail it if nobody waits for it any more; return whether it is over."""
-        if not self.is_over and (error := why_unwanted(self.job_id, self.deadline, self.is_unwanted)):
+        if not self.is_over and (error := self.job.why_unwanted()):
             self.fail(error)
         return self.is_over
 
@@ -172,16 +110,11 @@ class Work(Generic[I, A]):
             else:
                 self.computed_s = now - self._started
         self.is_over = True
-        self.is_unwanted = _never  # what was asked may hold this job
         with suppress(InvalidStateError):  # whoever is first decides
             if error is not None:
                 self._future.set_exception(forget_frames(error))
             else:
                 self._future.set_result(result or [])
-
-
-def _never() -> bool:
-    return False
 
 
 Entry = tuple[Work[I, A], int]
@@ -190,6 +123,6 @@ Entry = tuple[Work[I, A], int]
 def stretch(work: Work[I, A], others: Iterable[Work[I, A]], tokens_per_s: float | None) -> float:
     """Return how much later a job is due for its size, seconds; its tenant's other waiting jobs count too."""
     n_tokens = float(work.tokens.sum())
-    if work.tenant:
-        n_tokens += sum(float(other.tokens.sum()) for other in others if other.tenant == work.tenant)
+    if work.job.tenant:
+        n_tokens += sum(float(other.tokens.sum()) for other in others if other.job.tenant == work.job.tenant)
     return STRETCH * n_tokens / (tokens_per_s or math.inf)

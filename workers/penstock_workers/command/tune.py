@@ -23,6 +23,7 @@ from penstock.errors import ConfigError, PenstockError, WorkerError
 from penstock.request import EmbedRequest, PoolName
 from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching.batcher import Batcher
+from penstock_workers.batching.engine import Job
 from penstock_workers.layout import (
     Layout,
     find_cards,
@@ -33,7 +34,7 @@ from penstock_workers.layout import (
     share_of_cores,
     thread_variables,
 )
-from penstock_workers.serving.models import batches_at_once, cut_texts
+from penstock_workers.serving.loading import batches_at_once, cut_texts
 
 if TYPE_CHECKING:  # torch loads in the processes that compute
     import numpy as np
@@ -380,7 +381,7 @@ class _Subject:
                 chosen = [self._texts[(start + i) % len(self._texts)] for i in range(n_texts)]
                 start += n_texts
                 prepared = self._engine.prepare(self._request(chosen))
-                self._batcher.submit("tune", prepared, None, is_unwanted=enough.is_set).wait()
+                self._batcher.submit(Job(id="tune", is_unwanted=enough.is_set), prepared).wait()
         except PenstockError as error:
             if not enough.is_set():  # otherwise the jobs in flight were cancelled
                 errors.append(error)

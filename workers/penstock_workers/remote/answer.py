@@ -1,8 +1,7 @@
 """What an answer of OpenAI's kind says: text, thoughts, calls and log-probabilities, whole or in pieces."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 from uuid import uuid4
 
@@ -11,6 +10,7 @@ import numpy as np
 from penstock.errors import PenstockError
 from penstock.request import Message, ToolCall
 from penstock.result import FinishReason, Logprobs
+from penstock_workers.batching.engine import Answer
 
 FINISH: Final[Mapping[str, FinishReason]] = {
     "stop": "stop",
@@ -27,30 +27,10 @@ class UnusableError(Exception):
     """An answer lacks what was asked for: the model's fault, or something that the server ignores."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What the model said.
-
-    Attributes:
-        text: the new text alone.
-        finish_reason: `stop` or `length`.
-        n_tokens: new tokens, as the server counted; 0 until that is known.
-        reasoning: what it thought before, where the server tells it apart.
-        tool_calls: see `GenerateResult`.
-        logprobs: as far as the server tells; None where the prompt wants none.
-    """
-
-    text: str
-    finish_reason: FinishReason
-    n_tokens: int = 0
-    reasoning: str | None = None
-    tool_calls: Sequence[ToolCall] | None = None
-    logprobs: Logprobs | None = None
-
-    @property
-    def whole(self) -> str:
-        """All that the model wrote."""
-        return f"{self.reasoning or ''}{self.text}{json.dumps(self.tool_calls) if self.tool_calls else ''}"
+def whole_text(answer: Answer) -> str:
+    """Return all that the model wrote."""
+    calls = json.dumps(answer.tool_calls) if answer.tool_calls else ""
+    return f"{answer.reasoning or ''}{answer.text}{calls}"
 
 
 def read_choice(choice: Mapping[str, Any], *, has_tools: bool, n_likeliest: int | None) -> Answer:

@@ -8,7 +8,8 @@ from itertools import count
 from typing import Generic, Protocol, TypeVar
 
 from penstock.errors import PenstockError
-from penstock_workers.batching.work import HasTokens, Work
+from penstock_workers.batching.engine import HasTokens
+from penstock_workers.batching.work import Work
 
 
 class HasCost(HasTokens, Protocol):

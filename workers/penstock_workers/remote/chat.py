@@ -9,14 +9,15 @@ from typing import Any, Final, Self
 from penstock.errors import IncompleteOutputError, InvalidFormatError, InvalidOptionError, UpstreamError
 from penstock.request import GenerateRequest, GenerationOptions, ToolCall
 from penstock.settings import ModelSettings
+from penstock_workers.batching.engine import Answer
 from penstock_workers.engines.thinking import Thought
 from penstock_workers.remote.answer import (
     FINISH,
-    Answer,
     UnusableError,
     join,
     read_choice,
     thought_of,
+    whole_text,
 )
 from penstock_workers.generation.thinking import Thought
 from penstock_workers.remote.backlog import Limits
@@ -213,7 +214,7 @@ class RemoteGenerator(Server):
             read_choice(choice, has_tools="tools" in prompt.fields, n_likeliest=prompt.n_likeliest)
             for choice in choices
         ]
-        n_tokens = [len(answer.logprobs or ()) or self.estimate(answer.whole) for answer in answers]
+        n_tokens = [len(answer.logprobs or ()) or self.estimate(whole_text(answer)) for answer in answers]
         if isinstance(n_new := counted.get("completion_tokens"), int):
             n_tokens = share_out(n_new, n_tokens)
         prompt.n_new_tokens = sum(n_tokens)

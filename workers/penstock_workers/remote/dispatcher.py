@@ -20,14 +20,15 @@ from penstock.errors import (
     UpstreamError,
     UpstreamUnavailableError,
 )
-from penstock.request import Priority
+from penstock_workers.batching.engine import Job, Listen, TryLaterError
 from penstock_workers.batching.model_thread import ModelThread
-from penstock_workers.batching.work import PATIENCE_S, TryLaterError, Work, stretch
+from penstock_workers.batching.work import PATIENCE_S, Work, stretch
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.remote.backlog import A, Backlog, Entry, I, Limits, Submission, count_tokens
+from penstock_workers.remote.faults import Fault
 from penstock_workers.remote.in_flight import Call, InFlight
 from penstock_workers.remote.permits import BOOK_S, Permits
-from penstock_workers.remote.upstream import Fault, Permit, Upstream
+from penstock_workers.remote.upstream import Permit, Upstream
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,6 @@ MAX_BAD_ANSWERS: Final = 4
 
 I_contra = TypeVar("I_contra", contravariant=True)
 A_co = TypeVar("A_co", covariant=True)
-Listen = Callable[[int, str], None]
 
 
 class Remote(Protocol[I_contra, A_co]):
@@ -90,31 +90,11 @@ class Dispatcher(ModelThread[I, A]):
         self._loop: asyncio.AbstractEventLoop | None = None
         super().__init__(remote.name)
 
-    def submit(
-        self,
-        job_id: str,
-        items: Sequence[I],
-        deadline: float | None,
-        *,
-        priority: Priority = Priority.DEFAULT,
-        is_unwanted: Callable[[], bool] = lambda: False,
-        listen: Listen | None = None,
-        tenant: str = "",
-    ) -> Work[I, A]:
-        """Queue a job's items.
-
-        Args:
-            job_id: for errors.
-            items: may be empty.
-            deadline: after this, Unix seconds, nobody waits for them.
-            priority: decides with the deadline who goes first.
-            is_unwanted: the job was cancelled; a request that nobody waits for is given up.
-            listen: takes the index of an item and the next piece of its text.
-            tenant: who sent it; what else of theirs waits puts it off.
-        """
-        work: Work[I, A] = Work(job_id, items, deadline, is_unwanted, tenant, priority)
+    def submit(self, job: Job, items: Sequence[I], listen: Listen | None = None) -> Work[I, A]:
+        """Queue a job's items; see `StreamingFeed.submit`. Listens in the event loop."""
+        work: Work[I, A] = Work(job, items)
         stretch_s = stretch(work, (one.work for one in list(self._submissions)), self.tokens_per_s)
-        work.due = min(work.due, BROKER_CLOCK.now() + PATIENCE_S[priority] + stretch_s)
+        work.due = min(work.due, BROKER_CLOCK.now() + PATIENCE_S[job.priority] + stretch_s)
         submission = Submission(work)
         with self._changed:
             if self._death is None:
@@ -129,9 +109,8 @@ class Dispatcher(ModelThread[I, A]):
         """Tokens per second of requests in flight, recent ones weighing most; None before the first."""
         return self.in_flight.tokens_per_s
 
-    @property
     def trouble(self) -> str:
-        """What is wrong with the server, as last heard; empty if nothing is."""
+        """Return what is wrong with the server, as last heard; empty if nothing is."""
         return self._permits.trouble
 
     def _serve(self) -> NoReturn:
@@ -330,9 +309,9 @@ class Dispatcher(ModelThread[I, A]):
     def _judge(self, submission: Submission[I, A]) -> None:
         work = submission.work
         left_s = submission.since + self._remote.patience_s - time.monotonic()
-        if work.deadline is not None:
-            left_s = work.deadline - BROKER_CLOCK.now()
-        if (trouble := self.trouble) and not self.in_flight.holds(work):
+        if work.job.deadline is not None:
+            left_s = work.job.deadline - BROKER_CLOCK.now()
+        if (trouble := self.trouble()) and not self.in_flight.holds(work):
             wait_s = self._permits.wait_s
             error = UpstreamUnavailableError(self.name, self._remote.server, trouble, round(wait_s, 3))
             if left_s < wait_s:

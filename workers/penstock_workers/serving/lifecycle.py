@@ -40,8 +40,8 @@ from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.folders import settle_folders
 from penstock_workers.layout import choose_threads, read_machine, thread_variables
 from penstock_workers.preflight import check_servers
+from penstock_workers.serving.loading import load_model
 from penstock_workers.serving.models import Serving
-from penstock_workers.serving.models import load_model
 from penstock_workers.surroundings import refuse_options_from_variables
 
 logger = logging.getLogger(__name__)

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Container, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from celery import Celery
@@ -21,27 +21,21 @@ from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, R
 from penstock.result import Choice, EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
 from penstock.stream import Part
 from penstock.waiting import WaitPolicy
-from penstock_workers.batching.batcher import Batcher
-from penstock_workers.batching.work import (
-    PATIENCE_S,
-    HasTokens,
-    RequeueError,
-    TryLaterError,
-    Work,
-    why_unwanted,
-)
+from penstock_workers.batching.engine import A, Feed, I, Job, Pending, RequeueError, TryLaterError
+from penstock_workers.batching.work import PATIENCE_S
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.consumer import Request as JobRequest
 from penstock_workers.engines.formats import row_bytes
 from penstock_workers.generation.thinking import Thought
-from penstock_workers.remote.dispatcher import Dispatcher
-from penstock_workers.serving.models import ServedEmbedder, ServedGenerator, ServedReranker, Serving
+from penstock_workers.serving.models import Serving
 from penstock_workers.serving.streams import Streams
 from penstock_workers.serving.vector_cache import Embedded
 
-MAX_RETRIES: Final = 10  # of a job that its worker puts off; a deadline may end them before
-HEADER_BYTES: Final = 1 << 16  # room for all of a result that is not its array
-LOGPROB_BYTES: Final = 8  # a token's id and log-probability; what it is called is there once
+MAX_RETRIES: Final = 10  # of a job that its worker delays; a deadline may end them before
+HEADER_BYTES: Final = 1 << 16  # for all of a result but its array
+LOGPROB_BYTES: Final = 8  # a token's id and log-probability; its text is there once
+
+R = TypeVar("R", bound=Request)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,32 +43,44 @@ class Delivery:
     """A job as its message came.
 
     Attributes:
-        job_id: the job.
-        priority: of its message; senders that are not ours may give any, or none.
-        tenant: of its message; empty where it names none.
-        is_unwanted: says whether nobody waits for its answer any more.
-        reply_to: whom to tell of its text while it is generated.
-        streams: where that text goes.
-        works: what the model was given of it.
-        arrived: Unix seconds, on the broker's clock.
-        clock: the same moment, monotonic.
+        job: The job, as engines know it.
+        sent_at: Moment it was sent, Unix seconds, on the broker's clock; None if its sender does not say.
+        reply_to: Channel of its sender, who hears of its text while it is generated.
+        streams: Takes that text.
+        pending: Answers that its model was asked for.
+        arrived: Moment it arrived, Unix seconds, on the broker's clock.
+        clock: The same moment, monotonic seconds.
     """
 
-    job_id: str
-    priority: Priority
-    tenant: str
-    is_unwanted: Callable[[], bool]
+    job: Job
+    sent_at: float | None
     reply_to: str | None
     streams: Streams
-    works: list[Work[Any, Any]] = field(default_factory=list)
+    pending: list[Pending[object]] = field(default_factory=list)
     arrived: float = field(default_factory=BROKER_CLOCK.now)
     clock: float = field(default_factory=time.perf_counter)
+
+    def check_wanted(self) -> None:
+        """Raise if nobody waits for the job any more."""
+        if error := self.job.why_unwanted():
+            raise error
+
+    def timings(self) -> Timings:
+        """Return where the time of the job went until now."""
+        batched_s = sum(pending.batched_s for pending in self.pending)
+        computed_s = sum(pending.computed_s for pending in self.pending)
+        return Timings(
+            queued_s=max(0.0, self.arrived - self.sent_at) if self.sent_at else 0.0,
+            prepared_s=max(0.0, time.perf_counter() - self.clock - batched_s - computed_s),
+            batched_s=batched_s,
+            computed_s=computed_s,
+        )
 
 
 def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], streams: Streams) -> None:
     """Give the app its tasks; they find their models in `serving`, and pass by jobs that were cancelled."""
 
-    def add(kind: type[Request], answer: Callable[[Delivery, Any, Serving], Result]) -> None:
+    def add(kind: type[R], answer: Callable[[Delivery, R, Serving], Result]) -> None:
         @app.task(  # type: ignore[untyped-decorator]  # Celery has no types
             name=TASK_NAMES[kind],
             bind=True,
@@ -91,19 +97,22 @@ def register_tasks(app: Celery, serving: Serving, cancelled: Container[str], str
                     streams.discard(job_id)  # a worker that was lost may have begun it
                 raise Ignore
             request = decode_request(self.name, args, kwargs)
-            delivery = Delivery(
-                job_id=job_id,
+            assert isinstance(request, kind)
+            job = Job(
+                id=job_id,
+                deadline=request.deadline,
                 priority=_priority(self),
                 tenant=str(self.request.get("tenant") or ""),
                 is_unwanted=lambda: job_id in cancelled,
-                reply_to=self.request.reply_to,
-                streams=streams,
+            )
+            delivery = Delivery(
+                job=job, sent_at=request.sent_at, reply_to=self.request.reply_to, streams=streams
             )
             try:
-                _check_wanted(delivery, request)
+                delivery.check_wanted()
                 result = answer(delivery, request, serving)
             except (DeadlineExceededError, JobCancelledError) as error:
-                error.args = (*error.args[:-1], _rounded(_timings(delivery, request)))  # what is stored
+                error.args = (*error.args[:-1], _rounded(delivery.timings()))  # what is stored
                 raise
             except RequeueError as error:
                 raise Reject(str(error), requeue=True) from None
@@ -137,13 +146,13 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
     Raises:
         RequeueError: the model will not answer any more.
     """
-    served = serving.find(request.model, ServedEmbedder)
+    served = serving.embedder(request.model)
     _check_number(len(request.texts), served.info.max_texts)
     _check_size(len(request.texts) * row_bytes(served.engine.dim, request))
 
     def compute(texts: list[str]) -> list[Embedded]:
-        items: Sequence[HasTokens] = served.engine.prepare(request.model_copy(update={"texts": texts}))
-        vectors = _wait_for(delivery, request, served.batcher, items)
+        items = served.engine.prepare(request.model_copy(update={"texts": texts}))
+        vectors = _wait_for(delivery, served.feed, items)
         return [
             Embedded(vector=vector, n_tokens=item.n_tokens)
             for vector, item in zip(vectors, items, strict=True)
@@ -156,10 +165,10 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
             request.texts,
             served.engine.check(request),
             compute,
-            patience_s=PATIENCE_S[delivery.priority],
-            check=lambda: _check_wanted(delivery, request),
+            patience_s=PATIENCE_S[delivery.job.priority],
+            check=delivery.check_wanted,
         )
-    timings = _timings(delivery, request)
+    timings = delivery.timings()
     return EmbedResult(
         model=request.model,
         vectors=served.engine.finish(request, [answer.vector for answer in answers]),
@@ -174,20 +183,19 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
     Raises:
         RequeueError: the model will not answer any more.
     """
-    served = serving.find(request.model, ServedGenerator)
-    prompt: Any = served.engine.prepare(request)
+    served = serving.generator(request.model)
+    prompt = served.engine.prepare(request)
     if prompt.n_likeliest is not None:
         _check_size(prompt.n_choices * prompt.max_new_tokens * (1 + prompt.n_likeliest) * LOGPROB_BYTES)
-    with delivery.streams.open(delivery.job_id, delivery.reply_to, delivery.is_unwanted) as stream:
-        work = served.batcher.submit(
-            delivery.job_id,
+    job = delivery.job
+    with delivery.streams.open(job.id, delivery.reply_to, job.is_unwanted) as stream:
+        pending = served.feed.submit(
+            replace(job, is_unwanted=lambda: job.is_unwanted() or stream.is_unread()),
             prompt.choices(),
-            request.deadline,
-            is_unwanted=lambda: delivery.is_unwanted() or stream.is_unread(),
-            listen=(lambda _, piece: stream.write(piece, _part(piece))) if request.stream else None,
+            (lambda _, piece: stream.write(piece, _part(piece))) if request.stream else None,
         )
-        delivery.works.append(work)
-        answers = prompt.answers(work.wait())
+        delivery.pending.append(pending)
+        answers = prompt.answers(pending.wait())
     first, *others = (
         Choice(
             index=index,
@@ -212,7 +220,7 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
             completion_tokens=sum(answer.n_tokens for answer in answers),
             cut_tokens=prompt.cut_tokens,
         ),
-        timings=_timings(delivery, request),
+        timings=delivery.timings(),
     )
 
 
@@ -222,37 +230,25 @@ def rerank(delivery: Delivery, request: RerankRequest, serving: Serving) -> Rera
     Raises:
         RequeueError: the model will not answer any more.
     """
-    served = serving.find(request.model, ServedReranker)
+    served = serving.reranker(request.model)
     _check_number(len(request.documents), served.info.max_texts)
     pairs = served.engine.prepare(request)
-    scores = np.array(_wait_for(delivery, request, served.batcher, pairs), dtype=np.float32)
+    scores = np.array(_wait_for(delivery, served.feed, pairs), dtype=np.float32)
     best = np.argsort(-scores, kind="stable")[: request.top_n]  # equal ones in the order of the request
     return RerankResult(
         model=request.model,
         scores=scores,
         order=best.tolist(),
         usage=Usage(prompt_tokens=sum(pair.n_tokens for pair in pairs)),
-        timings=_timings(delivery, request),
+        timings=delivery.timings(),
     )
 
 
-def _wait_for(
-    delivery: Delivery,
-    request: Request,
-    batcher: Batcher[Any, Any] | Dispatcher[Any, Any],
-    items: Sequence[Any],
-) -> list[Any]:
+def _wait_for(delivery: Delivery, feed: Feed[I, A], items: Sequence[I]) -> Sequence[A]:
     """Return the model's answers to the items of a job that is answered as a whole."""
-    work = batcher.submit(
-        delivery.job_id,
-        items,
-        request.deadline,
-        priority=delivery.priority,
-        is_unwanted=delivery.is_unwanted,
-        tenant=delivery.tenant,
-    )
-    delivery.works.append(work)
-    return work.wait()
+    pending = feed.submit(delivery.job, items)
+    delivery.pending.append(pending)
+    return pending.wait()
 
 
 def _part(piece: str) -> Part:
@@ -269,24 +265,6 @@ def _check_size(n_bytes: int) -> None:
     """Refuse what no result could hold, before it is computed."""
     if n_bytes > MAX_RESULT_BYTES - HEADER_BYTES:
         raise ResultTooLargeError(n_bytes, MAX_RESULT_BYTES - HEADER_BYTES)
-
-
-def _check_wanted(delivery: Delivery, request: Request) -> None:
-    """Raise when nobody waits for a job any more."""
-    if error := why_unwanted(delivery.job_id, request.deadline, delivery.is_unwanted):
-        raise error
-
-
-def _timings(delivery: Delivery, request: Request) -> Timings:
-    """Return where the time of a job went until now."""
-    works = delivery.works
-    waited_s = sum(work.batched_s + work.computed_s for work in works)
-    return Timings(
-        queued_s=max(0.0, delivery.arrived - request.sent_at) if request.sent_at else 0.0,
-        prepared_s=max(0.0, time.perf_counter() - delivery.clock - waited_s),
-        batched_s=sum(work.batched_s for work in works),
-        computed_s=sum(work.computed_s for work in works),
-    )
 
 
 def _rounded(timings: Timings) -> dict[str, float]:
