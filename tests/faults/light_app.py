@@ -30,7 +30,7 @@ from penstock.settings import load_settings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.serving.app import build_app
-from penstock_workers.serving.lifecycle import Heartbeat
+from penstock_workers.serving.heartbeat import Heartbeat
 from penstock_workers.serving.lifecycle import Lifecycle
 from penstock_workers.serving.models import Served
 

@@ -21,7 +21,8 @@ from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.consumer import Consumer
 from penstock_workers.pool import TaskPool
 from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
-from penstock_workers.serving.lifecycle import Lifecycle, end_process
+from penstock_workers.serving.heartbeat import end_process
+from penstock_workers.serving.lifecycle import Lifecycle
 from penstock_workers.serving.models import Serving
 from penstock_workers.serving.streams import Streams
 from penstock_workers.serving.tasks import register_tasks

@@ -1,45 +1,28 @@
-"""A worker process from start to end: its models, loaded before the first job, and its signs of life."""
+"""A worker process from start to end: what it refuses, and its models, loaded before the first job."""
 
 import logging
 import os
 import re
-import resource
-import socket
 import sys
-import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Final, NoReturn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
 
-import redis
 from celery import bootsteps
 from celery.app.trace import setup_worker_optimizations
 from celery.concurrency.thread import TaskPool as ThreadPool
-from celery.signals import celeryd_init, worker_ready, worker_shutting_down
+from celery.signals import celeryd_init
 
-from penstock.background import Background, lost
-from penstock.broker import connect_sync
-from penstock.clock import ticks
 from penstock.codec import queue_name
 from penstock.errors import ConfigError, ModelLoadError
-from penstock.identity import process_name, process_token
-from penstock.refusals import in_words
-from penstock.registry import (
-    BEAT,
-    HEARTBEAT_S,
-    WORKERS_KEY,
-    Announcement,
-    WorkerInfo,
-    WorkerState,
-)
+from penstock.identity import process_token
 from penstock.request import PoolName
 from penstock.settings import Settings
-from penstock.urls import announce_results
-from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.folders import settle_folders
 from penstock_workers.layout import choose_threads, read_machine, thread_variables
 from penstock_workers.preflight import check_servers
+from penstock_workers.serving.heartbeat import Heartbeat
 from penstock_workers.serving.loading import load_model
 from penstock_workers.serving.models import Serving
 from penstock_workers.surroundings import refuse_options_from_variables
@@ -48,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 EXIT_CONFIG: Final = os.EX_CONFIG
 """78: starting again changes nothing, and `penstock up` does not."""
-
-HAND_BACK_S: Final = 1.0
-"""How long the jobs that a dead model thread did not touch have for their way back to the queue."""
 
 
 def choose_models(queues: Iterable[str], settings: Settings) -> tuple[PoolName, list[str]]:
@@ -80,8 +60,8 @@ def refuse_forks(pool_class: type, arguments: Sequence[str]) -> None:
     """Allow the threads pool only.
 
     Args:
-        pool_class: what Celery chose; it takes the configured pool for an asked-for prefork, so
-        arguments: the command line, is looked at too.
+        pool_class: Pool that Celery chose. If prefork was asked for, it is the configured one all the same.
+        arguments: Command line, which says what was asked for.
 
     Raises:
         ConfigError: another pool was asked for.
@@ -96,8 +76,8 @@ def refuse_options(worker: Any, options: Mapping[str, Any]) -> None:
     """Refuse what would be taken and change nothing, or do harm.
 
     Args:
-        worker: Celery's own.
-        options: what it was made with besides.
+        worker: Celery's worker.
+        options: Other options that it was made with.
 
     Raises:
         ConfigError: one line for each option, and what to do instead.
@@ -135,7 +115,7 @@ _WHY_THREADS: Final = (
 
 
 _OUR_NODE: Final = re.compile(r"celery|(cpu|gpu)-\d+")
-"""Names that nobody chose: Celery's own, and those of `penstock worker` and `penstock up`."""
+"""Names of nodes that nobody chose: Celery's own, and those of `penstock worker` and `penstock up`."""
 
 
 def name_node(instance: Any, **_arguments: object) -> None:
@@ -221,188 +201,12 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
             self._heartbeat.stop()
 
 
-class Heartbeat(Background):
-    """Announces this process and its models in the registry, and touches the readiness file.
-
-    Redis out of reach does not make a worker unhealthy: restarting it would help nobody.
-    """
-
-    def __init__(
-        self, settings: Settings, serving: Serving, pool: PoolName, device: str, names: Sequence[str]
-    ) -> None:
-        super().__init__("heartbeat", self._show_life)
-        self._settings, self._serving = settings, serving
-        self._redis = connect_sync(settings.broker_url, answer_timeout_s=5)
-        self._wake = threading.Event()
-        self._is_ready = False
-        self._load_s: dict[str, float] = {}
-        self._started_ticks = ticks()
-        host, pid = socket.gethostname(), os.getpid()
-        self._fields: dict[str, Any] = {
-            "id": f"{pool}@{process_name()}",
-            "host": host,
-            "pid": pid,
-            "pool": pool,
-            "device": device,
-            "models": tuple(names),
-        }
-        self._script = self._redis.register_script(BEAT)
-        self._announcing = threading.Lock()
-        self._outage: set[str] = set()  # why the registry was out of reach, since it last was not
-        self._version, self._told = "0", self._announcement()
-        worker_ready.connect(self._on_ready, weak=False)
-        worker_shutting_down.connect(self._on_stopping, weak=False)
-
-    def loaded(self, name: str, seconds: float) -> None:
-        """Note that a model was loaded."""
-        self._load_s[name] = round(seconds, 3)
-
-    def beat_now(self) -> None:
-        """Announce at once what has changed."""
-        self._wake.set()
-
-    def _show_life(self) -> None:
-        state = self._state()
-        if state == "stalled":
-            self._give_up()
-        if state == "ready" and self._settings.worker.heartbeat_file is not None:
-            self._settings.worker.heartbeat_file.touch()
-        try:
-            self._announce(state)
-        except (redis.RedisError, OSError) as error:
-            self._note_outage(error)
-        else:
-            self._note_end_of_outage()
-        self._wake.wait(HEARTBEAT_S)
-        self._wake.clear()
-
-    def _note_outage(self, error: Exception) -> None:
-        """Log each reason once, not with every beat."""
-        if (reason := in_words(error)) not in self._outage:
-            self._outage.add(reason)
-            logger.warning("registry out of reach: %s", reason)
-
-    def _note_end_of_outage(self) -> None:
-        if self._outage:
-            self._outage.clear()
-            logger.warning("registry within reach again")
-
-    def stop(self) -> None:
-        """Take the process out of the registry, and its file away."""
-        self.end()
-        self._wake.set()
-        self.join(HEARTBEAT_S + 10)  # a beat that is under way would put the file and the entry back
-        if self._settings.worker.heartbeat_file is not None:
-            self._settings.worker.heartbeat_file.unlink(missing_ok=True)
-        try:
-            self._redis.hdel(WORKERS_KEY, str(self._fields["id"]))
-        except (redis.RedisError, OSError):
-            logger.warning("registry out of reach; the entry of this process expires by itself")
-
-    def _give_up(self) -> None:
-        """End a process that cannot work: its leases, which it no longer renews, go to others."""
-        try:
-            self._announce("stalled")
-        except Exception as error:  # noqa: BLE001  whatever it is, the process has to end
-            logger.warning("registry out of reach: %s", type(error).__name__)
-        why = self._trouble_of_threads() or "a model thread hangs or has died"
-        end_process(f"{why}; this process ends, others take its jobs over")
-
-    def _trouble_of_threads(self) -> str:
-        threads = lost()
-        return f"background threads have ended or fail for ever: {', '.join(threads)}" if threads else ""
-
-    def _state(self) -> WorkerState:
-        if lost() or self._serving.is_stalled(self._settings.worker.stall_s):
-            return "stalled"
-        return "ready" if self._is_ready else "loading"
-
-    def _announce(self, state: WorkerState) -> None:
-        is_new = self._version == "new"
-        is_asked = self._beat(self._info(state), with_values=is_new)
-        if is_asked:
-            logger.warning("the broker had lost what is served: it is told again")
-            self._beat(self._info(state), with_values=True)
-
-    def _beat(self, info: WorkerInfo, *, with_values: bool) -> bool:
-        """Show life; returns whether the broker lacks what this process has announced."""
-        with self._announcing:
-            told, asked_at = self._told, ticks()
-            arguments = told.arguments(info, self._version, with_values=with_values)
-            second, microsecond, version, is_asked = self._script(keys=told.keys(), args=arguments)
-            self._version = version.decode()
-        BROKER_CLOCK.learn(int(second) + int(microsecond) / 1e6, asked_at)
-        return bool(is_asked)
-
-    def _info(self, state: WorkerState) -> WorkerInfo:
-        costs = self._serving.costs()
-        taken = tuple(name for name in self._fields["models"] if name not in self._serving.paused)
-        return WorkerInfo(
-            **(self._fields | {"models": taken}),
-            state=state,
-            started_at=round(BROKER_CLOCK.now() - (ticks() - self._started_ticks), 1),
-            load_s=dict(self._load_s),
-            memory_bytes=_memory_bytes(),
-            units_per_s=self._serving.speeds(),
-            tokens_per_character={name: cost.tokens_per_character for name, cost in costs.items()},
-            answer_tokens={name: cost.answer_tokens for name, cost in costs.items() if cost.answer_tokens},
-            cache_hits={name: cache.n_hits for name, cache in self._serving.caches().items()},
-            cache_misses={name: cache.n_misses for name, cache in self._serving.caches().items()},
-            upstreams=self._serving.troubles(),
-            note=(self._trouble_of_threads() or "a forward pass does not end") if state == "stalled" else "",
-        )
-
-    def _announcement(self) -> Announcement:
-        """Return what this process has to tell of its models and settings; before they are loaded, names."""
-        settings, models = self._settings, self._serving.models
-        results = announce_results(settings.redis.broker_url, settings.redis.results_url)
-        told = {f"model:{name}": served.info.to_json() for name, served in models.items()}
-        tenants = {f"tenant:{name}": tenant.terms() for name, tenant in settings.tenants.items()}
-        return Announcement(
-            values={"results": results, **told, **tenants},
-            others=settings.models.keys() - models.keys(),
-            queues=[queue_name(self._fields["pool"], name) for name in self._fields["models"]],
-        )
-
-    def _on_ready(self, **_: object) -> None:
-        with self._announcing:
-            self._told, self._version = self._announcement(), "new"
-        try:
-            self._announce("ready")  # before the file says so
-        except (redis.RedisError, OSError) as error:
-            self._note_outage(error)
-        self._is_ready = True
-        self._wake.set()
-
-    def _on_stopping(self, **_: object) -> None:
-        self._is_ready = False
-        self._wake.set()
-
-
-def end_process(why: str) -> NoReturn:
-    """End a process that a supervisor should start anew, after a moment for jobs on their way back."""
-    logger.critical("%s", why)
-    time.sleep(HAND_BACK_S)
-    logging.shutdown()
-    os._exit(os.EX_SOFTWARE)
-
-
-class _or_exit:  # noqa: N801  reads as part of its `with` statement
+@contextmanager
+def _or_exit() -> Iterator[None]:
     """End the process with one clear line; Celery would log a traceback."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, ConfigError | ModelLoadError):
-            for line in str(error).splitlines():
-                logger.critical("%s", line)
-            raise SystemExit(EXIT_CONFIG) from None
-
-
-def _memory_bytes() -> int:
-    """Return the resident memory of this process; its peak where /proc is missing."""
-    status = Path("/proc/self/statm")
-    if status.exists():
-        return int(status.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:
+        yield
+    except (ConfigError, ModelLoadError) as error:
+        for line in str(error).splitlines():
+            logger.critical("%s", line)
+        raise SystemExit(EXIT_CONFIG) from None
