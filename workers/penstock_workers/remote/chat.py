@@ -21,10 +21,10 @@ from penstock_workers.remote.answer import (
 )
 from penstock_workers.generation.thinking import Thought
 from penstock_workers.remote.backlog import Limits
+from penstock_workers.remote.client_errors import plain_word
 from penstock_workers.remote.faults import Fault
 from penstock_workers.remote.server import Server
-from penstock_workers.remote.server import plain_word
-from penstock_workers.remote.server import share_out
+from penstock_workers.remote.token_estimates import share_out
 from penstock_workers.remote.upstream import Upstream
 
 DEFAULTS: Final = GenerationOptions(max_new_tokens=256, truncation="error")
@@ -36,15 +36,15 @@ class Prompt:
     """One conversation to answer, or text to go on with.
 
     Attributes:
-        fields: what is sent, but for the model's id; a conversation has `messages`, a text `prompt`.
-        n_bytes: of all that the model reads, in UTF-8.
-        n_tokens: of that; by estimate, then as the server counted.
-        max_new_tokens: of one answer.
-        n_new_tokens: the most there may be in all, then those there are.
-        has_format: the answer has to be JSON.
-        n_choices: how many answers are wanted.
-        n_likeliest: tokens whose log-probabilities are wanted beside the chosen one's; None wants none.
-        cut_tokens: see `Usage`; nothing is cut here.
+        fields: Body of the request, without the model's id; a conversation has `messages`, a text `prompt`.
+        n_bytes: Bytes of all that the model reads, in UTF-8.
+        n_tokens: Tokens of the same; estimated, then as the server counted.
+        max_new_tokens: Most tokens of one answer.
+        n_new_tokens: Most tokens of all answers together; then their actual number.
+        has_format: Whether the answer has to be JSON.
+        n_choices: Number of answers that are wanted.
+        n_likeliest: Number of tokens whose log-probabilities are wanted beside the chosen one's; None: none.
+        cut_tokens: See `Usage`; nothing is cut here.
     """
 
     fields: Mapping[str, Any]
@@ -76,7 +76,7 @@ class RemoteGenerator(Server):
     """A chat model at a server of OpenAI's kind.
 
     Attributes:
-        context_window: prompt and answer together, tokens; None where the server does not say.
+        context_window: Most tokens of prompt and answer together; None if the server does not say.
     """
 
     def __init__(self, name: str, model: ModelSettings, broker_url: str) -> None:
@@ -84,8 +84,8 @@ class RemoteGenerator(Server):
         self.limits = Limits(1, math.inf)
         self.context_window: int | None = None
         self._defaults = model.generation.over(DEFAULTS)
-        if self.provider and self.provider != "auto":
-            self.model_id = f"{self.model_id}:{self.provider}"  # as the router names it
+        if self.endpoint.provider and self.endpoint.provider != "auto":
+            self.model_id = f"{self.model_id}:{self.endpoint.provider}"  # as the router names it
 
     async def find_out(self, upstream: Upstream) -> None:
         """Look whether it knows token and model, as far as it tells without an answer to pay for.
@@ -119,7 +119,7 @@ class RemoteGenerator(Server):
         return Prompt(
             fields=fields,
             n_bytes=sum(len(text.encode()) for text in texts),
-            n_tokens=sum(self.estimate(text) + _TURN_TOKENS for text in texts),
+            n_tokens=sum(self.tokens.estimate(text) + _TURN_TOKENS for text in texts),
             max_new_tokens=max_new_tokens,
             n_new_tokens=fields.get("n", 1) * max_new_tokens,
             has_format=has_format,
@@ -147,16 +147,16 @@ class RemoteGenerator(Server):
             body = await (self._ask(prompt) if on_piece is None else self._stream(prompt, pass_on))
             return [self._read(prompt, body)]
         except UnusableError as error:
-            problem = self.bad_answer(str(error))
+            problem = self.errors.bad_answer(str(error))
             if heard:
                 raise Fault("refused", problem) from error
             return [problem]
         except Exception as error:
-            fault = self.explain(error)
+            fault = self.errors.explain(error)
             if heard and fault.kind in ("busy", "failed"):
                 problem_of = getattr(fault.error, "problem", str(fault.error))
                 after = f"it ended after {sum(map(len, heard))} characters: {problem_of}"
-                raise Fault("broken", self.bad_answer(after)) from error
+                raise Fault("broken", self.errors.bad_answer(after)) from error
             raise fault from error
 
     def _completions(self, prompt: Prompt) -> Any:  # two classes with the same methods
@@ -167,7 +167,7 @@ class RemoteGenerator(Server):
         reply = await api.create(model=self.model_id, **prompt.fields)
         body = json.loads(reply.http_response.content)
         if not isinstance(body, dict) or not body.get("choices"):
-            raise self.bad_answer(f"it is no answer{self.code(body)}")
+            raise self.errors.bad_answer(f"it is no answer{self.errors.code(body)}")
         return body
 
     async def _stream(self, prompt: Prompt, pass_on: Callable[[str], None]) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class RemoteGenerator(Server):
                         pass_on(text)
                     join(choice, piece)
         if "finish_reason" not in choice:
-            raise self.bad_answer("the stream ended before the answer did")
+            raise self.errors.bad_answer("the stream ended before the answer did")
         return {"choices": [choice], "usage": usage}
 
     def _read(self, prompt: Prompt, body: Mapping[str, Any]) -> list[Answer]:
@@ -204,17 +204,19 @@ class RemoteGenerator(Server):
             raise UnusableError(f"{len(choices)} answers, not {n}")
         for choice in choices:
             if (reason := choice["finish_reason"]) not in FINISH:
-                raise self.refused(
+                raise self.errors.refused(
                     200, f"the answer was ended by {plain_word(reason) or 'something unknown'}"
                 )
         usage = body.get("usage")
         counted = usage if isinstance(usage, dict) else {}
-        prompt.n_tokens = self.counted(prompt.n_bytes, counted.get("prompt_tokens")) or prompt.n_tokens
+        prompt.n_tokens = self.tokens.counted(prompt.n_bytes, counted.get("prompt_tokens")) or prompt.n_tokens
         answers = [
             read_choice(choice, has_tools="tools" in prompt.fields, n_likeliest=prompt.n_likeliest)
             for choice in choices
         ]
-        n_tokens = [len(answer.logprobs or ()) or self.estimate(whole_text(answer)) for answer in answers]
+        n_tokens = [
+            len(answer.logprobs or ()) or self.tokens.estimate(whole_text(answer)) for answer in answers
+        ]
         if isinstance(n_new := counted.get("completion_tokens"), int):
             n_tokens = share_out(n_new, n_tokens)
         prompt.n_new_tokens = sum(n_tokens)

@@ -20,6 +20,7 @@ from penstock.errors import (
     UpstreamError,
     UpstreamUnavailableError,
 )
+from penstock.settings import RemoteSettings
 from penstock_workers.batching.engine import Job, Listen, TryLaterError
 from penstock_workers.batching.model_thread import ModelThread
 from penstock_workers.batching.work import PATIENCE_S, Work, stretch
@@ -51,11 +52,15 @@ class Remote(Protocol[I_contra, A_co]):
     """A server that answers items."""
 
     name: str
-    server: str
-    timeout_s: float
-    patience_s: float
-    max_concurrency: int
     limits: Limits
+
+    @property
+    def server(self) -> str:
+        """Host of the server, for errors."""
+
+    @property
+    def settings(self) -> RemoteSettings:
+        """How patiently, and how often at once, it is asked."""
 
     def open(self) -> AbstractAsyncContextManager[Upstream]:
         """Connect; entered in the event loop that then calls."""
@@ -85,7 +90,7 @@ class Dispatcher(ModelThread[I, A]):
         self._arrived: list[Entry[I, A]] = []
         self._submissions: list[Submission[I, A]] = []
         self._backlog: Backlog[I, A] = Backlog()
-        self.in_flight: InFlight[I, A] = InFlight(remote.max_concurrency)
+        self.in_flight: InFlight[I, A] = InFlight(remote.settings.max_concurrency)
         self._permits = Permits(remote.name)
         self._loop: asyncio.AbstractEventLoop | None = None
         super().__init__(remote.name)
@@ -155,7 +160,7 @@ class Dispatcher(ModelThread[I, A]):
         n_tokens = count_tokens(entries)
         for entry in entries:  # what comes meanwhile may be more urgent
             self._backlog.push(entry)
-        permit = await self._permits.ask(n_tokens, self._remote.timeout_s)
+        permit = await self._permits.ask(n_tokens, self._remote.settings.timeout_s)
         if permit is None:
             await asyncio.sleep(ASK_AGAIN_S)
             return
@@ -216,7 +221,7 @@ class Dispatcher(ModelThread[I, A]):
             self._permits.note(Permit("go", 0.0, ""))
 
     async def _ask_server(self, entries: Sequence[Entry[I, A]]) -> Sequence[A | UpstreamError]:
-        timeout_s = self._remote.timeout_s
+        timeout_s = self._remote.settings.timeout_s
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._remote.call([entry.item for entry in entries], entries[0].on_piece)
@@ -258,7 +263,7 @@ class Dispatcher(ModelThread[I, A]):
         while entries := [entry for entry in entries if not entry.work.is_over]:
             permit = None
             if self.in_flight.has_room:
-                permit = await self._permits.ask(n_tokens, self._remote.timeout_s)
+                permit = await self._permits.ask(n_tokens, self._remote.settings.timeout_s)
             if permit is not None and permit.is_granted:
                 await asyncio.sleep(permit.wait_s)
                 call = Call(entries, n_tokens)
@@ -308,7 +313,7 @@ class Dispatcher(ModelThread[I, A]):
 
     def _judge(self, submission: Submission[I, A]) -> None:
         work = submission.work
-        left_s = submission.since + self._remote.patience_s - time.monotonic()
+        left_s = submission.since + self._remote.settings.patience_s - time.monotonic()
         if work.job.deadline is not None:
             left_s = work.job.deadline - BROKER_CLOCK.now()
         if (trouble := self.trouble()) and not self.in_flight.holds(work):

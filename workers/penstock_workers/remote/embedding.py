@@ -24,7 +24,8 @@ from penstock.settings import ModelSettings
 from penstock_workers.engines.formats import form, read_ranges
 from penstock_workers.remote.backlog import Limits
 from penstock_workers.remote.faults import Fault
-from penstock_workers.remote.server import CONNECT_S, Server, share_out
+from penstock_workers.remote.server import CONNECT_S, Server
+from penstock_workers.remote.token_estimates import share_out
 from penstock_workers.remote.upstream import Upstream
 
 START_S: Final = 60.0
@@ -40,8 +41,8 @@ class Text:
     """One text to embed.
 
     Attributes:
-        text: as it is sent.
-        n_tokens: by estimate; its share of what the server counted once it is answered.
+        text: The text, as it is sent.
+        n_tokens: Estimated tokens; once it is answered, its share of what the server counted.
     """
 
     text: str
@@ -57,11 +58,11 @@ class RemoteEmbedder(Server):
     """An embedding model at a server.
 
     Attributes:
-        dim: width of a vector.
-        max_tokens: longer texts are cut; None where the server does not say.
-        int8_ranges: see `formats.form`; None: int8 is refused.
-        fingerprint: of what decides its vectors, as far as it is known here.
-        protocol: what the server speaks.
+        dim: Width of a vector.
+        max_tokens: Longest text, tokens; longer ones are cut. None if the server does not say.
+        int8_ranges: Ranges of the dimensions, see `formats.form`; None refuses int8.
+        fingerprint: Hash of all that decides its vectors, as far as it is known here.
+        protocol: Protocol that the server speaks.
     """
 
     def __init__(self, name: str, model: ModelSettings, broker_url: str) -> None:
@@ -78,7 +79,7 @@ class RemoteEmbedder(Server):
     async def open(self) -> AsyncIterator[Upstream]:
         """See `dispatcher.Remote.open`."""
         async with super().open() as upstream:
-            self._hub = _Hub(self.http, self.provider)
+            self._hub = _Hub(self.http, self.endpoint.provider)
             yield upstream
 
     async def find_out(self, upstream: Upstream) -> None:
@@ -104,7 +105,7 @@ class RemoteEmbedder(Server):
         """
         prompt = self.check(request) or ""
         texts = [prompt + text for text in request.texts]
-        return [Text(text=text, n_tokens=self.estimate(text)) for text in texts]
+        return [Text(text=text, n_tokens=self.tokens.estimate(text)) for text in texts]
 
     def check(self, request: EmbedRequest) -> str | None:
         """Return the prompt that goes before each text.
@@ -141,11 +142,11 @@ class RemoteEmbedder(Server):
                 self._ask_openai(texts) if self.protocol == "openai" else self._ask_hub(texts)
             )
         except Exception as error:
-            raise self.explain(error) from error
+            raise self.errors.explain(error) from error
         if len(rows) != len(items):
-            raise Fault("failed", self.bad_answer(f"{len(rows)} vectors for {len(items)} texts"))
+            raise Fault("failed", self.errors.bad_answer(f"{len(rows)} vectors for {len(items)} texts"))
         self.dim = self.dim or len(rows[0])
-        counted = self.counted(sum(len(text.encode()) for text in texts), n_tokens)
+        counted = self.tokens.counted(sum(len(text.encode()) for text in texts), n_tokens)
         if counted is not None:
             shares = share_out(counted, [item.n_tokens for item in items])
             for item, share in zip(items, shares, strict=True):
@@ -154,9 +155,13 @@ class RemoteEmbedder(Server):
 
     def _checked(self, row: NDArray[np.float32]) -> NDArray[np.float32] | UpstreamError:
         if row.shape != (self.dim,):
-            return self.bad_answer(f"a vector of shape {row.shape}, not ({self.dim},)")
+            return self.errors.bad_answer(f"a vector of shape {row.shape}, not ({self.dim},)")
         norm = np.linalg.norm(row)
-        return row if np.isfinite(norm) and norm > 0 else self.bad_answer("a vector is zero or not finite")
+        return (
+            row
+            if np.isfinite(norm) and norm > 0
+            else self.errors.bad_answer("a vector is zero or not finite")
+        )
 
     async def _ask_openai(self, texts: list[str]) -> tuple[list[NDArray[np.float32]], object]:
         reply = await self.api.embeddings.with_raw_response.create(
@@ -164,32 +169,33 @@ class RemoteEmbedder(Server):
         )
         body = json.loads(reply.http_response.content)
         if not isinstance(body, dict) or not isinstance(body.get("data"), list):
-            raise self.bad_answer(f"it is no list of vectors{self.code(body)}")
+            raise self.errors.bad_answer(f"it is no list of vectors{self.errors.code(body)}")
         data = body["data"]
         found = {e.get("index", place): _read_vector(e["embedding"]) for place, e in enumerate(data)}
         if sorted(found) != list(range(len(data))):
-            raise self.bad_answer("its vectors are of other texts")
+            raise self.errors.bad_answer("its vectors are of other texts")
         usage = body.get("usage")
         counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         return [found[index] for index in range(len(found))], counted
 
     async def _ask_hub(self, texts: list[str]) -> tuple[list[NDArray[np.float32]], object]:
-        model = self.model_id if self.provider else self._embed_url
+        model = self.model_id if self.endpoint.provider else self._embed_url
         # Too long texts are cut, as a local model does.
         rows = await self._hub.feature_extraction(texts, model=model, truncate=True)
         if rows.ndim != 2:
-            raise self.bad_answer(f"an array of shape {rows.shape}: one vector for each text is wanted")
+            problem = f"an array of shape {rows.shape}: one vector for each text is wanted"
+            raise self.errors.bad_answer(problem)
         return list(rows), None
 
     async def _find_protocol(self) -> None:
         wanted = self.model.remote.protocol
         self._embed_url = self.model.source
-        if self.provider:
+        if self.endpoint.provider:
             wanted = "hf"
         if wanted in ("auto", "tei"):
             info = await self._tei_info()
             if info or wanted == "tei":
-                self.protocol, self._embed_url = "tei", f"{self.root}/embed"
+                self.protocol, self._embed_url = "tei", f"{self.endpoint.root}/embed"
                 self.limits.items = min(self.limits.items, info.get("max_client_batch_size", 32))
                 self.limits.tokens = min(self.limits.tokens, info.get("max_batch_tokens", math.inf))
                 self.max_tokens = info.get("max_input_length")
@@ -200,7 +206,7 @@ class RemoteEmbedder(Server):
         """Return what TEI says of itself; empty where the server is another, or away."""
         try:
             async with asyncio.timeout(CONNECT_S):
-                reply = await self.http.get(f"{self.root}/info")
+                reply = await self.http.get(f"{self.endpoint.root}/info")
             info = reply.json() if reply.is_success else {}
         except (TimeoutError, httpx2.HTTPError, ValueError):
             return {}
@@ -211,15 +217,16 @@ class RemoteEmbedder(Server):
     async def _find_dim(self, upstream: Upstream) -> None:
         text = Text(text="A penstock feeds a turbine.", n_tokens=8)
         until, problem = time.monotonic() + START_S, ""
+        timeout_s = self.settings.timeout_s
         while time.monotonic() < until:
             try:
-                permit = await upstream.ask(text.n_tokens, within_s=START_S, timeout_s=self.timeout_s)
+                permit = await upstream.ask(text.n_tokens, within_s=START_S, timeout_s=timeout_s)
                 problem = permit.trouble or problem
                 if not permit.is_granted:
                     await asyncio.sleep(min(permit.wait_s, until - time.monotonic()))
                     continue
                 await asyncio.sleep(permit.wait_s)
-                async with asyncio.timeout(self.timeout_s):
+                async with asyncio.timeout(timeout_s):
                     (found,) = await self.call([text])
                 await upstream.answered()
                 if isinstance(found, PenstockError):
@@ -235,7 +242,7 @@ class RemoteEmbedder(Server):
                 else:
                     raise ModelLoadError(self.name, problem) from None
             except TimeoutError:
-                problem = f"no answer within {self.timeout_s:g} s"
+                problem = f"no answer within {timeout_s:g} s"
             except (redis.RedisError, OSError) as error:
                 problem = f"the broker's Redis is away: {type(error).__name__}"
                 await asyncio.sleep(1.0)
