@@ -61,6 +61,7 @@ class Engine:
     """Naps for as long as a text says, and writes down that it did."""
 
     dim = DIM
+    int8_ranges = None
 
     def prepare(self, request: EmbedRequest) -> list[Text]:
         """See `Embedder.prepare`."""
@@ -80,11 +81,6 @@ class Engine:
                 time.sleep(min(rest_s, 0.1))
                 yield None  # a sign of life
             yield index, np.full(DIM, float(seconds), np.float32)
-
-    def finish(self, request: EmbedRequest, vectors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """See `Embedder.finish`; shape (n_texts, DIM)."""
-        del request
-        return np.stack(vectors)
 
 
 def end_thread(name: str) -> None:

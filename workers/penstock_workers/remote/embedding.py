@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from penstock.errors import InvalidOptionError, ModelLoadError, PenstockError, UpstreamError
 from penstock.request import EmbedRequest, describe
-from penstock.result import Vectors
 from penstock.settings import ModelSettings
-from penstock_workers.engines.formats import form, read_ranges
+from penstock_workers.engines.formats import read_ranges
 from penstock_workers.remote.backlog import Limits
 from penstock_workers.remote.faults import Fault
 from penstock_workers.remote.server import CONNECT_S, Server
@@ -122,11 +121,6 @@ class RemoteEmbedder(Server):
             raise InvalidOptionError("precision", "'int8'", "a remote model needs int8_ranges for it")
         return request.prompt
 
-    def finish(self, request: EmbedRequest, vectors: Sequence[NDArray[np.float32]]) -> Vectors:
-        """Return a request's vectors in the form it asked for; see `formats.form`."""
-        found = np.stack(vectors) if vectors else np.zeros((0, self.dim), dtype=np.float32)
-        return form(found, request, self.int8_ranges)
-
     async def call(
         self, items: Sequence[Text], on_piece: Callable[[str], None] | None = None
     ) -> list[NDArray[np.float32] | UpstreamError]:
@@ -157,11 +151,9 @@ class RemoteEmbedder(Server):
         if row.shape != (self.dim,):
             return self.errors.bad_answer(f"a vector of shape {row.shape}, not ({self.dim},)")
         norm = np.linalg.norm(row)
-        return (
-            row
-            if np.isfinite(norm) and norm > 0
-            else self.errors.bad_answer("a vector is zero or not finite")
-        )
+        if np.isfinite(norm) and norm > 0:
+            return row
+        return self.errors.bad_answer("a vector is zero or not finite")
 
     async def _ask_openai(self, texts: list[str]) -> tuple[list[NDArray[np.float32]], object]:
         reply = await self.api.embeddings.with_raw_response.create(

@@ -25,9 +25,11 @@ from penstock_workers.batching.engine import A, Feed, I, Job, Pending, RequeueEr
 from penstock_workers.batching.work import PATIENCE_S
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.consumer import Request as JobRequest
+from penstock_workers.engines.formats import form
 from penstock_workers.engines.formats import row_bytes
 from penstock_workers.generation.thinking import Thought
 from penstock_workers.serving.models import Serving
+from penstock_workers.serving.models import Vector
 from penstock_workers.serving.streams import Streams
 from penstock_workers.serving.vector_cache import Embedded
 
@@ -171,7 +173,7 @@ def embed(delivery: Delivery, request: EmbedRequest, serving: Serving) -> EmbedR
     timings = delivery.timings()
     return EmbedResult(
         model=request.model,
-        vectors=served.engine.finish(request, [answer.vector for answer in answers]),
+        vectors=form(_rows(answers, served.engine.dim), request, served.engine.int8_ranges),
         usage=Usage(prompt_tokens=sum(answer.n_tokens for answer in answers)),
         timings=timings,
     )
@@ -249,6 +251,13 @@ def _wait_for(delivery: Delivery, feed: Feed[I, A], items: Sequence[I]) -> Seque
     pending = feed.submit(delivery.job, items)
     delivery.pending.append(pending)
     return pending.wait()
+
+
+def _rows(answers: Sequence[Embedded], dim: int) -> Vector:
+    """Return vectors as they were computed; float32, shape (n_texts, dim)."""
+    if not answers:
+        return np.zeros((0, dim), dtype=np.float32)
+    return np.stack([answer.vector for answer in answers])
 
 
 def _part(piece: str) -> Part:
