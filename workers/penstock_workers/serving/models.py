@@ -19,7 +19,7 @@ from penstock_workers.batching.turns import Device, Turn
 from penstock_workers.serving.vector_cache import VectorCache
 
 DEFAULT_SHARES: Final[Mapping[Task, float]] = {"embed": 2.0, "generate": 1.0, "rerank": 2.0}
-"""Weights of models that have none: a text takes milliseconds, and its caller waits for all of them."""
+"""Shares of models that name none: texts take milliseconds each, and callers wait for all of theirs."""
 
 I_co = TypeVar("I_co", bound=HasTokens, covariant=True)
 A_contra = TypeVar("A_contra", contravariant=True)

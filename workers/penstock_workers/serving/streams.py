@@ -1,4 +1,4 @@
-"""Pieces of text on their way to readers: those of all jobs together, at most every 50 ms."""
+"""Pieces of text on their way to readers: of all jobs together, at most every 50 ms."""
 
 import logging
 import threading
@@ -30,7 +30,7 @@ class Stream:
         self.job_id, self.channel = _encoded(job_id), _encoded(channel)
         self.key = _encoded(stream_key(job_id))
         self._streams = streams
-        self.run = uuid4().hex[:12]  # tells a reader that another worker begins again
+        self.run = uuid4().hex[:12]  # tells readers that another worker begins again
         self.n_sent: dict[Part, int] = {}
         self._unread_since: float | None = None
         self.is_begun = False
@@ -41,12 +41,12 @@ class Stream:
         self._streams.add(self, part, piece)
 
     def is_unread(self) -> bool:
-        """Whether nobody has listened to the last pieces for longer than readers are waited for."""
+        """Whether nobody has listened to the last pieces for longer than the timeout of readers."""
         since = self._unread_since
         return since is not None and time.monotonic() - since > self._streams.reader_timeout_s
 
     def sent(self, part: Part, n_characters: int, n_readers: int) -> None:
-        """Note that a piece is with Redis, and how many heard of it."""
+        """Note that Redis has a piece, and how many readers heard of it."""
         self.n_sent[part] = self.n_sent.get(part, 0) + n_characters
         if n_readers:
             self._unread_since = None
@@ -57,12 +57,12 @@ class Stream:
 class Streams(Background):
     """Writes the pieces of all jobs of a process, in one round trip at a time.
 
-    Redis out of reach: pieces wait and become one. What was sent and not answered is sent again, readers know
-    by its place that they have it.
+    While Redis is out of reach, pieces wait and become one. A piece that was sent and not answered is sent
+    again; readers know by its place that they have it.
 
     Args:
-        url: of the result store.
-        reader_timeout_s: how long pieces may go unheard before a stream is unread, seconds.
+        url: URL of the result store.
+        reader_timeout_s: Seconds that pieces may go unheard before a stream counts as unread.
     """
 
     def __init__(self, url: str, reader_timeout_s: float) -> None:
@@ -82,9 +82,9 @@ class Streams(Background):
         """Begin the text of a job; what is not sent when it is over is in the job's result.
 
         Args:
-            job_id: of the job.
-            reply_to: of its message.
-            is_unwanted: the job was cancelled, asked at the end; what was sent of its text is then removed.
+            job_id: Id of the job.
+            reply_to: Channel that its message names.
+            is_unwanted: Says that the job was cancelled; called at the end, to remove the text that was sent.
         """
         channel = str(reply_to) if is_reply_channel(reply_to) else stream_key(job_id)
         stream = Stream(job_id, channel, self)
@@ -98,7 +98,7 @@ class Streams(Background):
                 self.discard(job_id)
 
     def discard(self, job_id: str) -> None:
-        """Remove what Redis holds of a job's text, after what is on its way there; does not wait."""
+        """Remove what Redis holds of a job's text, after pieces that are on their way; does not wait."""
         with self._lock:
             self._unwanted.add(job_id)
         self._wake.set()
@@ -142,7 +142,7 @@ class Streams(Background):
         with self._lock:
             for ((stream, part), piece), n_readers in zip(pieces.items(), answers, strict=False):
                 if isinstance(n_readers, Exception):
-                    # Somebody has put something else at its key: its reader gets all with the result.
+                    # Its key holds something else: its reader gets all of it with the result.
                     if str(n_readers).startswith("WRONGTYPE"):
                         self._waiting.pop((stream, part), None)
                     else:
