@@ -1,4 +1,4 @@
-"""Vectors that were computed before, and texts that are being computed: each once, wherever it is asked.
+"""Vectors that were computed before, and texts that are being computed: each once, on all workers.
 
 | key (result store) | type | holds |
 | --- | --- | --- |
@@ -35,17 +35,17 @@ logger = logging.getLogger(__name__)
 
 KEY: Final = "penstock:vec"
 AT_ONCE: Final = 256
-"""Texts in one round trip: Redis serves nobody else meanwhile."""
+"""Texts of one round trip, during which Redis serves nobody else."""
 OVERHEAD_BYTES: Final = 400
-"""What Redis needs for an entry besides the vector, its name twice; 270 to 310 were measured, Valkey 9."""
+"""Memory of an entry besides its vector, its name twice; 270 to 310 were measured, Valkey 9."""
 CLAIM_S: Final = 600
-"""After how long a claimed text is free again, whatever its holder does."""
+"""Longest claim on a text, seconds, whatever its holder does."""
 AWAY_S: Final = 5.0
-"""How long a cache that is out of reach is not asked again."""
+"""Seconds that a cache which is out of reach is not asked again."""
 MAX_WAIT_S: Final = 0.05
 STRETCH: Final = 10
-"""A job waits for others up to this many times as heavy as it is, and computes what heavier ones have
-claimed: one text does not wait for a bulk load."""
+"""A job waits for claims of jobs up to this many times its weight, and computes what heavier ones claimed:
+one text does not wait for a bulk load."""
 
 _HEAD: Final = Struct("<4sI")
 _MARK: Final = b"vec1"
@@ -100,44 +100,100 @@ class Embedded:
     """One text's answer.
 
     Attributes:
-        vector: as the model gives it, float32, shape (dim,).
-        n_tokens: real tokens, prompt and special ones counted.
+        vector: Vector as the model gives it, float32, shape (dim,).
+        n_tokens: Number of real tokens, prompt and special ones included.
     """
 
     vector: NDArray[np.float32]
     n_tokens: int
 
 
-class VectorCache:
-    """One model's cache, for all threads of a process. Redis' troubles cost a line in the log, and the time.
+class StoredForm:
+    """Answers as Redis holds them.
 
     Args:
-        name: the model's, for the log.
-        fingerprint: of all that decides its numbers besides prompt and text.
-        dim: width of a vector.
-        settings: how long, how much, how exact.
-        url: the result store's.
-        lease_s: after how long a silent process has lost its claims.
+        dim: Width of a vector.
+        dtype: `float32` or `float16`.
+    """
+
+    def __init__(self, dim: int, dtype: str) -> None:
+        self._dim, self._dtype = dim, np.dtype(dtype).newbyteorder("<")
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of an answer."""
+        return _HEAD.size + self._dim * self._dtype.itemsize
+
+    def write(self, answer: Embedded) -> bytes | None:
+        """Return an answer's bytes; None if the format cannot hold its numbers."""
+        fits = np.abs(answer.vector).max() <= np.finfo(np.float16).max  # NaN does not
+        if self._dtype.itemsize < 4 and not fits:
+            return None
+        return _HEAD.pack(_MARK, answer.n_tokens) + answer.vector.astype(self._dtype).tobytes()
+
+    def read(self, value: bytes) -> Embedded | None:
+        """Return an answer; None if the bytes are not ours, or of another version."""
+        if len(value) != self.n_bytes or not value.startswith(_MARK):
+            return None
+        vector = np.frombuffer(value, self._dtype, offset=_HEAD.size).astype(np.float32, copy=False)
+        return Embedded(vector=vector, n_tokens=_HEAD.unpack_from(value)[1])
+
+
+class CacheStore:
+    """Redis, which may be out of reach: that costs a line in the log, and for a while nothing is asked.
+
+    Args:
+        name: Name of the model, for the log.
+        url: URL of the result store.
+    """
+
+    def __init__(self, name: str, url: str) -> None:
+        self._name = name
+        self.client = connect_sync(url, answer_timeout_s=5)
+        self.claim_script, self.store_script = map(self.client.register_script, (CLAIM, STORE))
+        self._away_until = 0.0
+
+    def ask(self, command: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Return what a command or a script answers; None if Redis gives no answer."""
+        if time.monotonic() < self._away_until:
+            return None
+        try:
+            return command(*arguments, **options)
+        except (redis.RedisError, OSError) as error:
+            if not isinstance(error, redis.ResponseError):
+                self._away_until = time.monotonic() + AWAY_S
+            logger.warning(
+                "vectors of %s are not cached: %s: %s", self._name, type(error).__name__, str(error)[:200]
+            )
+            return None
+
+
+class VectorCache:
+    """One model's cache, for all threads of a process.
+
+    Args:
+        name: Name of the model, for the log.
+        fingerprint: Hash of all that decides its numbers besides prompt and text.
+        dim: Width of a vector.
+        settings: How long, how many and how exactly vectors are kept.
+        url: URL of the result store.
+        lease_s: Seconds after which a silent process has lost its claims.
 
     Attributes:
-        n_hits: texts that were answered without computing, since the process started.
-        n_misses: texts that were computed.
+        n_hits: Texts that were answered without computing, since the process started.
+        n_misses: Texts that were computed.
     """
 
     def __init__(
         self, name: str, fingerprint: str, dim: int, settings: CacheSettings, *, url: str, lease_s: float
     ) -> None:
-        self._name, self._dim, self._dtype = name, dim, np.dtype(settings.dtype).newbyteorder("<")
+        self._form = StoredForm(dim, settings.dtype)
+        self._store = CacheStore(name, url)
         self._model_key = (
             f"{KEY}:{hashlib.sha256(f'{fingerprint} {settings.dtype}'.encode()).hexdigest()[:16]}"
         )
         self._life_ms, self._lease_ms = settings.ttl_s * 1000, int(lease_s * 1000)
-        entry_bytes = _HEAD.size + dim * self._dtype.itemsize + OVERHEAD_BYTES
-        self._max_entries = max(1, settings.max_bytes // entry_bytes)
-        self._redis = connect_sync(url, answer_timeout_s=5)
-        self._claim_script = self._redis.register_script(CLAIM)
-        self._store_script = self._redis.register_script(STORE)
-        self._away_until = 0.0
+        self._max_entries = max(1, settings.max_bytes // (self._form.n_bytes + OVERHEAD_BYTES))
         self._claims: set[str] = set()
         self._counting = threading.Lock()
         self.n_hits = self.n_misses = 0
@@ -155,11 +211,11 @@ class VectorCache:
         """Return the answers of `texts` in their order, from here, from elsewhere, or computed.
 
         Args:
-            texts: of a job; equal ones are computed once.
-            prompt: put before each.
-            compute: gives those that are nowhere.
-            patience_s: after how long such a job is due; with the number of texts, its weight.
-            check: raises when the job must not be waited for any more.
+            texts: Texts of a job; equal ones are computed once.
+            prompt: Prompt that is put before each.
+            compute: Computes those that are nowhere.
+            patience_s: Seconds after which such a job is due; times the number of texts, its weight.
+            check: Raises if nobody waits for the job any more.
         """
         keys = [self._key(prompt, text) for text in texts]
         wanted = dict(zip(keys, texts, strict=True))
@@ -172,7 +228,7 @@ class VectorCache:
                     computed = compute([wanted[key] for key in mine])
                     found |= zip(mine, computed, strict=True)
                     n_computed += len(mine)
-                    self._store(mine, computed)
+                    self._keep(mine, computed)
             if missing := [key for key in missing if key not in found]:
                 check()
                 time.sleep(wait_s)
@@ -184,7 +240,7 @@ class VectorCache:
 
     @contextmanager
     def _claim(self, keys: Sequence[str], weight: float) -> Iterator[tuple[dict[str, Embedded], list[str]]]:
-        """Return what is stored, and what is the caller's to compute; the rest is under way elsewhere."""
+        """Yield what is stored, and what is to be computed here; the rest is being computed elsewhere."""
         claim = f"{KEY}:claim:{uuid.uuid4().hex}"
         arguments = (self._lease_ms, weight, STRETCH * weight, CLAIM_S * 1000)
         found: dict[str, Embedded] = {}
@@ -193,9 +249,10 @@ class VectorCache:
         try:
             for start in range(0, len(keys), AT_ONCE):
                 part = keys[start : start + AT_ONCE]
-                values = self._ask(self._claim_script, keys=[self._model_key, claim, *part], args=arguments)
+                names = [self._model_key, claim, *part]
+                values = self._store.ask(self._store.claim_script, keys=names, args=arguments)
                 for key, value in zip(part, values or [1] * len(part), strict=True):
-                    if isinstance(value, bytes) and (answer := self._read(value)) is not None:
+                    if isinstance(value, bytes) and (answer := self._form.read(value)) is not None:
                         found[key] = answer
                     elif value != 0:
                         mine.append(key)
@@ -203,53 +260,27 @@ class VectorCache:
         finally:
             self._claims.discard(claim)
             if mine:
-                self._ask(self._redis.delete, claim)
+                self._store.ask(self._store.client.delete, claim)
 
-    def _store(self, keys: Sequence[str], answers: Sequence[Embedded]) -> None:
-        kept = [
-            (key, self._write(answer))
-            for key, answer in zip(keys, answers, strict=True)
-            if self._dtype.itemsize == 4 or np.abs(answer.vector).max() <= np.finfo(np.float16).max
-        ]
+    def _keep(self, keys: Sequence[str], answers: Sequence[Embedded]) -> None:
+        written = ((key, self._form.write(answer)) for key, answer in zip(keys, answers, strict=True))
+        kept = [(key, value) for key, value in written if value is not None]
         at_once = min(AT_ONCE, self._max_entries)
         for start in range(0, len(kept), at_once):
             part = kept[start : start + at_once]
-            keys = [self._model_key, *(key for key, _ in part)]
-            values = (value for _, value in part)
-            if not self._ask(self._store_script, keys=keys, args=[self._life_ms, self._max_entries, *values]):
+            names = [self._model_key, *(key for key, _ in part)]
+            arguments = [self._life_ms, self._max_entries, *(value for _, value in part)]
+            if not self._store.ask(self._store.store_script, keys=names, args=arguments):
                 return  # each part would cost a line
-
-    def _ask(self, order: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Return Redis' answer, or None if it gives none."""
-        if time.monotonic() < self._away_until:
-            return None
-        try:
-            return order(*arguments, **options)
-        except (redis.RedisError, OSError) as error:
-            if not isinstance(error, redis.ResponseError):
-                self._away_until = time.monotonic() + AWAY_S
-            logger.warning(
-                "vectors of %s are not cached: %s: %s", self._name, type(error).__name__, str(error)[:200]
-            )
-            return None
 
     def _renew(self) -> None:
         """Keep the claims of running jobs, until the process dies."""
         while True:
             time.sleep(self._lease_ms / 3000)
             for claim in tuple(self._claims):
-                self._ask(self._redis.pexpire, claim, self._lease_ms)
+                self._store.ask(self._store.client.pexpire, claim, self._lease_ms)
 
     def _key(self, prompt: str | None, text: str) -> str:
         words = hashlib.sha256(b"" if prompt is None else b"%d " % len(prompt) + prompt.encode())
         words.update(b"\0" + text.encode())
         return f"{self._model_key}:{words.hexdigest()}"
-
-    def _write(self, answer: Embedded) -> bytes:
-        return _HEAD.pack(_MARK, answer.n_tokens) + answer.vector.astype(self._dtype).tobytes()
-
-    def _read(self, value: bytes) -> Embedded | None:
-        if len(value) != _HEAD.size + self._dim * self._dtype.itemsize or not value.startswith(_MARK):
-            return None  # not ours, or of another version: it is computed, and replaced
-        vector = np.frombuffer(value, self._dtype, offset=_HEAD.size).astype(np.float32, copy=False)
-        return Embedded(vector=vector, n_tokens=_HEAD.unpack_from(value)[1])
