@@ -34,8 +34,7 @@ from penstock.settings import ModelSettings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.engine import Job
 from penstock_workers.batching.scheduler import Scheduler
-from penstock_workers.batching.turns import Device
-from penstock_workers.batching.turns import Turn
+from penstock_workers.batching.turns import Device, Turn
 from penstock_workers.engines.embedding import Embedder
 from penstock_workers.generation.batch_mode import BatchMode
 from penstock_workers.generation.decoding import Decoding
@@ -43,8 +42,7 @@ from penstock_workers.generation.generator import Generator
 from penstock_workers.generation.loading import pause_between_layers
 from penstock_workers.generation.mode_trial import find_batch_mode
 from penstock_workers.generation.sampling_params import SamplingParams
-from penstock_workers.generation.sequence import ScheduledSequence
-from penstock_workers.generation.sequence import TokenSequence
+from penstock_workers.generation.sequence import ScheduledSequence, TokenSequence
 from penstock_workers.serving.loading import cut_texts
 from penstock_workers.serving.models import DEFAULT_SHARES
 

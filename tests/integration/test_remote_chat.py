@@ -18,12 +18,10 @@ from penstock.errors import (
 )
 from penstock.request import GenerateRequest, Message, new_job_id
 from penstock.settings import ModelSettings
-from penstock_workers.batching.engine import Answer
-from penstock_workers.batching.engine import Job
+from penstock_workers.batching.engine import Answer, Job
 from penstock_workers.generation.thinking import Thought
 from penstock_workers.remote import dispatcher
-from penstock_workers.remote.chat import Prompt
-from penstock_workers.remote.chat import RemoteGenerator
+from penstock_workers.remote.chat import Prompt, RemoteGenerator
 from penstock_workers.remote.dispatcher import Dispatcher
 from tests.deployment import Server
 from tests.upstream import (

@@ -35,7 +35,7 @@ from penstock.errors import (
 )
 from penstock.request import GenerateRequest, GenerationOptions
 from penstock.settings import ModelSettings
-from penstock_workers.generation.answering import Answer
+from penstock_workers.batching.engine import Answer
 from penstock_workers.generation.generator import Generator
 from penstock_workers.generation.prompt import Prompt
 from penstock_workers.generation.sampling import draw

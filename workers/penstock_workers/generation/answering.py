@@ -1,37 +1,15 @@
 """One answer while its tokens arrive: when it ends, and what it says."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from penstock.errors import IncompleteOutputError
-from penstock.request import ToolCall
-from penstock.result import FinishReason, Logprobs
+from penstock.result import FinishReason
+from penstock_workers.batching.engine import Answer
 from penstock_workers.generation.generation_config import ForbiddenTokens
 from penstock_workers.generation.prompt import Prompt
 from penstock_workers.generation.sequence import TokenSequence
 from penstock_workers.generation.thinking import ReasoningParser
 from penstock_workers.generation.vocabulary import Vocabulary
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What the model said.
-
-    Attributes:
-        text: new text alone, cut before a stop string; special tokens left out.
-        finish_reason: `stop` if the model, a stop string or a format ended it, `length` if the limit did.
-        n_tokens: number of new tokens, those of a stop string counted, the end-of-sequence token not.
-        reasoning: see `GenerateResult`.
-        tool_calls: see `GenerateResult`.
-        logprobs: log-probabilities of these tokens; None where the prompt wants none.
-    """
-
-    text: str
-    finish_reason: FinishReason
-    n_tokens: int
-    reasoning: str | None = None
-    tool_calls: Sequence[ToolCall] | None = None
-    logprobs: Logprobs | None = None
 
 
 class Answering:

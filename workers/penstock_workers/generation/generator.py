@@ -11,9 +11,10 @@ from transformers.utils import logging as transformers_logging
 from penstock.errors import InvalidOptionError, InvalidTextError, ModelLoadError, PenstockError
 from penstock.request import GenerateRequest, GenerationOptions, Message
 from penstock.settings import ModelSettings
+from penstock_workers.batching.engine import Answer
 from penstock_workers.engines.device import free_bytes
 from penstock_workers.engines.source import explain_failure, resolve_source
-from penstock_workers.generation.answering import Answer, Answering
+from penstock_workers.generation.answering import Answering
 from penstock_workers.generation.chat import Chat
 from penstock_workers.generation.decoding import Decoding
 from penstock_workers.generation.generation_config import read_own_config

@@ -10,7 +10,7 @@ from penstock.errors import IncompleteOutputError, InvalidFormatError, InvalidOp
 from penstock.request import GenerateRequest, GenerationOptions, ToolCall
 from penstock.settings import ModelSettings
 from penstock_workers.batching.engine import Answer
-from penstock_workers.engines.thinking import Thought
+from penstock_workers.generation.thinking import Thought
 from penstock_workers.remote.answer import (
     FINISH,
     UnusableError,
@@ -19,7 +19,6 @@ from penstock_workers.remote.answer import (
     thought_of,
     whole_text,
 )
-from penstock_workers.generation.thinking import Thought
 from penstock_workers.remote.backlog import Limits
 from penstock_workers.remote.client_errors import plain_word
 from penstock_workers.remote.faults import Fault

@@ -107,9 +107,9 @@ def _load_generator(name: str, model: ModelSettings, device: "torch.device", tur
     if turn is not None:
         generator.pause_between_layers(turn.pause)
     return _serve_generator(
-        _describe(name, model, None, generator.context_window, generator.dtype, str(generator.sharing)),
+        _describe(name, model, None, generator.context_window, generator.dtype, str(generator.batch_mode)),
         generator,
-        Scheduler(name, generator.decoding(max_rows=model.max_batch_size), generator.row, turn),
+        Scheduler(name, generator.decoding(max_rows=model.max_batch_size), generator.sequence, turn),
     )
 
 
