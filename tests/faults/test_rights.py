@@ -18,14 +18,10 @@ from penstock.leases import DEAD_KEY, scripts
 from penstock.registry import BEAT
 from penstock.settings import load_settings
 from penstock.store import END_JOB
-from penstock_workers.command.local_redis import free_port
-from penstock_workers.command.local_redis import wait_until_ready
-from penstock_workers.remote.upstream import ASK
-from penstock_workers.remote.upstream import LOOK
-from penstock_workers.remote.upstream import TELL
+from penstock_workers.command.local_redis import free_port, wait_until_ready
+from penstock_workers.remote.upstream import ASK, LOOK, TELL
 from penstock_workers.serving.app import build_app
-from penstock_workers.serving.vector_cache import CLAIM
-from penstock_workers.serving.vector_cache import STORE
+from penstock_workers.serving.vector_cache import CLAIM, STORE
 from tests.deployment import BUNDLED, ROOT, Server, WorkerProcess, server_command
 from tests.eventually import eventually
 from tests.faults.fleet import message

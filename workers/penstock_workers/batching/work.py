@@ -28,10 +28,10 @@ class Work(Generic[I, A]):
 
     Attributes:
         job: The job.
-        items: Its items, in the order of the answers.
+        items: Items of the job, in the order of the answers.
         due: Unix seconds; the job with the smallest goes first.
         tokens: Token counts of the items that are in no batch yet, int64, shape (n_waiting,), longest first.
-        is_over: Whether it was answered, or failed.
+        is_over: True once it was answered or has failed.
         batched_s: Seconds that its first item waited for a batch; set with the answer or the error.
         computed_s: Seconds from the first batch that held one of its items to the end of the last.
     """

@@ -56,7 +56,7 @@ class Submission(Generic[I, A]):
     """A job that was submitted.
 
     Attributes:
-        work: Its items and where the answers go.
+        work: Items of the job, and where the answers go.
         since: Moment of the submission, monotonic seconds.
         error: Last error of any of its items.
     """

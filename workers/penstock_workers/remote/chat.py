@@ -40,7 +40,7 @@ class Prompt:
         n_tokens: Tokens of the same; estimated, then as the server counted.
         max_new_tokens: Most tokens of one answer.
         n_new_tokens: Most tokens of all answers together; then their actual number.
-        has_format: Whether the answer has to be JSON.
+        has_format: True if the answer has to be JSON.
         n_choices: Number of answers that are wanted.
         n_likeliest: Number of tokens whose log-probabilities are wanted beside the chosen one's; None: none.
         cut_tokens: See `Usage`; nothing is cut here.

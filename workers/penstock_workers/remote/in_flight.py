@@ -21,7 +21,7 @@ class Call(Generic[I, A]):
     """One request in flight.
 
     Attributes:
-        entries: Its items.
+        entries: Items of the request.
         n_tokens: Tokens that its permit was given for.
         began: Moment it was sent, monotonic seconds.
         task: Waits for the answer.

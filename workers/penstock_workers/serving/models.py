@@ -114,7 +114,7 @@ class Served(Generic[E_co, F_co]):
 
     Attributes:
         info: Announcement of the model.
-        engine: Its engine, which makes items of requests.
+        engine: Engine of the model, which makes items of requests.
         feed: Answers these items.
         cache: Keeps its vectors; None if none are kept.
     """
