@@ -14,11 +14,11 @@ from torch.nn import functional as F  # noqa: N812  its usual name
 from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
 from penstock_workers.engines.attention import Layout, _attend, packed
-from penstock_workers.engines.device import processor_flags
 from penstock_workers.engines.embedding import MIN_COSINE, Embedder
 from penstock_workers.engines.fused import Fused
 from penstock_workers.engines.kernels import Kernels, compiled_path, find_kernels
 from penstock_workers.engines.products import use_bfloat16
+from penstock_workers.hardware.device import processor_flags
 from tests.models.test_embedding import cosines
 from tests.models.test_packed import CPU, LENGTHS, PACKED, build, embed, load, texts_of
 

@@ -15,10 +15,10 @@ from transformers import AutoConfig, LlamaConfig
 from penstock.errors import ModelLoadError
 from penstock.settings import ModelSettings
 from penstock_workers.bundled import bundled_folder
-from penstock_workers.engines.device import CARD_SWITCH_S, left_to_groups_bytes
+from penstock_workers.checkpoint.memory import cache_bytes, check_memory, weights_bytes
 from penstock_workers.engines.embedding import Embedder
-from penstock_workers.engines.memory import cache_bytes, check_memory, weights_bytes
 from penstock_workers.generation.generator import Generator
+from penstock_workers.hardware.device import CARD_SWITCH_S, left_to_groups_bytes
 from tests.models.test_generation import CPU, SIZES, answers, load, make_folder, one_thread, request
 
 __all__ = ["one_thread"]
@@ -159,7 +159,7 @@ def test_model_is_spread_over_devices(tmp_path: Path) -> None:
 def test_cores_are_for_torch_or_for_what_is_around_a_card(device: str, threads: int, switch_s: float) -> None:
     """On a processor torch has the threads; beside a card it has one, and Python's take shorter turns."""
     code = (
-        "import sys, torch; from penstock_workers.engines.device import share_cores\n"
+        "import sys, torch; from penstock_workers.hardware.device import share_cores\n"
         f"share_cores(3, torch.device({device!r}))\n"
         "print(torch.get_num_threads(), sys.getswitchinterval())"
     )

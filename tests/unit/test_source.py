@@ -6,7 +6,7 @@ import pytest
 
 from penstock.errors import ModelLoadError
 from penstock.settings import ModelSettings
-from penstock_workers.engines.source import resolve_source
+from penstock_workers.checkpoint.source import resolve_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

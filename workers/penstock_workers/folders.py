@@ -6,7 +6,7 @@ import tempfile
 from typing import Final
 
 from penstock.stacks import cache_folder
-from penstock_workers.engines import own
+from penstock_workers.hardware import own_files
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def settle_folders() -> None:
         os.environ.setdefault(_TORCH_CACHE, os.sep)
         troubles.append("no folder takes temporary files")
     try:
-        own.make_folder(folder := cache_folder() / "measured")
+        own_files.make_folder(folder := cache_folder() / "measured")
         if not os.access(folder, os.W_OK):
             troubles.append(f"{folder} cannot be written")
     except OSError as error:

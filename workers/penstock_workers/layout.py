@@ -11,7 +11,7 @@ from typing import Final
 from penstock.errors import ConfigError, ModelLoadError
 from penstock.request import PoolName
 from penstock.settings import AUTO, ModelSettings, Settings
-from penstock_workers.engines.source import resolve_source
+from penstock_workers.checkpoint.source import resolve_source
 
 POOLS: Final[tuple[PoolName, ...]] = ("gpu", "cpu")
 MAX_THREADS: Final = 4

@@ -301,8 +301,8 @@ def _serve(
     from transformers.utils.logging import disable_progress_bar
 
     import penstock_workers.serving.app  # noqa: F401
-    from penstock_workers.engines.device import choose_device, share_cores
     from penstock_workers.engines.embedding import Embedder
+    from penstock_workers.hardware.device import choose_device, share_cores
 
     # The parent shows the progress.
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no types here

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from penstock_workers.engines.kernels import find_kernels
+from penstock_workers.hardware.copies import upload
 
 PACKED: Final = "penstock_packed"
 WASTE_SCORES: Final = 6144
@@ -202,25 +203,6 @@ def packed(layout: Layout) -> Iterator[Layout]:
         yield layout
     finally:
         _layout.reset(token)
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device; to CUDA without waiting for it."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def download(tensor: Tensor) -> Tensor:
-    """Copy from a device; from CUDA to pinned memory, asleep until this thread's own stream has done it."""
-    if not tensor.is_cuda:
-        return tensor.cpu()
-    found = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-    # without it the processor would turn in circles
-    done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch has no type for it
-    done.record(torch.cuda.current_stream(tensor.device))
-    done.synchronize()
-    return found
 
 
 def _attend(

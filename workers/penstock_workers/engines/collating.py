@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from penstock.errors import ModelLoadError
-from penstock_workers.engines.attention import upload
 from penstock_workers.engines.tokenizing import Encoded, gather, unpad
+from penstock_workers.hardware.copies import upload
 
 
 class Collator(Protocol):

@@ -20,22 +20,23 @@ from penstock.errors import EngineError, InvalidOptionError, ModelLoadError, Out
 from penstock.request import EmbedRequest, describe
 from penstock.result import Vectors
 from penstock.settings import ModelSettings
-from penstock_workers.engines.attention import download
-from penstock_workers.engines.checkpoint import Weights, check_files, reading
+from penstock_workers.checkpoint.checks import check_files
+from penstock_workers.checkpoint.memory import check_memory, weights_bytes
+from penstock_workers.checkpoint.source import explain_failure, resolve_source
+from penstock_workers.checkpoint.weights import Weights, reading
 from penstock_workers.engines.collating import check_vocabulary, choose_collator, set_padding
-from penstock_workers.engines.device import has_fast_bfloat16, name_device, own_stream
 from penstock_workers.engines.formats import are_unit, choose_ranges, form, read_ranges
 from penstock_workers.engines.fused import Fused
 from penstock_workers.engines.fused_card import FusedOnCard
 from penstock_workers.engines.kernels import find_kernels
 from penstock_workers.engines.measured import machine_key, recall, remember
-from penstock_workers.engines.memory import check_memory, weights_bytes
 from penstock_workers.engines.openvino import Compiled, is_installed
 from penstock_workers.engines.packed import Packed
 from penstock_workers.engines.positions import fit_positions
 from penstock_workers.engines.products import use_bfloat16
-from penstock_workers.engines.source import explain_failure, resolve_source
 from penstock_workers.engines.tokenizing import FOREIGN, Encoded, TextTokenizer
+from penstock_workers.hardware.copies import download
+from penstock_workers.hardware.device import has_fast_bfloat16, name_device, own_stream
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  its usual name
 
-from penstock_workers.engines.attention import Layout, upload
+from penstock_workers.engines.attention import Layout
 from penstock_workers.engines.bert import read_encoder
+from penstock_workers.hardware.copies import upload
 
 
 class _Product(NamedTuple):

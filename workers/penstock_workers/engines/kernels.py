@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from penstock_workers.engines.device import processor_flags
+from penstock_workers.hardware.device import processor_flags
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from penstock.identity import process_token
 from penstock.stacks import cache_folder
-from penstock_workers.engines import own
+from penstock_workers.hardware import own_files
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def machine_key(fingerprint: str, device: str, n_threads: int, code: str) -> str
 def recall(key: str) -> dict[str, str]:
     """Return what was chosen last week or later; empty if nothing was, or it cannot be read."""
     try:
-        with own.opened(_file(key)) as opened:
+        with own_files.opened(_file(key)) as opened:
             kept = json.loads(opened.read())
         if time.time() - kept["at"] < KEPT_S:
             return {str(name): str(choice) for name, choice in kept["choices"].items()}
@@ -62,8 +62,8 @@ def remember(key: str, choices: dict[str, str]) -> None:
     try:
         file = _file(key)
         draft = file.with_suffix(f".{process_token()}")
-        own.make_folder(file.parent)
-        with own.created(draft) as opened:
+        own_files.make_folder(file.parent)
+        with own_files.created(draft) as opened:
             opened.write(json.dumps({"at": time.time(), "choices": choices}).encode())
         draft.replace(file)  # whole or not at all: the processes of a machine start together
     except OSError as error:

@@ -8,9 +8,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from penstock_workers.engines.attention import PACKED, Layout, packed, upload
+from penstock_workers.engines.attention import PACKED, Layout, packed
 from penstock_workers.engines.positions import first_position
 from penstock_workers.engines.tokenizing import Encoded, gather
+from penstock_workers.hardware.copies import upload
 
 
 class FusedEncoder(Protocol):

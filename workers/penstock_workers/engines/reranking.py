@@ -13,11 +13,12 @@ from sentence_transformers import CrossEncoder
 from penstock.errors import EngineError, ModelLoadError, OutOfMemoryError, PenstockError
 from penstock.request import RerankRequest
 from penstock.settings import ModelSettings
-from penstock_workers.engines.checkpoint import Weights, check_files, reading
+from penstock_workers.checkpoint.checks import check_files
+from penstock_workers.checkpoint.source import explain_failure, resolve_source
+from penstock_workers.checkpoint.weights import Weights, reading
 from penstock_workers.engines.collating import Padded, check_vocabulary, set_padding
 from penstock_workers.engines.positions import fit_positions
 from penstock_workers.engines.products import use_bfloat16
-from penstock_workers.engines.source import explain_failure, resolve_source
 from penstock_workers.engines.tokenizing import AT_ONCE, Encoded
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from penstock.identity import process_token
 from penstock.stacks import cache_folder
-from penstock_workers.engines import own
+from penstock_workers.hardware import own_files
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def share(tensors: Sequence[Tensor]) -> list[Tensor]:
         digest.update(row.numpy().data)
     try:
         file = cache_folder() / "weights" / f"{digest.hexdigest()}.bin"
-        own.make_folder(file.parent)
+        own_files.make_folder(file.parent)
         parts = _map(file, rows, rooms)
         if parts is None:
             _write(file, rows, rooms)
@@ -64,7 +64,7 @@ def _map(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> list[Tensor] |
     """Return the rows as they are in a file, or None if it is not there or damaged."""
     size = sum(rooms)
     try:
-        with own.opened(file) as opened:
+        with own_files.opened(file) as opened:
             if os.fstat(opened.fileno()).st_size != size:
                 return None
             # By its number where there is /proc: what was looked at is what is mapped.
@@ -87,7 +87,7 @@ def _write(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> None:
         raise OSError(errno.ENOSPC, "they would take half of what is free", str(file.parent))
     draft = file.with_suffix(f".{process_token()}")
     try:
-        with own.created(draft) as to:
+        with own_files.created(draft) as to:
             for row, room in zip(rows, rooms, strict=True):
                 to.write(row.numpy().data)
                 to.write(bytes(room - len(row)))

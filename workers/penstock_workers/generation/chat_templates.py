@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from penstock.errors import ModelLoadError
 from penstock.settings import ModelSettings
-from penstock_workers.engines.source import read_json
+from penstock_workers.checkpoint.source import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ from penstock.errors import InvalidOptionError, InvalidTextError, ModelLoadError
 from penstock.request import GenerateRequest, GenerationOptions, Message
 from penstock.settings import ModelSettings
 from penstock_workers.batching.engine import Answer
-from penstock_workers.engines.device import free_bytes
-from penstock_workers.engines.source import explain_failure, resolve_source
+from penstock_workers.checkpoint.source import explain_failure, resolve_source
 from penstock_workers.generation.answering import Answering
 from penstock_workers.generation.chat import Chat
 from penstock_workers.generation.decoding import Decoding
@@ -27,6 +26,7 @@ from penstock_workers.generation.sequence import ScheduledSequence
 from penstock_workers.generation.thinking import Stage
 from penstock_workers.generation.truncation import fit
 from penstock_workers.generation.vocabulary import Vocabulary
+from penstock_workers.hardware.device import free_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -174,7 +174,7 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
             if any(model.engine != "remote" for model in models):
                 settle_folders()
                 # torch, and the file that knows it, load here: the app itself imports without.
-                from penstock_workers.engines.device import choose_device, share_cores
+                from penstock_workers.hardware.device import choose_device, share_cores
 
                 device = choose_device(self._pool, pool.device)
                 share_cores(n_threads, device)

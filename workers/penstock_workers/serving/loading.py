@@ -11,7 +11,7 @@ from penstock_workers.batching.cuts import Cut, cut_by_tokens
 from penstock_workers.batching.engine import A, Feed, I, StreamingFeed
 from penstock_workers.batching.scheduler import Scheduler
 from penstock_workers.batching.turns import Turn
-from penstock_workers.engines.source import explain_failure
+from penstock_workers.checkpoint.source import explain_failure
 from penstock_workers.remote.dispatcher import Dispatcher
 from penstock_workers.serving.models import (
     AnyServed,

@@ -12,7 +12,7 @@ from huggingface_hub import get_safetensors_metadata, snapshot_download
 from transformers import PreTrainedConfig
 
 from penstock.errors import ModelLoadError
-from penstock_workers.engines.device import free_bytes
+from penstock_workers.hardware.device import free_bytes
 
 LEAST_CACHE_TOKENS: Final = 1024
 """A model whose cache has no room for so many tokens of one request, or its window, is of no use."""
