@@ -18,14 +18,14 @@ from penstock_workers.engines.embedding import MIN_COSINE, Embedder
 from penstock_workers.engines.fused import Fused
 from penstock_workers.engines.kernels import Kernels, compiled_path, find_kernels
 from penstock_workers.engines.products import use_bfloat16
-from penstock_workers.hardware.device import processor_flags
+from penstock_workers.hardware.machine import cpu_flags
 from tests.models.test_embedding import cosines
 from tests.models.test_packed import CPU, LENGTHS, PACKED, build, embed, load, texts_of
 
 FUSED = ("bert", "bert-cls", "roberta", "xlm-roberta")
 
 needs_processor = pytest.mark.skipif(
-    "avx512_bf16" not in processor_flags(), reason="the processor has no AVX-512 BF16"
+    "avx512_bf16" not in cpu_flags(), reason="the processor has no AVX-512 BF16"
 )
 
 

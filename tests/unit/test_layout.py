@@ -7,17 +7,16 @@ import pytest
 
 from penstock.settings import Settings, load_settings
 from penstock_workers.command.tune import candidates
+from penstock_workers.hardware.machine import Machine, read_machine
 from penstock_workers.layout import (
     PROCESS_BYTES,
     SHARED_BYTES,
     UNSEEN_WEIGHTS_BYTES,
     WEIGHTS_FACTOR,
     Layout,
-    Machine,
     choose_layouts,
     choose_threads,
     process_bytes,
-    read_machine,
 )
 
 MINILM = {"task": "embed", "source": "bundled:minilm"}

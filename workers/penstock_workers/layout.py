@@ -1,9 +1,8 @@
 """How many worker processes fit this machine, and how many threads each has, where `auto` leaves it to us."""
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -12,6 +11,7 @@ from penstock.errors import ConfigError, ModelLoadError
 from penstock.request import PoolName
 from penstock.settings import AUTO, ModelSettings, Settings
 from penstock_workers.checkpoint.source import resolve_source
+from penstock_workers.hardware.machine import Machine
 
 POOLS: Final[tuple[PoolName, ...]] = ("gpu", "cpu")
 MAX_THREADS: Final = 4
@@ -45,19 +45,6 @@ print(*names or ["mps"] * torch.backends.mps.is_available())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What this process may use of the machine.
-
-    Attributes:
-        cores: whole cores, at least one.
-        memory_bytes: what is available now, and the control groups allow.
-    """
-
-    cores: int
-    memory_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """The worker processes of a pool.
 
@@ -77,43 +64,6 @@ class Layout:
 
 def _count(n: int, noun: str, plural: str) -> str:
     return f"{n} {noun}{'' if n == 1 else plural}"
-
-
-def read_machine(root: Path = Path("/")) -> Machine:
-    """Read affinity, control groups (version 2) and free memory.
-
-    Args:
-        root: where `proc` and `sys` are.
-
-    Source: kernel.org, Control Group v2, `cpu.max` and `memory.max`; proc(5), MemAvailable.
-    """
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = [len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1]
-    for text in _limits(root, "cpu.max"):
-        quota, period = text.split()
-        cores.append(max(1, int(quota) // int(period)))
-    memory = [_available_bytes(root / "proc/meminfo"), *map(int, _limits(root, "memory.max"))]
-    return Machine(cores=min(cores), memory_bytes=min(memory))
-
-
-def _limits(root: Path, name: str) -> Iterator[str]:
-    """Yield what our control group and those above it say, where they limit at all."""
-    groups, mounted = root / "proc/self/cgroup", root / "sys/fs/cgroup"
-    lines = groups.read_text().splitlines() if groups.exists() else []
-    for path in (line.removeprefix("0::/") for line in lines if line.startswith("0::/")):
-        for group in (mounted / path, *(mounted / path).parents):
-            if group.is_relative_to(mounted) and (group / name).exists():
-                text = (group / name).read_text()
-                if not text.startswith("max"):
-                    yield text
-
-
-def _available_bytes(meminfo: Path) -> int:
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def thread_variables(n_threads: int) -> dict[str, str]:

@@ -27,7 +27,8 @@ from penstock_workers.command.local_redis import (
     local_redis_command,
     password_line,
 )
-from penstock_workers.layout import Layout, choose_layouts, on_cards, read_machine, thread_variables
+from penstock_workers.hardware.machine import read_machine
+from penstock_workers.layout import Layout, choose_layouts, on_cards, thread_variables
 
 DEFAULT_PORT: Final = 6379
 WORKERS_STAGE: Final = 1

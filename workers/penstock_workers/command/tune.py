@@ -24,13 +24,13 @@ from penstock.request import EmbedRequest, PoolName
 from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.engine import Job
+from penstock_workers.hardware.machine import read_machine
 from penstock_workers.layout import (
     Layout,
     find_cards,
     on_cards,
     process_bytes,
     pss_bytes,
-    read_machine,
     share_of_cores,
     thread_variables,
 )

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from penstock_workers.hardware.device import processor_flags
+from penstock_workers.hardware.machine import cpu_flags
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def find_kernels(device: torch.device) -> Kernels | None:
 
 @cache
 def _load() -> Kernels | None:
-    if not {"avx512bw", "avx512vl", "avx512_bf16"} <= processor_flags():
+    if not {"avx512bw", "avx512vl", "avx512_bf16"} <= cpu_flags():
         return None
     try:
         return Kernels(compiled_path())

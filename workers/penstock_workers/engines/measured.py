@@ -16,6 +16,7 @@ from typing import Final
 from penstock.identity import process_token
 from penstock.stacks import cache_folder
 from penstock_workers.hardware import own_files
+from penstock_workers.hardware.machine import cpu_name
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def machine_key(fingerprint: str, device: str, n_threads: int, code: str) -> str
         n_threads,
         code,
         platform.machine(),
-        _processor(),
+        cpu_name(),
         *map(_version, _PACKAGES),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -72,14 +73,6 @@ def remember(key: str, choices: dict[str, str]) -> None:
 
 def _file(key: str) -> Path:
     return cache_folder() / "measured" / f"{key}.json"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _version(package: str) -> str:

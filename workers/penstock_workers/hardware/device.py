@@ -1,12 +1,9 @@
 """Which hardware a pool runs on, and in which number format."""
 
-import os
-import platform
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final, Literal
 
 import torch
@@ -14,6 +11,8 @@ import torch
 from penstock.errors import ModelLoadError
 from penstock.request import PoolName
 from penstock.settings import Dtype
+from penstock_workers.hardware import machine
+from penstock_workers.hardware.machine import cpu_flags
 
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 
@@ -72,14 +71,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # AVX-512 BF16 or AMX; without either, oneDNN computes in float32 after conversions.
-    return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16"} & processor_flags())
-
-
-def processor_flags() -> set[str]:
-    """Return what an x86-64 processor says that it has, in Linux's words; empty where that is not known."""
-    flags = Path("/proc/cpuinfo")
-    is_known = platform.machine() in ("x86_64", "AMD64") and flags.exists()
-    return set(flags.read_text().split()) if is_known else set()
+    return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
 
 
 def torch_dtype(name: Dtype) -> torch.dtype:
@@ -94,39 +86,7 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    return max(0, min(_available_bytes(), left_to_groups_bytes()))
-
-
-def _available_bytes() -> int:
-    info = Path("/proc/meminfo")
-    if info.exists():
-        return _field(info, "MemAvailable:") * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def left_to_groups_bytes(root: Path = Path("/")) -> int:
-    """Return what our control group (version 2) and those above it still allow; huge where none has a limit.
-
-    Args:
-        root: where `proc` and `sys` are.
-    """
-    groups, mounted = root / "proc/self/cgroup", root / "sys/fs/cgroup"
-    lines = groups.read_text().splitlines() if groups.exists() else []
-    own = [mounted / line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
-    left = [1 << 62]
-    for group in (above for one in own for above in (one, *one.parents) if above.is_relative_to(mounted)):
-        try:
-            limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
-            # Files that the system keeps in memory count as used, and give way.
-            left.append(int(limit) - int(used) + _field(group / "memory.stat", "file"))
-        except (OSError, ValueError):  # no limit here
-            continue
-    return min(left)
-
-
-def _field(file: Path, name: str) -> int:
-    fields = (line.split() for line in file.read_text().splitlines())
-    return next(int(value) for key, value, *_ in fields if key == name)
+    return machine.free_bytes()
 
 
 def name_device(device: torch.device) -> str:

@@ -20,7 +20,8 @@ from penstock.identity import process_token
 from penstock.request import PoolName
 from penstock.settings import Settings
 from penstock_workers.folders import settle_folders
-from penstock_workers.layout import choose_threads, read_machine, thread_variables
+from penstock_workers.hardware.machine import read_machine
+from penstock_workers.layout import choose_threads, thread_variables
 from penstock_workers.preflight import check_servers
 from penstock_workers.serving.heartbeat import Heartbeat
 from penstock_workers.serving.loading import load_model
