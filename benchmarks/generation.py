@@ -35,7 +35,7 @@ from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.engine import Job
 from penstock_workers.batching.scheduler import Scheduler
 from penstock_workers.batching.turns import Device, Turn
-from penstock_workers.engines.embedding import Embedder
+from penstock_workers.embedding.embedder import Embedder
 from penstock_workers.generation.batch_mode import BatchMode
 from penstock_workers.generation.decoding import Decoding
 from penstock_workers.generation.generator import Generator

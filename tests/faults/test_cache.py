@@ -15,7 +15,7 @@ from redis.exceptions import OutOfMemoryError
 from penstock import Client, InvalidOptionError, JobState
 from penstock.settings import CacheSettings, ModelSettings
 from penstock_workers.bundled import bundled_folder
-from penstock_workers.engines.embedding import _fingerprint, _load
+from penstock_workers.embedding.embedder import _fingerprint, _load
 from penstock_workers.serving.vector_cache import KEY, Embedded, VectorCache
 from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.eventually import eventually

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from penstock_workers.engines.kernels import Kernels, find_kernels
+from penstock_workers.embedding.c_kernels import Kernels, find_kernels
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,8 +16,8 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from penstock.errors import EngineError, ModelLoadError
 from penstock.request import EmbedRequest, RerankRequest
 from penstock.settings import ModelSettings
-from penstock_workers.engines.embedding import Embedder
-from penstock_workers.engines.reranking import Reranker
+from penstock_workers.embedding.embedder import Embedder
+from penstock_workers.embedding.reranker import Reranker
 from tests.models.odd_models import (
     ENCODERS,
     SIZES,

@@ -17,8 +17,8 @@ from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.batching.engine import Job
 from penstock_workers.bundled import bundled_folder
-from penstock_workers.engines import embedding
-from penstock_workers.engines.embedding import MIN_COSINE, Embedder
+from penstock_workers.embedding import embedder
+from penstock_workers.embedding.embedder import MIN_COSINE, Embedder
 
 CPU = torch.device("cpu")
 SCRIPTS = (
@@ -209,7 +209,7 @@ def test_the_size_of_batches_is_learned_by_trying(monkeypatch: pytest.MonkeyPatc
     """What a device is nearly as fast with is enough; where nothing fits, the smallest is taken."""
     settings = ModelSettings(task="embed", source="bundled:minilm", engine="torch")
     engine = Embedder.load("minilm", settings, CPU)
-    monkeypatch.setattr(embedding, "BATCH_TOKENS", (128, 256, 512))
+    monkeypatch.setattr(embedder, "BATCH_TOKENS", (128, 256, 512))
     n_tokens, seconds = engine.learn_batch_tokens()
     assert n_tokens in (128, 256, 512)
     assert seconds is not None

@@ -16,7 +16,7 @@ from penstock.errors import ModelLoadError
 from penstock.settings import ModelSettings
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.checkpoint.memory import cache_bytes, check_memory, weights_bytes
-from penstock_workers.engines.embedding import Embedder
+from penstock_workers.embedding.embedder import Embedder
 from penstock_workers.generation.generator import Generator
 from penstock_workers.hardware.device import CARD_SWITCH_S
 from penstock_workers.hardware.machine import left_to_groups_bytes

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from penstock.settings import ModelSettings
-from penstock_workers.engines.embedding import Embedder
-from penstock_workers.engines.kernels import Kernels
-from penstock_workers.engines.measured import KEPT_S, machine_key, recall, remember
+from penstock_workers.embedding.c_kernels import Kernels
+from penstock_workers.embedding.embedder import Embedder
+from penstock_workers.embedding.measured import KEPT_S, machine_key, recall, remember
 from tests.models.test_packed import CPU, build
 
 

@@ -13,7 +13,7 @@ from penstock.settings import ModelSettings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.batching.engine import Job
-from penstock_workers.engines.embedding import MIN_COSINE, Embedder
+from penstock_workers.embedding.embedder import MIN_COSINE, Embedder
 from tests.models.test_embedding import cosines
 from tests.models.test_packed import CPU, LENGTHS, PACKED, build, texts_of
 

@@ -36,10 +36,10 @@ from penstock.settings import ModelSettings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.batching.engine import Job
-from penstock_workers.engines.attention import Layout, _attend, group_lengths, packed
-from penstock_workers.engines.embedding import Embedder
-from penstock_workers.engines.fused_card import FusedOnCard
-from penstock_workers.engines.products import use_bfloat16
+from penstock_workers.embedding.attention import Layout, _attend, group_lengths, packed
+from penstock_workers.embedding.bert_gpu import BertGpu
+from penstock_workers.embedding.bfloat16 import use_bfloat16
+from penstock_workers.embedding.embedder import Embedder
 
 CPU = torch.device("cpu")
 SPECIAL = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]  # padding is not 0, as with RoBERTa
@@ -318,4 +318,4 @@ def test_a_card_computes_the_bert_family_by_kernels(tmp_path: Path, kind: str) -
     engine = load(tmp_path, "bfloat16", torch.device("cuda"))
 
     assert engine._packed is not None
-    assert isinstance(engine._packed._fused, FusedOnCard) == (kind != "modernbert")
+    assert isinstance(engine._packed._fused, BertGpu) == (kind != "modernbert")

@@ -7,8 +7,8 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from penstock_workers.bundled import bundled_folder
-from penstock_workers.engines.embedding import PROBE
-from penstock_workers.engines.tokenizing import Encoded, TextTokenizer, unpad
+from penstock_workers.embedding.embedder import PROBE
+from penstock_workers.embedding.tokenizing import Encoded, TextTokenizer, unpad
 from tests.models.test_embedding import corpus
 
 ODD = [

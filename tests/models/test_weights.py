@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from penstock_workers.engines.measured import recall, remember
-from penstock_workers.engines.weights import UNUSED_S, share
+from penstock_workers.embedding.measured import recall, remember
+from penstock_workers.embedding.shared_weights import UNUSED_S, share
 
 LOAD = """
 import sys, torch
-from penstock_workers.engines.weights import share
+from penstock_workers.embedding.shared_weights import share
 kept = share([torch.ones(2_000_000), torch.arange(7)])
 print(int(kept[0].sum()), flush=True)
 sys.stdin.read()

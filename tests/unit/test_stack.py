@@ -134,7 +134,7 @@ def test_processes_of_a_pool_are_forked_where_they_can_be() -> None:
     first, second = (child.preload for child in two.children)
     assert first is not None
     assert first == second
-    assert {"penstock_workers.engines.embedding", "penstock_workers.generation.generator"} < {*first.modules}
+    assert {"penstock_workers.embedding.embedder", "penstock_workers.generation.generator"} < {*first.modules}
     assert ("OMP_NUM_THREADS", "3") in first.environment
     assert [child.preload for child in (*one.children, *cards.children)] == [None] * 3
     assert trial.children[0].preload is not None

@@ -34,9 +34,9 @@ DEFAULT_PORT: Final = 6379
 WORKERS_STAGE: Final = 1
 """After Redis, before Flower."""
 _ENGINES: Final = {
-    "embed": "penstock_workers.engines.embedding",
+    "embed": "penstock_workers.embedding.embedder",
     "generate": "penstock_workers.generation.generator",
-    "rerank": "penstock_workers.engines.reranking",
+    "rerank": "penstock_workers.embedding.reranker",
 }
 
 

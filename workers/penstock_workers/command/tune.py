@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # torch loads in the processes that compute
     import torch
     from numpy.typing import NDArray
 
-    from penstock_workers.engines.embedding import Embedder
-    from penstock_workers.engines.tokenizing import Encoded
+    from penstock_workers.embedding.embedder import Embedder
+    from penstock_workers.embedding.tokenizing import Encoded
 
 THREADS: Final = (1, 2, 4, 8)
 REPLICAS: Final = (1, 2, 4)
@@ -301,7 +301,7 @@ def _serve(
     from transformers.utils.logging import disable_progress_bar
 
     import penstock_workers.serving.app  # noqa: F401
-    from penstock_workers.engines.embedding import Embedder
+    from penstock_workers.embedding.embedder import Embedder
     from penstock_workers.hardware.device import choose_device, share_cores
 
     # The parent shows the progress.

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from penstock.errors import InvalidOptionError, ModelLoadError, PenstockError, UpstreamError
 from penstock.request import EmbedRequest, describe
 from penstock.settings import ModelSettings
-from penstock_workers.engines.formats import read_ranges
+from penstock_workers.embedding.formats import read_ranges
 from penstock_workers.remote.backlog import Limits
 from penstock_workers.remote.faults import Fault
 from penstock_workers.remote.server import CONNECT_S, Server

@@ -26,8 +26,8 @@ from penstock_workers.serving.vector_cache import VectorCache
 if TYPE_CHECKING:  # torch loads with the first model, not with the app
     import torch
 
-    from penstock_workers.engines.embedding import Embedder
-    from penstock_workers.engines.reranking import Reranker
+    from penstock_workers.embedding.embedder import Embedder
+    from penstock_workers.embedding.reranker import Reranker
     from penstock_workers.remote.embedding import RemoteEmbedder
 
 
@@ -62,7 +62,7 @@ def load_model(
 
 
 def _load_embedder(name: str, settings: Settings, device: "torch.device", turn: Turn | None) -> AnyServed:
-    from penstock_workers.engines.embedding import Embedder
+    from penstock_workers.embedding.embedder import Embedder
 
     model = settings.models[name]
     embedder = Embedder.load(name, model, device)
@@ -90,7 +90,7 @@ def _load_embedder(name: str, settings: Settings, device: "torch.device", turn: 
 
 
 def _load_reranker(name: str, model: ModelSettings, device: "torch.device", turn: Turn | None) -> AnyServed:
-    from penstock_workers.engines.reranking import Reranker
+    from penstock_workers.embedding.reranker import Reranker
 
     reranker = Reranker.load(name, model, device)
     return _serve_reranker(

@@ -13,11 +13,11 @@ from torch.nn import functional as F  # noqa: N812  its usual name
 
 from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
-from penstock_workers.engines.attention import Layout, _attend, packed
-from penstock_workers.engines.embedding import MIN_COSINE, Embedder
-from penstock_workers.engines.fused import Fused
-from penstock_workers.engines.kernels import Kernels, compiled_path, find_kernels
-from penstock_workers.engines.products import use_bfloat16
+from penstock_workers.embedding.attention import Layout, _attend, packed
+from penstock_workers.embedding.bert_c import BertC
+from penstock_workers.embedding.bfloat16 import use_bfloat16
+from penstock_workers.embedding.c_kernels import Kernels, compiled_path, find_kernels
+from penstock_workers.embedding.embedder import MIN_COSINE, Embedder
 from penstock_workers.hardware.machine import cpu_flags
 from tests.models.test_embedding import cosines
 from tests.models.test_packed import CPU, LENGTHS, PACKED, build, embed, load, texts_of
@@ -124,7 +124,7 @@ def test_the_bundled_model_keeps_its_directions(kernels: Kernels) -> None:
     settings = ModelSettings(task="embed", source="bundled:minilm", engine="torch", dtype="float32")
     quick, plain = (Embedder.load("minilm", settings, CPU) for _ in range(2))
     assert quick._packed is not None
-    quick._packed.fuse(partial(Fused, kernels=kernels))
+    quick._packed.fuse(partial(BertC, kernels=kernels))
     request = EmbedRequest(model="minilm", texts=[*texts_of(LENGTHS), "a", "1 2 3", "naïve café " * 90])
 
     vectors = [np.stack([v for _, v in sorted(e.run(e.prepare(request)))]) for e in (quick, plain)]
@@ -142,7 +142,7 @@ def test_a_fused_encoder_gives_what_its_modules_give(tmp_path: Path, kernels: Ke
     assert engine._packed is not None
     expected = embed(engine, texts)
 
-    undo = engine._packed.fuse(partial(Fused, kernels=kernels))
+    undo = engine._packed.fuse(partial(BertC, kernels=kernels))
 
     found = embed(engine, texts)
     assert cosines(found, expected).min() >= MIN_COSINE
@@ -162,7 +162,7 @@ def test_every_number_of_tokens_has_its_vectors(tmp_path: Path, kernels: Kernels
     texts = texts_of([1 + i % 17 for i in range(n_texts)])
     expected = embed(engine, texts)
 
-    engine._packed.fuse(partial(Fused, kernels=kernels))
+    engine._packed.fuse(partial(BertC, kernels=kernels))
 
     assert cosines(embed(engine, texts), expected).min() >= MIN_COSINE
 
@@ -176,7 +176,7 @@ def test_activations_of_any_size_are_gelu(tmp_path: Path, kernels: Kernels) -> N
         layer.intermediate.dense.weight.data.mul_(100)
     expected = embed(engine, texts)
 
-    engine._packed.fuse(partial(Fused, kernels=kernels))
+    engine._packed.fuse(partial(BertC, kernels=kernels))
 
     assert cosines(embed(engine, texts), expected).min() >= MIN_COSINE
 
@@ -190,7 +190,7 @@ def test_what_is_in_no_table_is_an_error(
     build(tmp_path, "bert")
     engine = load(tmp_path)
     assert engine._packed is not None
-    fused, layout = Fused(engine._packed._transformer, kernels), Layout([3], CPU)
+    fused, layout = BertC(engine._packed._transformer, kernels), Layout([3], CPU)
     indices = {name: torch.zeros(3, dtype=torch.int64) for name in ("words", "positions", "types")}
     table = ("words", "positions", "types").index(which)
     indices[which][1] = -1 if is_below else fused._encoder.n_entries[table]
@@ -209,7 +209,7 @@ def test_other_encoders_keep_their_modules(tmp_path: Path, kernels: Kernels, kin
     before = embed(engine, texts)
 
     with pytest.raises(NotImplementedError):
-        engine._packed.fuse(partial(Fused, kernels=kernels))
+        engine._packed.fuse(partial(BertC, kernels=kernels))
 
     assert np.array_equal(embed(engine, texts), before)
 
@@ -229,7 +229,7 @@ def test_a_bert_of_another_kind_keeps_its_modules(tmp_path: Path, kernels: Kerne
         transformer.config.num_attention_heads = 8
 
     with pytest.raises(NotImplementedError):
-        engine._packed.fuse(partial(Fused, kernels=kernels))
+        engine._packed.fuse(partial(BertC, kernels=kernels))
 
 
 @pytest.mark.usefixtures("kernels")

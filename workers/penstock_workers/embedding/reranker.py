@@ -16,10 +16,10 @@ from penstock.settings import ModelSettings
 from penstock_workers.checkpoint.checks import check_files
 from penstock_workers.checkpoint.source import explain_failure, resolve_source
 from penstock_workers.checkpoint.weights import Weights, reading
-from penstock_workers.engines.collating import Padded, check_vocabulary, set_padding
-from penstock_workers.engines.positions import fit_positions
-from penstock_workers.engines.products import use_bfloat16
-from penstock_workers.engines.tokenizing import AT_ONCE, Encoded
+from penstock_workers.embedding.bfloat16 import use_bfloat16
+from penstock_workers.embedding.collating import Padded, check_vocabulary, set_padding
+from penstock_workers.embedding.positions import fit_positions
+from penstock_workers.embedding.tokenizing import AT_ONCE, Encoded
 
 logger = logging.getLogger(__name__)
 

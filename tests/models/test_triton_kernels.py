@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  its usual name
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
-from penstock_workers.engines.attention import TILE, Layout
-from penstock_workers.engines.fused_card import FusedOnCard
+from penstock_workers.embedding.attention import TILE, Layout
+from penstock_workers.embedding.bert_gpu import BertGpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [1, 5, TILE - 1, TILE, TILE + 1, 2 * TILE + 2]
@@ -27,7 +27,7 @@ N_WORDS = 100
 def kernels() -> ModuleType:
     """The kernels, compiled or interpreted (`tests/conftest.py`)."""
     pytest.importorskip("triton")
-    return import_module("penstock_workers.engines.card_kernels")
+    return import_module("penstock_workers.embedding.triton_kernels")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_hidden_states_are_those_of_its_modules(kernels: ModuleType, bert: BertM
     """Each text has what it has alone, shorter and longer than what a card computes at once."""
     row, positions = row_of(LENGTHS)
 
-    found = FusedOnCard(bert, N_WORDS, torch.float16).hidden(row, positions, Layout(LENGTHS, DEVICE))
+    found = BertGpu(bert, N_WORDS, torch.float16).hidden(row, positions, Layout(LENGTHS, DEVICE))
 
     parts = [value.split(LENGTHS) for value in row.values()]
     alone = [
@@ -70,7 +70,7 @@ def test_positions_and_types_are_the_models_own(kernels: ModuleType) -> None:
     row, positions = row_of([9, 30])
     del row["token_type_ids"]
 
-    found = FusedOnCard(roberta, N_WORDS, torch.float16).hidden(row, positions + 2, Layout([9, 30], DEVICE))
+    found = BertGpu(roberta, N_WORDS, torch.float16).hidden(row, positions + 2, Layout([9, 30], DEVICE))
 
     alone = [roberta(input_ids=words[None])[0][0] for words in row["input_ids"].split([9, 30])]
     assert torch.allclose(found, torch.cat(alone), atol=2e-3)
@@ -98,7 +98,7 @@ def test_a_text_beyond_the_positions_is_an_error(kernels: ModuleType, bert: Bert
     row, positions = row_of([3])
 
     with pytest.raises(IndexError, match="longer than the model has positions"):
-        FusedOnCard(bert, N_WORDS).hidden(row, positions + 510, Layout([3], DEVICE))
+        BertGpu(bert, N_WORDS).hidden(row, positions + 510, Layout([3], DEVICE))
 
 
 @pytest.mark.parametrize(
@@ -115,20 +115,20 @@ def test_others_keep_their_modules(kernels: ModuleType, bert: BertModel, change:
     change(bert)
 
     with pytest.raises(NotImplementedError, match=reason):
-        FusedOnCard(bert, N_WORDS)
+        BertGpu(bert, N_WORDS)
 
 
 def test_words_beyond_the_table_are_refused(kernels: ModuleType, bert: BertModel) -> None:
     """A tokenizer that knows more words than the model is left to torch, which looks."""
     with pytest.raises(NotImplementedError, match="its tokenizer knows words"):
-        FusedOnCard(bert, N_WORDS + 1)
+        BertGpu(bert, N_WORDS + 1)
 
 
 def test_without_triton_modules_compute(bert: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows and old installations have none."""
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "penstock_workers.engines.card_kernels", raising=False)
-    monkeypatch.delattr("penstock_workers.engines.card_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "penstock_workers.embedding.triton_kernels", raising=False)
+    monkeypatch.delattr("penstock_workers.embedding.triton_kernels", raising=False)
 
     with pytest.raises(NotImplementedError, match="triton is not installed"):
-        FusedOnCard(bert, N_WORDS)
+        BertGpu(bert, N_WORDS)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  its usual name
 
-from penstock_workers.engines.attention import Layout
-from penstock_workers.engines.bert import read_encoder
+from penstock_workers.embedding.attention import Layout
+from penstock_workers.embedding.bert import read_encoder
 from penstock_workers.hardware.copies import upload
 
 
@@ -21,7 +21,7 @@ class _Product(NamedTuple):
     bias: Tensor
 
 
-class FusedOnCard:
+class BertGpu:
     """An encoder with weights of its own for products; the rest are the model's.
 
     Whoever makes one compares its vectors with the model's own before trusting it.
@@ -37,12 +37,12 @@ class FusedOnCard:
 
     def __init__(self, transformer: Any, n_words: int, dtype: torch.dtype = torch.bfloat16) -> None:
         try:
-            from penstock_workers.engines import card_kernels
+            from penstock_workers.embedding import triton_kernels
         except ModuleNotFoundError as error:
             raise NotImplementedError(f"{error.name} is not installed") from error
-        self._kernels, self._dtype = card_kernels, dtype
+        self._kernels, self._dtype = triton_kernels, dtype
         encoder = read_encoder(transformer)
-        if encoder.dim not in [size * encoder.n_heads for size in card_kernels.HEAD_SIZES]:
+        if encoder.dim not in [size * encoder.n_heads for size in triton_kernels.HEAD_SIZES]:
             raise NotImplementedError("its heads have an unusual size")
         if n_words > len(encoder.words):  # nobody looks on the card
             raise NotImplementedError("its tokenizer knows words that it does not")

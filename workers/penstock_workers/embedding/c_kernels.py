@@ -20,7 +20,7 @@ from penstock_workers.hardware.machine import cpu_flags
 
 logger = logging.getLogger(__name__)
 
-SOURCE: Final = Path(__file__).with_suffix(".c")
+SOURCE: Final = Path(__file__).with_name("kernels.c")
 HEAD_SIZES: Final = (16, 32, 48, 64, 80, 96, 128)
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
@@ -109,7 +109,7 @@ class Kernels:
         """Return a BERT's last hidden states.
 
         Args:
-            encoder: the model, see `fused.py`; each head has one of HEAD_SIZES.
+            encoder: the model, see `bert_c.py`; each head has one of HEAD_SIZES.
             words: of each token, int64, contiguous, shape (n_tokens,).
             positions: as `words`.
             types: as `words`.

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from penstock_workers.engines.kernels import find_kernels
+from penstock_workers.embedding.c_kernels import find_kernels
 from penstock_workers.hardware.copies import upload
 
 PACKED: Final = "penstock_packed"

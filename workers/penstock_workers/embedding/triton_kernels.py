@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from penstock_workers.engines.attention import TILE
+from penstock_workers.embedding.attention import TILE
 
 HEAD_SIZES: Final = (16, 32, 64, 128)
 LOG2_E: Final = 1.4426950408889634

@@ -24,17 +24,17 @@ from penstock_workers.checkpoint.checks import check_files
 from penstock_workers.checkpoint.memory import check_memory, weights_bytes
 from penstock_workers.checkpoint.source import explain_failure, resolve_source
 from penstock_workers.checkpoint.weights import Weights, reading
-from penstock_workers.engines.collating import check_vocabulary, choose_collator, set_padding
-from penstock_workers.engines.formats import are_unit, choose_ranges, form, read_ranges
-from penstock_workers.engines.fused import Fused
-from penstock_workers.engines.fused_card import FusedOnCard
-from penstock_workers.engines.kernels import find_kernels
-from penstock_workers.engines.measured import machine_key, recall, remember
-from penstock_workers.engines.openvino import Compiled, is_installed
-from penstock_workers.engines.packed import Packed
-from penstock_workers.engines.positions import fit_positions
-from penstock_workers.engines.products import use_bfloat16
-from penstock_workers.engines.tokenizing import FOREIGN, Encoded, TextTokenizer
+from penstock_workers.embedding.bert_c import BertC
+from penstock_workers.embedding.bert_gpu import BertGpu
+from penstock_workers.embedding.bfloat16 import use_bfloat16
+from penstock_workers.embedding.c_kernels import find_kernels
+from penstock_workers.embedding.collating import check_vocabulary, choose_collator, set_padding
+from penstock_workers.embedding.formats import are_unit, choose_ranges, form, read_ranges
+from penstock_workers.embedding.measured import machine_key, recall, remember
+from penstock_workers.embedding.openvino import Compiled, is_installed
+from penstock_workers.embedding.packed import Packed
+from penstock_workers.embedding.positions import fit_positions
+from penstock_workers.embedding.tokenizing import FOREIGN, Encoded, TextTokenizer
 from penstock_workers.hardware.copies import download
 from penstock_workers.hardware.device import has_fast_bfloat16, name_device, own_stream
 
@@ -504,8 +504,8 @@ class Embedder:
         if self._packed is None or (kernels is None and device.type != "cuda"):
             raise NotImplementedError("its own modules compute")
         if kernels is None:
-            return self._packed.fuse(partial(FusedOnCard, n_words=len(self._model.tokenizer)))
-        return self._packed.fuse(partial(Fused, kernels=kernels))
+            return self._packed.fuse(partial(BertGpu, n_words=len(self._model.tokenizer)))
+        return self._packed.fuse(partial(BertC, kernels=kernels))
 
     def _timed_probe(self) -> float:
         """Return seconds for the probe, on a card many times over, after it was compared.

@@ -11,10 +11,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from penstock_workers.engines.attention import Layout
-from penstock_workers.engines.bert import read_encoder
-from penstock_workers.engines.kernels import HEAD_SIZES, Kernels
-from penstock_workers.engines.weights import share
+from penstock_workers.embedding.attention import Layout
+from penstock_workers.embedding.bert import read_encoder
+from penstock_workers.embedding.c_kernels import HEAD_SIZES, Kernels
+from penstock_workers.embedding.shared_weights import share
 
 LANES: Final = 16
 """Numbers of float32 in a vector: all widths are multiples."""
@@ -58,7 +58,7 @@ class _Encoder(ctypes.Structure):
     )
 
 
-class Fused:
+class BertC:
     """An encoder with weights of its own for products, in bfloat16 and shared; the rest are the model's.
 
     Whoever makes one compares its vectors with the model's own before trusting it.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from penstock.errors import ModelLoadError
-from penstock_workers.engines.tokenizing import Encoded, gather, unpad
+from penstock_workers.embedding.tokenizing import Encoded, gather, unpad
 from penstock_workers.hardware.copies import upload
 
 

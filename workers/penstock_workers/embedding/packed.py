@@ -8,9 +8,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from penstock_workers.engines.attention import PACKED, Layout, packed
-from penstock_workers.engines.positions import first_position
-from penstock_workers.engines.tokenizing import Encoded, gather
+from penstock_workers.embedding.attention import PACKED, Layout, packed
+from penstock_workers.embedding.positions import first_position
+from penstock_workers.embedding.tokenizing import Encoded, gather
 from penstock_workers.hardware.copies import upload
 
 
@@ -18,7 +18,7 @@ class FusedEncoder(Protocol):
     """What computes a transformer in place of its own modules."""
 
     def hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: Layout) -> Tensor:
-        """Return the last hidden states, float32, shape (n_tokens, dim); see `fused.Fused`."""
+        """Return the last hidden states, float32, shape (n_tokens, dim); see `bert_c.BertC`."""
 
 
 class Packed:
