@@ -13,11 +13,12 @@ from torch.nn import functional as F  # noqa: N812  its usual name
 
 from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
-from penstock_workers.embedding.attention import Layout, _attend, packed
+from penstock_workers.embedding.attention import _attend, packed
 from penstock_workers.embedding.bert_c import BertC
 from penstock_workers.embedding.bfloat16 import use_bfloat16
 from penstock_workers.embedding.c_kernels import Kernels, compiled_path, find_kernels
 from penstock_workers.embedding.embedder import MIN_COSINE, Embedder
+from penstock_workers.embedding.row import RowLayout
 from penstock_workers.hardware.machine import cpu_flags
 from tests.models.test_embedding import cosines
 from tests.models.test_packed import CPU, LENGTHS, PACKED, build, embed, load, texts_of
@@ -63,7 +64,7 @@ def test_attention_is_softmax_of_each_text(
     heads = [torch.randn(1, n, sum(lengths), dim).bfloat16() for n in (4, n_kv_heads, n_kv_heads)]
     scale = 2.0 * dim**-0.5
 
-    with torch.inference_mode(), packed(Layout(lengths, CPU)) as layout:
+    with torch.inference_mode(), packed(RowLayout(lengths, CPU)) as layout:
         found, _ = _attend(
             nn.Module(), *heads, None, scaling=scale, is_causal=is_causal, sliding_window=window
         )
@@ -190,7 +191,7 @@ def test_what_is_in_no_table_is_an_error(
     build(tmp_path, "bert")
     engine = load(tmp_path)
     assert engine._packed is not None
-    fused, layout = BertC(engine._packed._transformer, kernels), Layout([3], CPU)
+    fused, layout = BertC(engine._packed._transformer, kernels), RowLayout([3], CPU)
     indices = {name: torch.zeros(3, dtype=torch.int64) for name in ("words", "positions", "types")}
     table = ("words", "positions", "types").index(which)
     indices[which][1] = -1 if is_below else fused._encoder.n_entries[table]

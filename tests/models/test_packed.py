@@ -36,10 +36,11 @@ from penstock.settings import ModelSettings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.batching.engine import Job
-from penstock_workers.embedding.attention import Layout, _attend, group_lengths, packed
+from penstock_workers.embedding.attention import _attend, packed
 from penstock_workers.embedding.bert_gpu import BertGpu
 from penstock_workers.embedding.bfloat16 import use_bfloat16
 from penstock_workers.embedding.embedder import Embedder
+from penstock_workers.embedding.row import RowLayout, group_lengths
 
 CPU = torch.device("cpu")
 SPECIAL = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]  # padding is not 0, as with RoBERTa
@@ -200,7 +201,7 @@ def test_attention_is_softmax_of_each_text(
     lengths = [3, 3, 5, 20, 21, 33, 100, 100]
     heads = [torch.randn(1, n, sum(lengths), 16).to(dtype) for n in (4, n_kv_heads, n_kv_heads)]
 
-    with torch.inference_mode(), packed(Layout(lengths, CPU)) as layout:
+    with torch.inference_mode(), packed(RowLayout(lengths, CPU)) as layout:
         found, _ = _attend(nn.Module(), *heads, None, scaling=0.5, is_causal=is_causal, sliding_window=window)
 
     assert layout.is_safe()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  its usual name
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
-from penstock_workers.embedding.attention import TILE, Layout
 from penstock_workers.embedding.bert_gpu import BertGpu
+from penstock_workers.embedding.row import TILE, RowLayout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [1, 5, TILE - 1, TILE, TILE + 1, 2 * TILE + 2]
@@ -51,7 +51,7 @@ def test_hidden_states_are_those_of_its_modules(kernels: ModuleType, bert: BertM
     """Each text has what it has alone, shorter and longer than what a card computes at once."""
     row, positions = row_of(LENGTHS)
 
-    found = BertGpu(bert, N_WORDS, torch.float16).hidden(row, positions, Layout(LENGTHS, DEVICE))
+    found = BertGpu(bert, N_WORDS, torch.float16).hidden(row, positions, RowLayout(LENGTHS, DEVICE))
 
     parts = [value.split(LENGTHS) for value in row.values()]
     alone = [
@@ -70,7 +70,7 @@ def test_positions_and_types_are_the_models_own(kernels: ModuleType) -> None:
     row, positions = row_of([9, 30])
     del row["token_type_ids"]
 
-    found = BertGpu(roberta, N_WORDS, torch.float16).hidden(row, positions + 2, Layout([9, 30], DEVICE))
+    found = BertGpu(roberta, N_WORDS, torch.float16).hidden(row, positions + 2, RowLayout([9, 30], DEVICE))
 
     alone = [roberta(input_ids=words[None])[0][0] for words in row["input_ids"].split([9, 30])]
     assert torch.allclose(found, torch.cat(alone), atol=2e-3)
@@ -83,7 +83,7 @@ def test_sharp_and_large_scores_stay_exact(kernels: ModuleType) -> None:
     n_heads, size = 3, 32
     heads = (8 * torch.randn(sum(LENGTHS), 3, n_heads, size)).half().to(DEVICE)
 
-    found = kernels.attend(heads, Layout(LENGTHS, DEVICE).tiles, size**-0.5)
+    found = kernels.attend(heads, RowLayout(LENGTHS, DEVICE).tiles, size**-0.5)
 
     wanted = [
         F.scaled_dot_product_attention(*part.float().permute(1, 2, 0, 3)).transpose(0, 1).flatten(1)
@@ -98,7 +98,7 @@ def test_a_text_beyond_the_positions_is_an_error(kernels: ModuleType, bert: Bert
     row, positions = row_of([3])
 
     with pytest.raises(IndexError, match="longer than the model has positions"):
-        BertGpu(bert, N_WORDS).hidden(row, positions + 510, Layout([3], DEVICE))
+        BertGpu(bert, N_WORDS).hidden(row, positions + 510, RowLayout([3], DEVICE))
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from penstock_workers.embedding.attention import Layout
 from penstock_workers.embedding.bert import read_encoder
 from penstock_workers.embedding.c_kernels import HEAD_SIZES, Kernels
+from penstock_workers.embedding.row import RowLayout
 from penstock_workers.embedding.shared_weights import share
 
 LANES: Final = 16
@@ -103,7 +103,7 @@ class BertC:
             dim,
         )
 
-    def hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: Layout) -> Tensor:
+    def hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: RowLayout) -> Tensor:
         """Return the last hidden states.
 
         Args:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  its usual name
 
-from penstock_workers.embedding.attention import Layout
 from penstock_workers.embedding.bert import read_encoder
+from penstock_workers.embedding.row import RowLayout
 from penstock_workers.hardware.copies import upload
 
 
@@ -60,7 +60,7 @@ class BertGpu:
             for layer in encoder.layers
         ]
 
-    def hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: Layout) -> Tensor:
+    def hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: RowLayout) -> Tensor:
         """Return the last hidden states.
 
         Args:

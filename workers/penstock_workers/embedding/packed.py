@@ -8,8 +8,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from penstock_workers.embedding.attention import PACKED, Layout, packed
+from penstock_workers.embedding.attention import PACKED, packed
 from penstock_workers.embedding.positions import first_position
+from penstock_workers.embedding.row import RowLayout
 from penstock_workers.embedding.tokenizing import Encoded, gather
 from penstock_workers.hardware.copies import upload
 
@@ -17,7 +18,7 @@ from penstock_workers.hardware.copies import upload
 class FusedEncoder(Protocol):
     """What computes a transformer in place of its own modules."""
 
-    def hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: Layout) -> Tensor:
+    def hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: RowLayout) -> Tensor:
         """Return the last hidden states, float32, shape (n_tokens, dim); see `bert_c.BertC`."""
 
 
@@ -91,7 +92,7 @@ class Packed:
         lengths = [text.n_tokens for text in texts]
         # A model with scores beyond the quick exponentials' range soon goes without them.
         is_exact = self._n_unsafe * 4 > self._n_batches
-        layout = Layout(lengths, device, is_exact=is_exact)
+        layout = RowLayout(lengths, device, is_exact=is_exact)
         rows = {key: gather(texts, key) for key in texts[0].rows if key != "attention_mask"}
         positions = self._positions(rows.get("input_ids"), lengths)
         row = {key: upload(value, device) for key, value in rows.items()}
@@ -99,7 +100,7 @@ class Packed:
         self._n_batches += 1
         if not layout.is_safe():
             self._n_unsafe += 1
-            found = self._embed(row, positions, Layout(lengths, device, is_exact=True), extra)
+            found = self._embed(row, positions, RowLayout(lengths, device, is_exact=True), extra)
         back = torch.empty(len(order), dtype=torch.int64)
         back[order] = torch.arange(len(order))
         return found[upload(back, device)]
@@ -118,7 +119,7 @@ class Packed:
         return torch.arange(int(each.sum())) - (starts - self._first).repeat_interleave(each)
 
     def _embed(
-        self, row: Mapping[str, Tensor], positions: Tensor, layout: Layout, extra: Mapping[str, Any]
+        self, row: Mapping[str, Tensor], positions: Tensor, layout: RowLayout, extra: Mapping[str, Any]
     ) -> Tensor:
         if self._fused is not None:
             hidden = self._fused.hidden(row, positions, layout)
@@ -138,7 +139,7 @@ class Packed:
             found.append(features["sentence_embedding"])
         return torch.cat(found)
 
-    def _hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: Layout) -> Tensor:
+    def _hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: RowLayout) -> Tensor:
         """Return the transformer's hidden states, shape (n_tokens, dim)."""
         features: dict[str, Any] = {key: value[None] for key, value in row.items() if key in self._accepts}
         features["position_ids"] = positions[None]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from penstock_workers.embedding.attention import TILE
+from penstock_workers.embedding.row import TILE
 
 HEAD_SIZES: Final = (16, 32, 64, 128)
 LOG2_E: Final = 1.4426950408889634
@@ -66,7 +66,7 @@ def attend(heads: Tensor, tiles: Tensor, scale: float) -> Tensor:
     Args:
         heads: queries, keys and values, 16 bits each, shape (n_tokens, 3, n_heads, size), contiguous;
             size is one of `HEAD_SIZES`.
-        tiles: see `Layout.tiles`.
+        tiles: see `RowLayout.tiles`.
         scale: of the scores.
 
     Returns:
