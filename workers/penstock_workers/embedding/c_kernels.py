@@ -1,20 +1,22 @@
-"""An encoder in bfloat16 in C: attention of texts end to end for every model, all of the BERT family's.
+"""The functions of `kernels.c`: structs, prototypes, and the memory and order of weights that they want.
 
-Torch does what lies between products in many small steps, which copy, pad and round between each two. The
-source is compiled where the package is built or installed (`hatch_build.py`). Where there was no C compiler,
-without AVX-512 BF16, or with several threads, torch computes.
+They compute in bfloat16: attention over a row of texts for every model, and the whole encoder of the BERT
+family. Torch does what lies between products in many small steps, which copy, pad and round each time.
+`hatch_build.py` compiles the source where the package is built or installed. Torch computes where there was
+no C compiler, where the CPU has no AVX-512 BF16, and in processes of several threads.
 """
 
 import ctypes
 import hashlib
 import logging
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from penstock_workers.hardware.machine import cpu_flags
 
@@ -22,20 +24,65 @@ logger = logging.getLogger(__name__)
 
 SOURCE: Final = Path(__file__).with_name("kernels.c")
 HEAD_SIZES: Final = (16, 32, 48, 64, 80, 96, 128)
+LANES: Final = 16
+"""Numbers of float32 in a vector register: all widths of a model are multiples."""
+PANEL: Final = 64
+"""Outputs of a Linear layer that are computed at once, so their weights lie together."""
+_BLOCK: Final = 192
+"""Tokens that go through a layer at once, `BLOCK` in the source."""
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+class CLinear(ctypes.Structure):
+    """A Linear layer, `Linear` in the source; its weights and biases come from `lay_out`."""
+
+    _fields_ = (("weight", _POINTER), ("bias", _POINTER), ("n_in", _INT64), ("n_out", _INT64))
+
+
+class CNorm(ctypes.Structure):
+    """A LayerNorm, `Norm` in the source."""
+
+    _fields_ = (("weight", _POINTER), ("bias", _POINTER), ("eps", _FLOAT))
+
+
+class CLayer(ctypes.Structure):
+    """One layer of an encoder, `Layer` in the source."""
+
+    _fields_ = (
+        ("heads", CLinear),
+        ("output", CLinear),
+        ("up", CLinear),
+        ("down", CLinear),
+        ("output_norm", CNorm),
+        ("down_norm", CNorm),
+    )
+
+
+class CEncoder(ctypes.Structure):
+    """An encoder, `Encoder` in the source. It holds addresses: whoever makes one keeps the tensors."""
+
+    _fields_ = (
+        ("tables", 3 * _POINTER),
+        ("n_entries", 3 * _INT64),
+        ("norm", CNorm),
+        ("layers", ctypes.POINTER(CLayer)),
+        ("n_layers", _INT64),
+        ("n_heads", _INT64),
+        ("dim", _INT64),
+    )
 
 
 class Kernels:
     """The compiled functions.
 
     Attributes:
-        version: another source has another.
+        version: Name of the library's file, which differs for each source.
 
     Args:
-        path: what `kernels.c` became.
+        path: The shared library that was made from `kernels.c`.
 
     Raises:
-        OSError: it is not there, or not for this machine.
+        OSError: The library is not there, or not for this machine.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,17 +106,17 @@ class Kernels:
         window: int | None = None,
         is_causal: bool = False,
     ) -> Tensor | None:
-        """Attention in which each text of a row sees itself alone.
+        """Compute attention in which each text of a row sees itself alone.
 
         Args:
             query: bfloat16, shape (n_tokens, n_heads, dim).
-            key: as `query`, perhaps with fewer heads.
-            value: as `key`.
-            ends: where texts begin and end; int32, shape (n_texts + 1,).
-            longest: tokens of the longest text.
-            scale: of the scores, positive.
-            window: tokens from a query to the nearest one that it does not see; None for all.
-            is_causal: nothing sees what comes after it.
+            key: Like `query`, perhaps with fewer heads.
+            value: Like `key`.
+            ends: Where texts begin and end; int32, shape (n_texts + 1,).
+            longest: Tokens of the longest text.
+            scale: Factor for the scores, positive.
+            window: Tokens from a query to the nearest key that it does not see; None: it sees all.
+            is_causal: Let no query see a later key.
 
         Returns:
             bfloat16, shape (n_tokens, n_heads, dim); None where there is no code for heads of this size.
@@ -98,7 +145,7 @@ class Kernels:
 
     def encode(
         self,
-        encoder: ctypes.Structure,
+        encoder: CEncoder,
         words: Tensor,
         positions: Tensor,
         types: Tensor,
@@ -109,24 +156,23 @@ class Kernels:
         """Return a BERT's last hidden states.
 
         Args:
-            encoder: the model, see `bert_c.py`; each head has one of HEAD_SIZES.
-            words: of each token, int64, contiguous, shape (n_tokens,).
-            positions: as `words`.
-            types: as `words`.
-            ends: where texts begin and end; int32, shape (n_texts + 1,).
-            longest: tokens of the longest text.
+            encoder: The model; each head has one of `HEAD_SIZES`.
+            words: Row of each token in the table of words; int64, contiguous, shape (n_tokens,).
+            positions: The same in the table of positions.
+            types: The same in the table of types.
+            ends: Where texts begin and end; int32, shape (n_texts + 1,).
+            longest: Tokens of the longest text.
 
         Returns:
             float32, shape (n_tokens, dim).
 
         Raises:
-            IndexError: a word, position or type is not in its table.
+            IndexError: A word, position or type is not in its table.
         """
         n_tokens, dim = len(words), encoder.dim
         size = dim // encoder.n_heads
         hidden = torch.empty(n_tokens, dim)
-        n_bytes = 8 * n_tokens * dim + 384 * encoder.layers[0].up.n_out + 64 + _attention_bytes(size, longest)
-        space = torch.empty(n_bytes, dtype=torch.uint8)
+        space = torch.empty(_encoder_bytes(encoder, n_tokens, longest), dtype=torch.uint8)
         is_within = self._encode(
             ctypes.byref(encoder),
             *(indices.data_ptr() for indices in (words, positions, types, ends)),
@@ -140,13 +186,51 @@ class Kernels:
         return hidden
 
 
+def c_norm(norm: nn.LayerNorm) -> CNorm:
+    """Return a norm as the functions read it."""
+    return CNorm(norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps)
+
+
+def n_outputs(linears: Sequence[nn.Linear]) -> int:
+    """Return how many numbers Linear layers with the same input give together."""
+    return sum(linear.out_features for linear in linears)
+
+
+def lay_out(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """Return the weights and biases of Linear layers with the same input, as of one layer.
+
+    Returns:
+        Weights, bfloat16, shape (n_panels, n_in / 2, PANEL, 2); biases, float32, shape (n_panels * PANEL,).
+        Zeros fill the last panel.
+
+    Raises:
+        NotImplementedError: A width is no multiple of `LANES`.
+    """
+    n_in, n_out = linears[0].in_features, n_outputs(linears)
+    if n_in % LANES or n_out % LANES:
+        raise NotImplementedError("its widths are unusual")
+    weight = torch.cat([linear.weight.detach() for linear in linears]).bfloat16()
+    weight = nn.functional.pad(weight, (0, 0, 0, -n_out % PANEL))
+    weight = weight.view(-1, PANEL, n_in // 2, 2).transpose(1, 2).contiguous()
+    bias = torch.cat([linear.bias.detach() for linear in linears])
+    return weight, nn.functional.pad(bias, (0, -n_out % PANEL))
+
+
 def _attention_bytes(dim: int, longest: int) -> int:
+    """Return the memory that `attend` wants for what it computes in between."""
     return (2 * dim + 64) * (longest + 1)
 
 
+def _encoder_bytes(encoder: CEncoder, n_tokens: int, longest: int) -> int:
+    """Return the memory that `encode` wants for what it computes in between."""
+    inner = 2 * _BLOCK * encoder.layers[0].up.n_out
+    size = encoder.dim // encoder.n_heads
+    return int(8 * n_tokens * encoder.dim + inner + 64 + _attention_bytes(size, longest))
+
+
 def find_kernels(device: torch.device) -> Kernels | None:
-    """Return what this machine can use; None where torch computes."""
-    # They have one thread, as a process that embeds has by default: torch would share the work out.
+    """Return the functions, if this machine can use them; None where torch computes."""
+    # They use one thread, as a process that embeds has by default; torch would use all of several.
     return _load() if device.type == "cpu" and torch.get_num_threads() == 1 else None
 
 
@@ -164,5 +248,5 @@ def _load() -> Kernels | None:
 
 
 def compiled_path() -> Path:
-    """Return where the shared library lies, if it was compiled from this source."""
+    """Return where the shared library of this source lies, if it was compiled."""
     return SOURCE.with_name(f"kernels-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so")

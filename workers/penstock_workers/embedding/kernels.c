@@ -1,7 +1,8 @@
-/* An encoder in bfloat16, for processors with AVX-512 BF16: attention, and the whole of the BERT family's.
+/* An encoder in bfloat16, for CPUs with AVX-512 BF16: attention, and the whole encoder of the BERT family.
 
-   A row of texts lies end to end; `ends` has where each begins, and where the last one ends. What is multiplied
-   is bfloat16, sums are float32. One thread, no allocation, no library: `kernels.py` compiles and checks. */
+   A row of texts lies end to end; `ends` has where each text begins, and where the last one ends. Factors of
+   products are bfloat16, sums are float32. One thread, no allocation, no library. `hatch_build.py` compiles this
+   file, `c_kernels.py` checks what it is called with. */
 
 #include <immintrin.h>
 #include <stdint.h>
