@@ -9,6 +9,7 @@ import pytest
 
 from penstock import Client
 from penstock_workers.command.local_redis import free_port
+from tests import warm
 from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.upstream import Upstream
 
@@ -24,8 +25,15 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _measured_here(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep what workers find out about this machine apart from what others have found."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    """Keep what workers find out about this machine apart from what others have found.
+
+    Processes that test together share it: what one has measured, another need not measure again.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    warm.begin()
 
 
 @pytest.fixture(scope="session")

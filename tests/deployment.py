@@ -1,7 +1,9 @@
 """Real servers and real worker processes for the tests."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +16,7 @@ import pytest
 
 from penstock.errors import ConfigError
 from penstock_workers.command.local_redis import free_port, local_redis_command, wait_until_ready
+from tests import warm
 from tests.eventually import eventually
 
 ROOT = Path(__file__).parent.parent
@@ -48,17 +51,23 @@ class Server:
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder
             )
             try:
+                eventually(self._is_listening, within_s=30)
                 wait_until_ready(self.broker_url, within_s=30)
                 yield self
             finally:
                 process.kill()
                 process.wait()
 
+    def _is_listening(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
 
 class WorkerProcess:
     """A worker as people start it, its log in a file.
 
-    `under` is a command that runs it, `program` what runs Celery.
+    `under` is a command that runs it, `program` what runs Celery. Its imports were made before it was
+    started, unless `is_warm` says otherwise or its environment might change them.
     """
 
     def __init__(
@@ -72,6 +81,7 @@ class WorkerProcess:
         under: tuple[str, ...] = (),
         program: tuple[str, ...] = ("-m", "celery"),
         environment: Mapping[str, str] | None = None,
+        is_warm: bool = True,
     ) -> None:
         self.config = folder / f"deployment-{free_port()}.toml"
         self.config.write_text(
@@ -87,13 +97,14 @@ class WorkerProcess:
             **(environment or {}),
         }
         command = [*under, sys.executable, *program, "-A", "penstock_workers", "worker", "-Q", queues]
+        command += ["-n", f"{self.config.stem}@%h", "-l", "info", *options]
+        needs_torch = re.search(r'source = "(?!http)', toml) is not None
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, "-n", f"{self.config.stem}@%h", "-l", "info", *options],
-                env=self.environment,
-                cwd=ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+            self.process = warm.start(
+                command,
+                self.environment,
+                log,
+                imports=("models" if needs_torch else "celery") if is_warm else None,
             )
 
     @property

@@ -16,7 +16,8 @@ import redis
 
 from penstock.leases import DEAD_KEY, push_arguments, scripts
 from penstock_workers.command.local_redis import wait_until_ready
-from tests.deployment import ROOT, server_command
+from tests import warm
+from tests.deployment import server_command
 from tests.eventually import eventually
 from tests.integration.noop_app import TASKS as APP
 
@@ -51,9 +52,7 @@ class Worker:
     def __init__(self, log: Path, command: list[str], environment: dict[str, str]) -> None:
         self._log = log
         with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
-            )
+            self.process = warm.start(command, environment, out, imports="celery")
 
     @property
     def pid(self) -> int:

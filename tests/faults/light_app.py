@@ -24,7 +24,6 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from penstock.delay import TOKENS_PER_CHARACTER
-from penstock.registry import ModelInfo
 from penstock.request import EmbedRequest
 from penstock.settings import load_settings
 from penstock_workers.batching.batcher import Batcher
@@ -33,6 +32,7 @@ from penstock_workers.serving.app import build_app
 from penstock_workers.serving.heartbeat import Heartbeat
 from penstock_workers.serving.lifecycle import Lifecycle
 from penstock_workers.serving.models import Served
+from tests.announced import model
 
 MODEL = "light"
 DIM = 3
@@ -90,16 +90,7 @@ def end_thread(name: str) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
 
 
-INFO = ModelInfo(
-    name=MODEL,
-    task="embed",
-    pools=cast("Any", POOLS),
-    dim=DIM,
-    max_tokens=None,
-    max_texts=16,
-    deadline_s=None,
-    dtype="float32",
-)
+INFO = model(MODEL, pools=POOLS, dim=DIM, max_tokens=None, max_texts=16)
 
 app = build_app(settings)
 app.steps["worker"].discard(Lifecycle)  # it loads torch

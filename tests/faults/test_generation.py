@@ -87,10 +87,7 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Wor
     queues = ",".join(f"cpu.{name}" for name in ("minilm", "chat", *sources))
     toml += "[pools.cpu]\nthreads = 2\n"  # so that the models take turns, also where one fails
     with Server(free_port()).running() as server:
-        # the folder that transformers copies a model's code to
-        worker = WorkerProcess(
-            folder, server, toml=toml, queues=queues, environment={"HF_HOME": str(folder / "hub")}
-        )
+        worker = WorkerProcess(folder, server, toml=toml, queues=queues)
         try:
             worker.wait_until_ready()
             yield server, worker

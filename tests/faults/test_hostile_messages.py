@@ -15,11 +15,12 @@ import pytest
 import redis
 
 from penstock import Client, InvalidMessageError, Job, PenstockError
-from penstock.codec import decode_outcome, encode_message
+from penstock.codec import decode_outcome
 from penstock.envelope import MAX_ENTRY_BYTES
-from penstock.request import EmbedRequest, Priority, new_job_id
+from penstock.request import new_job_id
 from penstock.store import record_key, result_key
 from penstock_workers.command.local_redis import free_port
+from tests import messages
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import Worker
@@ -96,23 +97,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 def message(job_id: str = "", **changes: Any) -> dict[str, Any]:
     """Return a good message as JSON, with changes at `section__name`."""
-    made: dict[str, Any] = json.loads(
-        encode_message(
-            EmbedRequest(model=MODEL, texts=["hostile 0"]),
-            job_id=job_id or new_job_id(),
-            queue=QUEUE,
-            priority=Priority.DEFAULT,
-            reply_to="penstock:reply:hostile",
-            origin="tests",
-        )
-    )
-    for path, value in changes.items():
-        section, _, name = path.partition("__")
-        if name:
-            made[section][name] = value
-        else:
-            made[section.replace("_", "-")] = value
-    return made
+    told = {"model": MODEL, "text": "hostile 0", "reply_to": "penstock:reply:hostile"}
+    return messages.message(job_id or new_job_id(), **told, **changes)
 
 
 @cache

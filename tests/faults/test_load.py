@@ -29,9 +29,10 @@ from penstock.bucket import RETRIES
 from penstock.delay import BATCH_S
 from penstock.leases import DEAD_KEY, pop_arguments, push_arguments, scripts
 from penstock.pacing import TEXTS_PER_WORKER, UNREAD
-from penstock.registry import MODELS_KEY, WORKERS_KEY, ModelInfo, WorkerInfo
+from penstock.registry import MODELS_KEY, WORKERS_KEY
 from penstock.request import PoolName
 from penstock.transport import install
+from tests import announced
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import LEASE_S, Fleet, message
@@ -289,29 +290,11 @@ def announce(
     **limits: Any,
 ) -> None:
     """Put a model and its workers into the registry; nobody works."""
-    info = ModelInfo(
-        name="minilm",
-        task="embed",
-        pools=("cpu",),
-        dim=3,
-        max_tokens=None,
-        max_texts=16,
-        deadline_s=None,
-        dtype="float32",
-    )
+    info = announced.model(dim=3, max_tokens=None, max_texts=16)
     client.hset(MODELS_KEY, "minilm", info.to_json())
     for n in range(n_workers):
-        worker = WorkerInfo(
-            id=f"{pool}{n}",
-            host="h",
-            pid=n,
-            pool=pool,
-            device="cpu",
-            state="ready",
-            models=("minilm",),
-            started_at=0.0,
-            units_per_s={"minilm": tokens_per_s} if tokens_per_s else {},
-        )
+        speed = {"minilm": tokens_per_s} if tokens_per_s else {}
+        worker = announced.worker(f"{pool}{n}", pid=n, pool=pool, units_per_s=speed)
         client.hset(WORKERS_KEY, worker.id, f"{client.time()[0] + 3600}\n{worker.to_json()}")
     if limits:
         client.hset(MODELS_KEY, "minilm", replace(info, **limits).to_json())

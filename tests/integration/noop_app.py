@@ -7,7 +7,6 @@ worker process and a way to send to that.
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -31,7 +30,8 @@ from penstock.transport import install
 from penstock_workers.consumer import Consumer
 from penstock_workers.pool import TaskPool
 from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
-from tests.deployment import ROOT, Server
+from tests import warm
+from tests.deployment import Server
 from tests.eventually import eventually
 
 QUEUE = "noop"
@@ -202,12 +202,11 @@ class NoopWorker:
         self._log = self._folder / f"{uuid.uuid4()}.log"
         command = [sys.executable, "-m", "celery", "-A", TASKS, "worker"]
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
+            self.process = warm.start(
                 [*command, "-c", str(self._threads), "-l", "info", "--without-mingle"],
-                env={**os.environ, "NOOP_APP": json.dumps(self.urls | self._settings), "NO_COLOR": "1"},
-                cwd=ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                {**os.environ, "NOOP_APP": json.dumps(self.urls | self._settings), "NO_COLOR": "1"},
+                log,
+                imports="celery",
             )
         eventually(lambda: "ready." in self.log, within_s=30)
         return self

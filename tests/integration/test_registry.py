@@ -15,20 +15,11 @@ from penstock.registry import (
     WORKERS_KEY,
     Announcement,
     Registry,
-    WorkerInfo,
 )
+from tests import announced
 from tests.deployment import Server
 
-INFO = WorkerInfo(
-    id="cpu@host:1:a",
-    host="host",
-    pid=1,
-    pool="cpu",
-    device="cpu",
-    state="ready",
-    models=("m",),
-    started_at=1.0,
-)
+INFO = announced.worker("cpu@host:1:a", models=("m",))
 WEEK_S = 7 * 86_400
 
 

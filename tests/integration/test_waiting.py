@@ -13,9 +13,10 @@ from kombu import Connection
 from penstock import Client, QueueDelayError, RateLimitError, transport
 from penstock.codec import queue_key
 from penstock.leases import NO_LIMITS, Leases, pop_arguments, scripts
-from penstock.registry import MODELS_KEY, TENANTS_KEY, WORKERS_KEY, ModelInfo, WorkerInfo
+from penstock.registry import MODELS_KEY, TENANTS_KEY, WORKERS_KEY
 from penstock.settings import load_settings
 from penstock_workers.command.queues import Queues
+from tests import announced
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import message
@@ -23,17 +24,7 @@ from tests.faults.fleet import message
 QUEUE = "cpu.minilm"
 WAITING = f"penstock:waiting:{QUEUE}"
 LISTS = tuple(queue_key(QUEUE, level) for level in (0, 3, 6, 9))
-MODEL = ModelInfo(
-    name="minilm",
-    task="embed",
-    pools=("cpu",),
-    dim=384,
-    max_tokens=256,
-    max_texts=4096,
-    deadline_s=None,
-    dtype="float32",
-    max_waiting_jobs=1000,
-)
+MODEL = announced.model(max_waiting_jobs=1000)
 
 
 @pytest.fixture
@@ -250,17 +241,7 @@ def test_a_bucket_holds_nobody_up_for_ever(client: Client, broker: redis.Redis, 
 def test_forged_sums_are_right_again(client: Client, own: Server, broker: redis.Redis) -> None:
     """What is held is counted anew by workers; until then a forged sum can refuse others."""
     second = broker.time()[0]
-    worker = WorkerInfo(
-        id="w",
-        host="h",
-        pid=1,
-        pool="cpu",
-        device="cpu",
-        state="ready",
-        models=("minilm",),
-        started_at=second,
-        units_per_s={"minilm": 1000.0},
-    )
+    worker = announced.worker("w", started_at=second, units_per_s={"minilm": 1000.0})
     broker.hset(WORKERS_KEY, "w", f"{second}\n{worker.to_json()}")
     broker.hset(f"penstock:load:{QUEUE}", "held:0", "999999999 9999999999999 1")
     with pytest.raises(QueueDelayError):

@@ -19,6 +19,7 @@ from penstock.envelope import (
 )
 from penstock.errors import RequestTooLargeError
 from penstock.request import MAX_REQUEST_BYTES, EmbedRequest, Priority
+from tests.messages import message
 
 NAMES = ("id", "task", "root_id", "parent_id", "group", "lang", "origin", "shadow", "eta", "expires")
 UNCLEAN = (
@@ -41,24 +42,7 @@ UNCLEAN = (
 
 def envelope(**changes: Any) -> dict[str, Any]:
     """Return a message of our client, with changes at `section__name`."""
-    raw = encode_message(
-        EmbedRequest(model="m", texts=["a"]),
-        job_id="job",
-        queue="cpu.m",
-        priority=Priority.DEFAULT,
-        tenant="acme",
-        reply_to="penstock:reply:1",
-        origin="tests",
-        n_tokens=3,
-    )
-    made: dict[str, Any] = json.loads(raw)
-    for path, value in changes.items():
-        section, _, name = path.partition("__")
-        if name:
-            made[section][name] = value
-        else:
-            made[section.replace("_", "-")] = value
-    return made
+    return message(tenant="acme", n_tokens=3, **changes)
 
 
 def refusal(made: Any) -> EntryError:

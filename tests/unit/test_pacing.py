@@ -8,41 +8,20 @@ import pytest
 from penstock.errors import InvalidTextError
 from penstock.job import AsyncJob
 from penstock.pacing import FEWEST_TEXTS, TEXTS_PER_JOB, Pacer
-from penstock.registry import ModelInfo, Registry, WorkerInfo
+from penstock.registry import ModelInfo, Registry
 from penstock.result import Vectors
+from tests.announced import model, worker
 
-MODEL = ModelInfo(
-    name="m",
-    task="embed",
-    pools=("cpu",),
-    dim=4,
-    max_tokens=8,
-    max_texts=4096,
-    deadline_s=None,
-    dtype="float32",
-)
+MODEL = model("m", dim=4, max_tokens=8)
 
 
 class Announced:
     """A model that some workers serve; nothing is sent."""
 
     def __init__(self, n_workers: int, tokens_per_s: float | None = None) -> None:
+        speed = {} if tokens_per_s is None else {"m": tokens_per_s}
         workers = tuple(
-            (
-                WorkerInfo(
-                    id=f"w{pid}",
-                    host="h",
-                    pid=pid,
-                    pool="cpu",
-                    device="cpu",
-                    state="ready",
-                    models=("m",),
-                    started_at=0.0,
-                    units_per_s={} if tokens_per_s is None else {"m": tokens_per_s},
-                ),
-                0.0,
-            )
-            for pid in range(n_workers)
+            (worker(f"w{pid}", pid=pid, models=("m",), units_per_s=speed), 0.0) for pid in range(n_workers)
         )
         self._registry = Registry(models={"m": MODEL}, workers=workers, results=None)
 

@@ -14,27 +14,10 @@ from penstock.registry import (
     locate_results,
     mask_url,
 )
+from tests.announced import model, worker
 
-MODEL = ModelInfo(
-    name="minilm",
-    task="embed",
-    pools=("gpu", "cpu"),
-    dim=384,
-    max_tokens=256,
-    max_texts=4096,
-    deadline_s=None,
-    dtype="float32",
-)
-CPU = WorkerInfo(
-    id="cpu@host:1",
-    host="host",
-    pid=1,
-    pool="cpu",
-    device="cpu",
-    state="ready",
-    models=("minilm",),
-    started_at=1.0,
-)
+MODEL = model(pools=("gpu", "cpu"))
+CPU = worker()
 GPU = replace(CPU, id="gpu@host:2", pid=2, pool="gpu", device="cuda:0")
 
 

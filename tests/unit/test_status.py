@@ -3,31 +3,13 @@ from dataclasses import replace
 
 import pytest
 
-from penstock.registry import ALIVE_S, ModelInfo, Registry, WorkerInfo
+from penstock.registry import ALIVE_S, Registry, WorkerInfo
 from penstock_workers.command.status import judge
+from tests import announced
 
-EMBEDDER = ModelInfo(
-    name="minilm",
-    task="embed",
-    pools=("gpu", "cpu"),
-    dim=384,
-    max_tokens=256,
-    max_texts=4096,
-    deadline_s=None,
-    dtype="float32",
-)
+EMBEDDER = announced.model(pools=("gpu", "cpu"))
 CHAT = replace(EMBEDDER, name="chat", task="generate", pools=("cpu",), dim=None, max_tokens=2048)
-WORKER = WorkerInfo(
-    id="cpu@host:1",
-    host="host",
-    pid=1,
-    pool="cpu",
-    device="cpu",
-    state="ready",
-    models=("minilm", "chat"),
-    started_at=1.0,
-    memory_bytes=1536 << 20,
-)
+WORKER = announced.worker(models=("minilm", "chat"), memory_bytes=1536 << 20)
 
 
 def registry(*workers: tuple[WorkerInfo, float]) -> Registry:
