@@ -282,7 +282,7 @@ def test_no_prompts_give_no_answers(llama: Generator) -> None:
     ],
     ids=str,
 )
-def test_seed_gives_the_same_text_in_company(llama: Generator, options: dict[str, Any]) -> None:
+def test_seed_gives_the_same_text_in_a_batch(llama: Generator, options: dict[str, Any]) -> None:
     """A request with a seed draws the same text alone and among fifteen others."""
     prompts = sixteen(llama, seed=7, **options)
 
@@ -402,7 +402,7 @@ def test_draws_follow_the_probabilities() -> None:
 
 
 def test_repetition_penalty_equals_transformers_own(folder: Path, llama: Generator) -> None:
-    """A greedy answer with a repetition penalty is that of `model.generate`, in company too."""
+    """A greedy answer with a repetition penalty is that of `model.generate`, in a batch too."""
     prompts = sixteen(llama, repetition_penalty=1.4)
     model = AutoModelForCausalLM.from_pretrained(folder)
 
@@ -729,7 +729,7 @@ def test_last_turn_is_never_dropped(llama: Generator) -> None:
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_logits_that_are_not_finite_hit_one_request(llama: Generator, poison: float) -> None:
-    """A row with NaN or infinite logits gets its error at that step; its neighbours get their answers."""
+    """A row with NaN or infinite logits gets its error at that step; its batch mates get their answers."""
     prompts = [llama.prepare(request(text, max_new_tokens=12)) for text in LINES]
     undisturbed = answers(llama, prompts)
     steps: list[int] = []

@@ -156,7 +156,7 @@ def test_a_regex_matches_the_whole_answer(generator: Generator, pattern: str) ->
     assert all(re.fullmatch(pattern, text) for text in said)
 
 
-def test_company_changes_nothing(generator: Generator) -> None:
+def test_batch_mates_change_nothing(generator: Generator) -> None:
     """Free requests draw the same beside constrained ones, and those the same alone, twice over."""
     free = [wanted(generator, None, seed=seed, max_new_tokens=30) for seed in range(4)]
     bound = [

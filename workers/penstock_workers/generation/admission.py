@@ -1,4 +1,4 @@
-"""Who enters the batch: decided by rows, memory, duplicates, prefixes in memory, and the prefill's size."""
+"""Decide who is admitted to the batch: by rows, memory, duplicates, prefixes, and the prefill's size."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from penstock_workers.generation.prompt_prefix import MIN_PREFIX_TOKENS
 from penstock_workers.generation.running import ChunkedPrefill, Running
 from penstock_workers.generation.sequence import A, ScheduledSequence
 
-if TYPE_CHECKING:  # who enters the batch is decided without torch
+if TYPE_CHECKING:  # admission needs no torch
     from penstock_workers.generation.forward import Batch
 
 WINDOW_ROWS: Final = 128

@@ -5,26 +5,24 @@ and then gives up: of a dozen formats made to be costly, with a vocabulary of 15
 to compile and 0.04 s for a token, one core.
 """
 
-import contextlib
 import json
-import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from copy import copy
-from typing import Any, Final, Self, TypeVar, cast
+from typing import Final, Self, TypeVar
 
 import llguidance.numpy
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from penstock.errors import InvalidFormatError
 from penstock.request import ResponseFormat
-from penstock_workers.generation.detokenizer import Detokenizer
+from penstock_workers.generation.format_problems import explain
+from penstock_workers.generation.format_tokens import UNTYPED, open_tokenizer
 from penstock_workers.generation.schemas import simplify
 
 T = TypeVar("T")
@@ -39,44 +37,7 @@ _LIMITS: Final = LLParserLimits(verbose_errors=False)
 # As `json.dumps` writes. Free white space is refused: a model that likes it never comes to an end.
 _SPACING: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _WORD_BITS: Final = 32
-_MOST_PROBLEM_CHARACTERS: Final = 240
 _ANY_OBJECT: Final[dict[str, object]] = {"type": "object"}
-_TOO_COMPLEX: Final = "it is too complex (\\g<0>): ask for fewer or shorter repetitions, or a simpler schema"
-# Its complaints, and what they mean to whoever wrote the format. Those that name a keyword or a place in a
-# pattern are clear as they are.
-_WORDS: Final = (
-    (
-        "coerce_one_of",
-        "oneOf whose alternatives may match together cannot be enforced: use anyOf, or tell them apart by a"
-        " required property with another const in each",
-    ),
-    (
-        r"Unimplemented keys: \[(.*)\]",
-        r"Unimplemented keys: \1; nothing enforces them, leave them out and check the answer",
-    ),
-    ("forced bytes", "the model's tokenizer has other letters for a part of it"),
-    ("NoExtension(Bias)?", "nothing matches it that the model's tokens can say"),
-    (
-        "lookarounds not supported.*",
-        "look-around, word boundaries, and anchors inside a pattern are not supported",
-    ),
-    (
-        "(integer|number) range: min=.*",
-        r"bounds of an \1 have to lie within -2^63 and 2^63 - 1, the lower one first",
-    ),
-    (
-        r"Resource '(.*)' is not present.*",
-        r"the schema does not fetch others: \1 is none of its own definitions; put it in $defs",
-    ),
-    ("Pointer '(.*)' does not exist", r"the schema has no definition #\1 that its $ref names"),
-    (
-        "precomputation failed|(?i:fuel|too (?:big|large|complex|many|deep)|exceed|limit|stack overflow)",
-        _TOO_COMPLEX,
-    ),
-)
-_UNTYPED: Final = "\U0010fffe"
-"""Stands before names of special tokens. No character, so nobody types it."""
-_PLACE: Final = re.compile(r"^(?:at )?\d+\(\d+\): ")  # in the grammar that is made of the format
 
 
 class Grammars:
@@ -113,13 +74,13 @@ class Grammars:
 
         matcher = _on_a_deep_stack(build)
         if matcher.is_error():
-            raise InvalidFormatError(_problem(matcher))
+            raise InvalidFormatError(explain(matcher))
         return Grammar(tokenizer, matcher, is_json=is_json)
 
     def token_bytes(self, token: int) -> bytes | None:
         """Return the bytes of a token, maybe not whole characters; None if the tokenizer does not tell."""
         try:
-            return self._tokenizer().decode_bytes([token]).removeprefix(_UNTYPED.encode())
+            return self._tokenizer().decode_bytes([token]).removeprefix(UNTYPED.encode())
         except InvalidFormatError:
             return None
 
@@ -127,75 +88,8 @@ class Grammars:
         # The trie of its tokens takes up to a second, and most models are never asked for a format.
         with self._opening:
             if self._ours is None:
-                self._ours = self._open()
+                self._ours = open_tokenizer(self._hf, self._n_vocab, self._end_ids)
             return self._ours
-
-    def _open(self) -> LLTokenizer:
-        with contextlib.suppress(Exception):  # it knows two kinds of tokenizers, which are most
-            n_vocab = max(self._n_vocab, len(self._hf))  # the wider one, often the model
-            return LLTokenizer(_rename_special(self._hf), n_vocab=n_vocab, eos_token=self._end_ids)
-        try:
-            n_vocab = max(self._n_vocab, len(self._hf))
-            tokens = _Tokens(self._hf, self._end_ids)
-            return LLTokenizer(TokenizerWrapper(tokens), n_vocab=n_vocab, eos_token=self._end_ids)
-        except Exception as error:  # noqa: BLE001  whatever a tokenizer of its own raises
-            problem = " ".join(str(error).split())[:_MOST_PROBLEM_CHARACTERS]
-            raise InvalidFormatError(f"the model's tokenizer takes no formats: {problem}") from None
-
-
-def _rename_special(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a fast tokenizer as JSON in which no text is a special token.
-
-    Where only one text may follow, llguidance has its tokens from the tokenizer, which takes the name of a
-    special token for that token; a format means the letters. Added tokens in angle brackets are special to
-    llguidance, whatever they say of themselves.
-    """
-    backend = copy(cast(Any, tokenizer).backend_tokenizer)
-    backend.no_padding()
-    backend.no_truncation()
-    state: dict[str, Any] = json.loads(backend.to_str())
-    names = {}
-    for one in state["added_tokens"]:
-        name = one["content"]
-        if one["special"] or (name.startswith("<") and name.endswith(">")):
-            one["content"] = names[name] = _UNTYPED + name
-            one["special"] = True
-    model = state["model"]
-    if isinstance(vocab := model["vocab"], dict):
-        model["vocab"] = {names.get(name, name): i for name, i in vocab.items()}
-    else:
-        model["vocab"] = [[names.get(name, name), *rest] for name, *rest in vocab]
-    if (unknown := model.get("unk_token")) in names:
-        model["unk_token"] = names[unknown]
-    return json.dumps(state)
-
-
-class _Tokens:
-    """A tokenizer in the form that llguidance takes of any: the bytes of each token behind another.
-
-    Raises:
-        ValueError: the bytes of a token depend on its neighbours.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
-        reads = Detokenizer(tokenizer)
-        special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        said = [reads.bytes_of(token) for token in range(len(tokenizer))]
-        if None in said:
-            raise ValueError("what its tokens say depends on their neighbours")
-        self.eos_token_id, self.bos_token_id = end_ids[0], None
-        self.tokens = [special[i].encode() if i in special else text or b"" for i, text in enumerate(said)]
-        self.special_token_ids = sorted(special)
-        self._ids = {text: i for i, text in enumerate(said) if text}
-        self._longest = max(map(len, self._ids), default=0)
-
-    def __call__(self, text: bytes) -> list[int]:
-        """Return the tokens of a text, as far as there are any."""
-        found, at = [], 0
-        while ends := [end for end in range(at + self._longest, at, -1) if text[at:end] in self._ids]:
-            found.append(self._ids[text[at : ends[0]]])
-            at = min(ends[0], len(text))
-        return found
 
 
 class Grammar:
@@ -235,7 +129,7 @@ class Grammar:
         """
         self._matcher.consume_token(token)
         if self._matcher.is_error():
-            raise InvalidFormatError(_problem(self._matcher))
+            raise InvalidFormatError(explain(self._matcher))
 
     @property
     def is_complete(self) -> bool:
@@ -313,15 +207,3 @@ def _rules(wanted: ResponseFormat) -> str:
 def _quote(choice: str) -> str:
     # Its lexer takes no delete character, which JSON does not escape.
     return json.dumps(choice, ensure_ascii=False).replace("\x7f", r"\u007f")
-
-
-def _problem(matcher: LLMatcher) -> str:
-    """Return what llguidance says is wrong: one line, in words of the format that was asked for."""
-    lines = matcher.get_error().splitlines()
-    told = next((line for line in lines if line.startswith("error: ")), lines[0]).removeprefix("error: ")
-    told = _PLACE.sub("", told)
-    for pattern, words in _WORDS:
-        if found := re.search(pattern, told):
-            told = found.expand(words)
-            break
-    return told[:_MOST_PROBLEM_CHARACTERS]

@@ -8,7 +8,7 @@ from penstock_workers.generation.prompt_prefix import PromptPrefix
 from penstock_workers.generation.running import Running
 from penstock_workers.generation.sequence import A, ScheduledSequence
 
-if TYPE_CHECKING:  # who enters the batch is decided without torch
+if TYPE_CHECKING:  # admission needs no torch
     from penstock_workers.generation.forward import Batch
     from penstock_workers.generation.kv_cache import RowPrefix
 

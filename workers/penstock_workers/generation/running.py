@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Generic
 
 from penstock_workers.generation.sequence import A, ScheduledSequence
 
-if TYPE_CHECKING:  # who enters the batch is decided without torch
+if TYPE_CHECKING:  # admission needs no torch
     from penstock_workers.generation.forward import Batch
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from penstock_workers.generation.prompt_prefix import PromptPrefix
 
-if TYPE_CHECKING:  # who enters the batch is decided without torch
+if TYPE_CHECKING:  # admission needs no torch
     from torch import Tensor
 
     from penstock_workers.generation.generation_config import ForbiddenTokens
