@@ -18,8 +18,7 @@ from penstock.errors import (
 )
 from penstock.request import GenerateRequest, Message, new_job_id
 from penstock.settings import ModelSettings
-from penstock_workers.batching.engine import Answer, Job
-from penstock_workers.generation.thinking import Thought
+from penstock_workers.batching.engine import Answer, Job, Thought
 from penstock_workers.remote import dispatcher
 from penstock_workers.remote.chat import Prompt, RemoteGenerator
 from penstock_workers.remote.dispatcher import Dispatcher

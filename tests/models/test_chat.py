@@ -12,10 +12,9 @@ from transformers import LlamaConfig
 
 from penstock.errors import IncompleteOutputError, InputTooLongError, InvalidOptionError, ModelLoadError
 from penstock.request import Message, Tool
-from penstock_workers.batching.engine import Answer
+from penstock_workers.batching.engine import Answer, Thought
 from penstock_workers.generation.chat import GAP, Chat
 from penstock_workers.generation.generator import Generator
-from penstock_workers.generation.thinking import Thought
 from tests.models.test_generation import (
     NO_SYSTEM,
     SIZES,

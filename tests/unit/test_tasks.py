@@ -16,8 +16,7 @@ from penstock.errors import (
 from penstock.registry import ModelInfo
 from penstock.request import EmbedRequest, GenerateRequest, RerankRequest, Task
 from penstock.stream import Part
-from penstock_workers.batching.engine import Answer, Job
-from penstock_workers.generation.thinking import Thought
+from penstock_workers.batching.engine import Answer, Job, Thought
 from penstock_workers.serving import tasks
 from penstock_workers.serving.models import AnyServed, Served, Serving
 from penstock_workers.serving.streams import Stream, Streams

@@ -100,6 +100,12 @@ class Answer:
     logprobs: Logprobs | None = None
 
 
+class Thought(str):
+    """A piece of reasoning, where a piece of text is a plain string."""
+
+    __slots__ = ()
+
+
 class Pending(Protocol[A_co]):
     """The answers to a job's items, which come together.
 

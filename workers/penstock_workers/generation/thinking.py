@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
+from penstock_workers.batching.engine import Thought
 from penstock_workers.generation.detokenizer import HALF_CHARACTER, Detokenizer
 from penstock_workers.generation.stop_strings import TextStream
 
@@ -28,12 +29,6 @@ _TAIL_TOKENS: Final = 16
 
 Stage = Literal["either", "reasoning", "text"]
 """What the next token belongs to; `either`: it may begin the reasoning, or else the text."""
-
-
-class Thought(str):
-    """A piece of reasoning, where a piece of text is a plain string."""
-
-    __slots__ = ()
 
 
 class ReasoningMarks:

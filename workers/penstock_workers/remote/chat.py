@@ -9,8 +9,7 @@ from typing import Any, Final, Self
 from penstock.errors import IncompleteOutputError, InvalidFormatError, InvalidOptionError, UpstreamError
 from penstock.request import GenerateRequest, GenerationOptions, ToolCall
 from penstock.settings import ModelSettings
-from penstock_workers.batching.engine import Answer
-from penstock_workers.generation.thinking import Thought
+from penstock_workers.batching.engine import Answer, Thought
 from penstock_workers.remote.answer import (
     FINISH,
     UnusableError,

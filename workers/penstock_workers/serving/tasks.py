@@ -21,12 +21,11 @@ from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, R
 from penstock.result import Choice, EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
 from penstock.stream import Part
 from penstock.waiting import WaitPolicy
-from penstock_workers.batching.engine import A, Feed, I, Job, Pending, RequeueError, TryLaterError
+from penstock_workers.batching.engine import A, Feed, I, Job, Pending, RequeueError, Thought, TryLaterError
 from penstock_workers.batching.work import PATIENCE_S
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.consumer import Request as JobRequest
 from penstock_workers.embedding.formats import form, row_bytes
-from penstock_workers.generation.thinking import Thought
 from penstock_workers.serving.models import Serving, Vector
 from penstock_workers.serving.streams import Streams
 from penstock_workers.serving.vector_cache import Embedded
