@@ -19,6 +19,7 @@ from penstock_workers.batching.engine import Job
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.embedding import embedder
 from penstock_workers.embedding.embedder import MIN_COSINE, Embedder
+from penstock_workers.serving.formats import form
 
 CPU = torch.device("cpu")
 SCRIPTS = (
@@ -55,7 +56,8 @@ def embed(engine: Embedder, texts: list[str], n_threads: int = 1, **options: obj
     request = EmbedRequest.parse({"model": engine.name, "texts": texts, **options})
     batcher = Batcher(engine.name, engine.run, cut_by_tokens(4096), n_threads=n_threads)
     vectors = batcher.submit(Job(id="job"), engine.prepare(request)).wait()
-    return engine.finish(request, vectors)  # type: ignore[return-value]  # float32 was asked for
+    rows = np.stack(vectors) if vectors else np.zeros((0, engine.dim), dtype=np.float32)
+    return form(rows, request, engine.int8_ranges)  # type: ignore[return-value]  # float32 was asked for
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from penstock.errors import InvalidOptionError, ModelLoadError
 from penstock.request import EmbedRequest, Precision
 from penstock.settings import ModelSettings
 from penstock_workers.embedding.embedder import PROBE, Embedder
-from penstock_workers.embedding.formats import choose_ranges, form, read_ranges, row_bytes
+from penstock_workers.embedding.int8_ranges import choose_ranges, read_ranges
+from penstock_workers.serving.formats import form, row_bytes
 from tests.models.test_embedding import SCRIPTS, Folder, embed
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8", "binary", "ubinary")

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from penstock.errors import EngineError, InvalidOptionError, ModelLoadError, OutOfMemoryError, PenstockError
 from penstock.request import EmbedRequest, describe
-from penstock.result import Vectors
 from penstock.settings import ModelSettings
 from penstock_workers.checkpoint.checks import check_files
 from penstock_workers.checkpoint.memory import check_memory, weights_bytes
@@ -29,7 +28,7 @@ from penstock_workers.embedding.bert_gpu import BertGpu
 from penstock_workers.embedding.bfloat16 import use_bfloat16
 from penstock_workers.embedding.c_kernels import find_kernels
 from penstock_workers.embedding.collating import check_vocabulary, choose_collator, set_padding
-from penstock_workers.embedding.formats import are_unit, choose_ranges, form, read_ranges
+from penstock_workers.embedding.int8_ranges import are_unit, choose_ranges, read_ranges
 from penstock_workers.embedding.measured import machine_key, recall, remember
 from penstock_workers.embedding.openvino import Compiled, is_installed
 from penstock_workers.embedding.packed import Packed
@@ -90,7 +89,7 @@ class Embedder:
         max_tokens: longer texts are cut, as `encode` does.
         dtype: format of the matrix products; unless it is float16, everything else is float32.
         n_heads: of its attention, where that is known.
-        int8_ranges: see `formats.form`; None before `load`.
+        int8_ranges: see `serving.formats.form`; None before `load`.
         fingerprint: differs if anything does that decides vectors; empty where none are cached.
     """
 
@@ -234,11 +233,6 @@ class Embedder:
             if speed >= enough:
                 return n_tokens, n_tokens / speed
         return BATCH_TOKENS[0], None
-
-    def finish(self, request: EmbedRequest, vectors: Sequence[NDArray[np.float32]]) -> Vectors:
-        """Return a request's vectors in the form it asked for; see `formats.form`."""
-        found = np.stack(vectors) if vectors else np.zeros((0, self.dim), dtype=np.float32)
-        return form(found, request, self.int8_ranges)
 
     def _prompt(self, request: EmbedRequest) -> str | None:
         prompts: dict[str | None, str] = self._model.prompts

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from penstock.errors import InvalidOptionError, ModelLoadError, PenstockError, UpstreamError
 from penstock.request import EmbedRequest, describe
 from penstock.settings import ModelSettings
-from penstock_workers.embedding.formats import read_ranges
+from penstock_workers.embedding.int8_ranges import read_ranges
 from penstock_workers.remote.backlog import Limits
 from penstock_workers.remote.faults import Fault
 from penstock_workers.remote.server import CONNECT_S, Server
@@ -59,7 +59,7 @@ class RemoteEmbedder(Server):
     Attributes:
         dim: Width of a vector.
         max_tokens: Longest text, tokens; longer ones are cut. None if the server does not say.
-        int8_ranges: Ranges of the dimensions, see `formats.form`; None refuses int8.
+        int8_ranges: Ranges of the dimensions, see `serving.formats.form`; None refuses int8.
         fingerprint: Hash of all that decides its vectors, as far as it is known here.
         protocol: Protocol that the server speaks.
     """

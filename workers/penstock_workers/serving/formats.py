@@ -6,7 +6,6 @@ here ranges belong to the model, so that vectors of different jobs can be compar
 Source: `quantize_embeddings` of sentence-transformers 6.2.
 """
 
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -18,8 +17,6 @@ from penstock.result import Vectors
 Floats = NDArray[np.float32]
 
 _BITS: Final[dict[Precision, int]] = {"float32": 32, "float16": 16, "int8": 8, "binary": 1, "ubinary": 1}
-_UNIT_TOLERANCE: Final = 2e-3
-"""How far from 1 the length of a vector may be that a float16 model normalised."""
 
 
 def row_bytes(dim: int, request: EmbedRequest) -> int:
@@ -52,42 +49,6 @@ def form(vectors: Floats, request: EmbedRequest, int8_ranges: Floats | None = No
         # less 128, modulo 256: what a library that knows signed bytes only stores
         return packed if request.precision == "ubinary" else (packed ^ 0x80).view(np.int8)
     return np.ascontiguousarray(found, dtype=request.precision)
-
-
-def read_ranges(path: Path, dim: int) -> Floats:
-    """Read `int8_ranges` of a model's settings; float32, shape (2, dim).
-
-    Raises:
-        ValueError: not such an array, not finite, or a lowest value above the highest.
-        OSError: the file cannot be read.
-    """
-    ranges = np.load(path, allow_pickle=False)
-    if ranges.shape != (2, dim) or not np.issubdtype(ranges.dtype, np.floating):
-        raise ValueError(
-            f"an array of floats of shape (2, {dim}) is wanted, not {ranges.dtype}{ranges.shape}"
-        )
-    if not (np.isfinite(ranges).all() and (ranges[0] <= ranges[1]).all()):
-        raise ValueError("finite lowest values in the first row, highest in the second are wanted")
-    return np.asarray(ranges, dtype=np.float32)
-
-
-def choose_ranges(probe: Floats) -> Floats:
-    """Return a range for a model whose settings name none; float32, shape (2, 1).
-
-    Symmetric, for vectors of unit length: the power of two at or above what the probe reaches. Coarse, so
-    that the rounding of one machine or another does not change it.
-
-    Args:
-        probe: vectors of the model, float32, shape (n_texts, dim).
-    """
-    highest = np.abs(probe / np.linalg.norm(probe, axis=1, keepdims=True)).max()
-    limit = 2.0 ** np.ceil(np.log2(highest))
-    return np.array([[-limit], [limit]], dtype=np.float32)
-
-
-def are_unit(vectors: Floats) -> bool:
-    """Tell whether all vectors, shape (n_texts, dim), have length 1."""
-    return bool(np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=_UNIT_TOLERANCE))
 
 
 def _fit(ranges: Floats, dim: int, request: EmbedRequest) -> Floats:
