@@ -117,7 +117,7 @@ class FakePrompt:
 
     text: Text
     n_choices: int
-    n_likeliest: int | None = None
+    n_top_logprobs: int | None = None
     max_new_tokens: int = 8
     cut_tokens: int | None = None
 
@@ -143,8 +143,8 @@ class FakeGenerator:
 
     def prepare(self, request: GenerateRequest) -> FakePrompt:
         """See `GenerateEngine.prepare`."""
-        n_likeliest = (request.top_logprobs or 0) if request.logprobs else None
-        return FakePrompt(Text(request.prompt or ""), request.n, n_likeliest, self.max_new_tokens)
+        n_top_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        return FakePrompt(Text(request.prompt or ""), request.n, n_top_logprobs, self.max_new_tokens)
 
 
 def vector_of(item: Text) -> Vector:

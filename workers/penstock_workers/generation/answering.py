@@ -38,7 +38,7 @@ class Answering:
             prompt=prompt.ids,
             grammar=self._grammar,
             forbidden=forbidden,
-            n_top_logprobs=prompt.n_likeliest,
+            n_top_logprobs=prompt.n_top_logprobs,
         )
         self._vocabulary, self._prompt = vocabulary, prompt
         self._parser = ReasoningParser(

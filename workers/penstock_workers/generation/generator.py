@@ -148,7 +148,7 @@ class Generator:
             tools=request.tools,
             cut_tokens=n_cut or None,
             n_choices=request.n,
-            n_likeliest=min(request.top_logprobs or 0, self._n_vocab) if request.logprobs else None,
+            n_top_logprobs=min(request.top_logprobs or 0, self._n_vocab) if request.logprobs else None,
         )
 
     def _divide_window(self, request: GenerateRequest, options: GenerationOptions) -> tuple[int, int]:

@@ -32,7 +32,7 @@ class Prompt:
         tools: functions that the model may call.
         cut_tokens: see `Usage`.
         n_choices: number of answers that are wanted.
-        n_likeliest: number of tokens whose log-probabilities are wanted beside the chosen one's; None
+        n_top_logprobs: number of tokens whose log-probabilities are wanted beside the chosen one's; None
             wants no log-probabilities.
     """
 
@@ -49,7 +49,7 @@ class Prompt:
     tools: Sequence[Tool] | None = None
     cut_tokens: int | None = None
     n_choices: int = 1
-    n_likeliest: int | None = None
+    n_top_logprobs: int | None = None
 
     @property
     def n_tokens(self) -> int:

@@ -33,13 +33,13 @@ def whole_text(answer: Answer) -> str:
     return f"{answer.reasoning or ''}{answer.text}{calls}"
 
 
-def read_choice(choice: Mapping[str, Any], *, has_tools: bool, n_likeliest: int | None) -> Answer:
+def read_choice(choice: Mapping[str, Any], *, has_tools: bool, n_top_logprobs: int | None) -> Answer:
     """Read one of a server's choices, which has ended in one of `FINISH`.
 
     Args:
         choice: of a chat, whole or joined from pieces, or of a completion.
         has_tools: the model may ask for calls.
-        n_likeliest: see `Prompt`.
+        n_top_logprobs: see `Prompt`.
 
     Raises:
         UnusableError: what was asked for is not there.
@@ -58,7 +58,9 @@ def read_choice(choice: Mapping[str, Any], *, has_tools: bool, n_likeliest: int 
         finish_reason=ended,
         reasoning=thought,
         tool_calls=_read_calls(asked or (), is_cut=ended == "length") or None,
-        logprobs=None if n_likeliest is None else _read_logprobs(choice.get("logprobs"), text, n_likeliest),
+        logprobs=None
+        if n_top_logprobs is None
+        else _read_logprobs(choice.get("logprobs"), text, n_top_logprobs),
     )
 
 
@@ -121,11 +123,11 @@ def _read_calls(asked: Iterable[Mapping[str, Any]], *, is_cut: bool) -> list[Too
 _Token = tuple[bytes, float]
 
 
-def _read_logprobs(found: Mapping[str, Any] | None, text: str, n_likeliest: int) -> Logprobs:
+def _read_logprobs(found: Mapping[str, Any] | None, text: str, n_top_logprobs: int) -> Logprobs:
     """Return log-probabilities in our form; a token's id is its place among the different ones."""
     places = _places(found or {})
-    width = 1 + n_likeliest
-    if (text and not places) or (n_likeliest and places and max(map(len, places)) == 1):
+    width = 1 + n_top_logprobs
+    if (text and not places) or (n_top_logprobs and places and max(map(len, places)) == 1):
         raise UnusableError("its log-probabilities are missing")
     known: dict[bytes, int] = {}
     ids = np.full((len(places), width), -1, dtype=np.int32)

@@ -41,7 +41,8 @@ class Prompt:
         n_new_tokens: Most tokens of all answers together; then their actual number.
         has_format: True if the answer has to be JSON.
         n_choices: Number of answers that are wanted.
-        n_likeliest: Number of tokens whose log-probabilities are wanted beside the chosen one's; None: none.
+        n_top_logprobs: Number of tokens whose log-probabilities are wanted beside the chosen one's; None for
+            no log-probabilities.
         cut_tokens: See `Usage`; nothing is cut here.
     """
 
@@ -52,7 +53,7 @@ class Prompt:
     n_new_tokens: int
     has_format: bool
     n_choices: int = 1
-    n_likeliest: int | None = None
+    n_top_logprobs: int | None = None
     cut_tokens: None = None
 
     def choices(self) -> list[Self]:
@@ -122,7 +123,7 @@ class RemoteGenerator(Server):
             n_new_tokens=fields.get("n", 1) * max_new_tokens,
             has_format=has_format,
             n_choices=request.n,
-            n_likeliest=(request.top_logprobs or 0) if request.logprobs else None,
+            n_top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
 
     async def call(
@@ -209,7 +210,7 @@ class RemoteGenerator(Server):
         counted = usage if isinstance(usage, dict) else {}
         prompt.n_tokens = self.tokens.counted(prompt.n_bytes, counted.get("prompt_tokens")) or prompt.n_tokens
         answers = [
-            read_choice(choice, has_tools="tools" in prompt.fields, n_likeliest=prompt.n_likeliest)
+            read_choice(choice, has_tools="tools" in prompt.fields, n_top_logprobs=prompt.n_top_logprobs)
             for choice in choices
         ]
         n_tokens = [

@@ -68,7 +68,7 @@ class Prompt(Protocol[I_co, A_contra]):
         """Number of answers that are wanted."""
 
     @property
-    def n_likeliest(self) -> int | None:
+    def n_top_logprobs(self) -> int | None:
         """Number of tokens whose log-probabilities are wanted beside the chosen one's; None for no such."""
 
     @property

@@ -184,8 +184,8 @@ def generate(delivery: Delivery, request: GenerateRequest, serving: Serving) -> 
     """
     served = serving.generator(request.model)
     prompt = served.engine.prepare(request)
-    if prompt.n_likeliest is not None:
-        _check_size(prompt.n_choices * prompt.max_new_tokens * (1 + prompt.n_likeliest) * LOGPROB_BYTES)
+    if prompt.n_top_logprobs is not None:
+        _check_size(prompt.n_choices * prompt.max_new_tokens * (1 + prompt.n_top_logprobs) * LOGPROB_BYTES)
     job = delivery.job
     with delivery.streams.open(job.id, delivery.reply_to, job.is_unwanted) as stream:
         pending = served.feed.submit(

@@ -1,1 +1,0 @@
-"""Loaded models: the only place that knows torch, transformers and sentence-transformers."""
