@@ -53,8 +53,8 @@ from benchmarks.delivery_app import (
 )
 from benchmarks.report import Figure, Report, Row, finish
 from penstock import AsyncClient, Client
-from penstock.registry import MODELS_KEY, RESULTS_KEY, ModelInfo
-from penstock.store import result_key
+from penstock.keys import MODELS_KEY, RESULTS_KEY, result_key
+from penstock.registry import ModelInfo
 from penstock_workers.command.local_redis import free_port, local_redis_command, wait_until_ready
 
 START_LIMIT_S: Final = 60.0

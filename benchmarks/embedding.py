@@ -56,7 +56,7 @@ from benchmarks.peers import WAYS, Peer
 from benchmarks.report import Figure, Report, Row, finish
 from penstock import AsyncClient, Client
 from penstock.errors import PenstockError
-from penstock.store import result_key
+from penstock.keys import result_key
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.command.local_redis import free_port
 from penstock_workers.layout import find_cards

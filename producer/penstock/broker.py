@@ -30,7 +30,7 @@ from redis.sentinel import Sentinel
 
 from penstock.bucket import RETRIES, take
 from penstock.clock import Clock, ticks
-from penstock.codec import MAX_RESULT_BYTES, queue_key
+from penstock.codec import MAX_RESULT_BYTES
 from penstock.errors import (
     BrokerRefusedError,
     BrokerUnavailableError,
@@ -38,12 +38,22 @@ from penstock.errors import (
     RateLimitError,
     ResultDecodeError,
 )
+from penstock.keys import (
+    MODELS_KEY,
+    RECORD_TTL_S,
+    RESULTS_KEY,
+    UNACKED_KEY,
+    WORKERS_KEY,
+    load_key,
+    queue_key,
+    record_key,
+)
 from penstock.leases import Limits, push_arguments, scripts
 from penstock.refusals import attentive
-from penstock.registry import MODELS_KEY, RESULTS_KEY, WORKERS_KEY, Registry
+from penstock.registry import Registry
 from penstock.request import Lane
 from penstock.sentinel import SentinelUrl, is_sentinel
-from penstock.store import RECORD_TTL_S, SENT, record_key
+from penstock.store import SENT
 from penstock.urls import mask_url
 
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -51,7 +61,6 @@ ANSWER_TIMEOUT_S: Final = 10.0
 MAX_CONNECTIONS: Final = 8
 HEALTH_CHECK_S: Final = 25
 """A connection that lay idle for so long is asked before it is used."""
-UNACKED_KEY: Final = "unacked"  # hash of messages that workers hold, by delivery tag: see delivery.lua
 
 _HEAD_BYTES: Final = 1 << 12
 _MOST_DIGITS: Final = 12
@@ -302,7 +311,7 @@ class Broker:
     async def count_spilled(self, queue: str, n_jobs: int) -> None:
         """Count jobs that came here because the wait in the preferred pool was longer."""
         with redis_errors(self.url):
-            await self._redis.hincrby(f"penstock:load:{queue}", "spilled", n_jobs)
+            await self._redis.hincrby(load_key(queue), "spilled", n_jobs)
 
     async def ask_for_retry(self, within_s: float) -> float | None:
         """Take one retry of what all clients and workers share; see `waiting.Ask`."""

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple, cast
 
 import redis.asyncio as aioredis
 
-BUCKET_PREFIX: Final = "penstock:bucket:"
+from penstock.keys import BUCKET_PREFIX
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, forget_sent, record_sent
 from penstock.calls import CALL_S, CLOSE_S, CLOSING, TAKEN_BACK, Call, Calls
 from penstock.clock import ticks
-from penstock.codec import encode_message, queue_key, queue_name
+from penstock.codec import encode_message
 from penstock.delay import Estimate, Router, count_tokens, predict, queue_limits
 from penstock.envelope import is_clean
 from penstock.errors import (
@@ -34,6 +34,7 @@ from penstock.errors import (
 from penstock.inbox import Inbox
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, ResultStore, T
 from penstock.joining import Joiner
+from penstock.keys import queue_key, queue_name
 from penstock.pacing import Pacer
 from penstock.registry import HEARTBEAT_S, ModelInfo, Registry
 from penstock.request import (

@@ -51,30 +51,6 @@ MAX_STRUCTURE_BYTES = 2 << 20
 """Of a header, apart from its texts: three bytes of `{},` become sixty in memory, and more."""
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
-TENANT_SEPARATOR = "\x06\x17"
-"""Between a list's name and the tenant whose messages are in it."""
-
-
-def queue_name(pool: str, model: str) -> str:
-    """Return the queue of one model in one pool."""
-    return f"{pool}.{model}"
-
-
-def split_queue(queue: str) -> tuple[str, str]:
-    """Return pool and model of a queue."""
-    pool, _, model = queue.partition(".")
-    return pool, model
-
-
-def queue_key(queue: str, priority: int, tenant: str = "") -> str:
-    r"""Return the Redis list that holds a queue's jobs of one priority, and of one tenant if it is named.
-
-    Source: kombu 5.7, `kombu.transport.redis.Channel._q_for_pri`: priority 0 has the queue's own name,
-    others a suffix behind the separator `\x06\x16`.
-    """
-    key = f"{queue}\x06\x16{int(priority)}" if priority else queue
-    return f"{key}{TENANT_SEPARATOR}{tenant}" if tenant else key
-
 
 def encode_message(
     request: Request,

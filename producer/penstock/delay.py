@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final
 
-from penstock.codec import queue_name, split_queue
+from penstock.keys import queue_name, split_queue
 from penstock.leases import Limits
 from penstock.registry import ModelInfo, Registry
 from penstock.request import EmbedRequest, Lane, PoolName, Request, RerankRequest

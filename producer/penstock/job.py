@@ -20,9 +20,10 @@ from penstock.errors import (
     UnknownJobError,
 )
 from penstock.inbox import LOOK_AGAIN_S, Inbox
+from penstock.keys import RECORD_TTL_S, record_key, result_key, stream_key
 from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
-from penstock.store import END_JOB, RECORD_TTL_S, SENT, end_job_arguments, record_key, result_key
-from penstock.stream import OnRestart, Part, Piece, Reader, stream_key
+from penstock.store import END_JOB, SENT, end_job_arguments
+from penstock.stream import OnRestart, Part, Piece, Reader
 from penstock.threads import Threads
 
 T = TypeVar("T")

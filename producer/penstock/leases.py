@@ -28,6 +28,7 @@ from penstock.bucket import RETRIES, bucket_functions
 from penstock.clock import Clock
 from penstock.envelope import MAX_ENTRY_BYTES, MAX_POP_BYTES, is_clean, printable
 from penstock.identity import process_name
+from penstock.keys import DEAD_KEY, UNTOLD_KEY
 from penstock.refusals import in_words
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,6 @@ logger = logging.getLogger(__name__)
 LEASE_S: Final = 20.0
 LEASE_RANGE_S: Final = (1.0, 300.0)
 MAX_DELIVERIES: Final = 4
-DEAD_KEY: Final = "penstock:dead"
-UNTOLD_KEY: Final = "penstock:untold"
-WAKE_PREFIX: Final = "penstock:wake:"
 
 SHARE: Final = 2
 """One pop takes half of a list at most: of a few large jobs sent together, others have their part."""
@@ -145,7 +143,7 @@ def push_arguments(
     """Return keys and arguments of the script `push`, which queues messages and wakes idle workers.
 
     Args:
-        key: the queue's list, see `codec.queue_key`.
+        key: the queue's list, see `keys.queue_key`.
         messages: what workers get; with the property `cost`, see docs/reference/messages.md,
             they are counted by it.
         due_at: not before this, Unix seconds; None for at once.

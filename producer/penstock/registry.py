@@ -20,16 +20,12 @@ from importlib.resources import files
 from statistics import fmean
 from typing import Any, Final, Literal, Self
 
+from penstock.keys import ANNOUNCED_KEY, MODELS_KEY, RESULTS_KEY, TENANTS_KEY, WORKERS_KEY, binding_keys
 from penstock.request import PoolName, Task
 from penstock.urls import announce_results as announce_results
 from penstock.urls import locate_results as locate_results
 from penstock.urls import mask_url as mask_url
 
-MODELS_KEY: Final = "penstock:models"
-WORKERS_KEY: Final = "penstock:workers"
-RESULTS_KEY: Final = "penstock:results"
-TENANTS_KEY: Final = "penstock:tenants"
-ANNOUNCED_KEY: Final = "penstock:announced"
 HEARTBEAT_S: Final = 2.0
 ALIVE_S: Final = 15.0
 """A worker that was silent for longer counts as gone."""
@@ -153,11 +149,7 @@ class Announcement:
 
     def keys(self) -> list[str]:
         """Return the keys of `BEAT`."""
-        tables = [
-            f"{prefix}.{queue}"
-            for queue in self.queues
-            for prefix in ("_kombu.binding", "_kombu.binding_permanent")
-        ]
+        tables = [key for queue in self.queues for key in binding_keys(queue)]
         return [WORKERS_KEY, MODELS_KEY, RESULTS_KEY, TENANTS_KEY, ANNOUNCED_KEY, *tables]
 
     def arguments(self, worker: "WorkerInfo", version: str, *, with_values: bool) -> list[str | int]:

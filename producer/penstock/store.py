@@ -13,11 +13,9 @@ A job whose id nobody was told has no record until it ends: its sender is the on
 
 from typing import Final
 
-SENT: Final = "sent"
-RECORD_TTL_S: Final = 86_400
-"""How long a job's record outlives its result: lets a late caller hear "expired" and not "unknown"."""
+from penstock.keys import CANCELLED_KEY, RECORD_TTL_S, is_reply_channel, record_key, result_key
 
-CANCELLED_KEY: Final = "penstock:cancelled"
+SENT: Final = "sent"
 MAX_CANCELLED: Final = 100_000
 """How many cancelled jobs are remembered; a worker that misses one computes in vain."""
 
@@ -45,26 +43,6 @@ if KEYS[3] then
 end
 return 1
 """
-
-
-def result_key(job_id: str) -> str:
-    """Return the key, and the channel, of a job's result; the name is Celery's own."""
-    return f"celery-task-meta-{job_id}"
-
-
-def record_key(job_id: str) -> str:
-    """Return the key that says whether a job was sent, and how it ended."""
-    return f"penstock:job:{job_id}"
-
-
-def reply_channel(client_id: str) -> str:
-    """Return the channel on which one client hears that its jobs ended."""
-    return f"penstock:reply:{client_id}"
-
-
-def is_reply_channel(reply_to: str | None) -> bool:
-    """Tell our clients' reply channels from the ids that Celery puts in their place."""
-    return bool(reply_to) and str(reply_to).startswith("penstock:reply:")
 
 
 def end_job_arguments(

@@ -16,8 +16,6 @@ from penstock.result import FinishReason, GenerateResult, Logprobs, Usage
 OnRestart = Literal["hide", "show"]
 Part = Literal["text", "reasoning"]
 
-STREAM_TTL_S: Final = 3600
-"""How long the last piece of a stream can be read."""
 MAX_PIECES: Final = 10_000
 """Kept pieces of a stream; a reader that is further behind gets the rest when the job has ended."""
 
@@ -55,11 +53,6 @@ class Piece:
     usage: Usage | None = None
     tool_calls: Sequence[ToolCall] | None = None
     logprobs: Logprobs | None = None
-
-
-def stream_key(job_id: str) -> str:
-    """Return the stream of a job's pieces; also the channel of their notes, if the job names no other."""
-    return f"penstock:stream:{job_id}"
 
 
 class Reader:

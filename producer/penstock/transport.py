@@ -29,16 +29,15 @@ from redis.exceptions import NoScriptError, ResponseError
 from redis.retry import Retry
 
 from penstock.clock import Clock, ticks
-from penstock.codec import TENANT_SEPARATOR
 from penstock.envelope import CONTENT_TYPE, EntryError, open_entry, printable
 from penstock.errors import ConfigError, InvalidMessageError
 from penstock.identity import process_token
+from penstock.keys import PIDBOX_REPLIES_TTL_S, TENANT_SEPARATOR, WAKE_PREFIX, load_key
 from penstock.leases import (
     FEWEST_JOBS,
     LEASE_RANGE_S,
     LEASE_S,
     MAX_DELIVERIES,
-    WAKE_PREFIX,
     IsAlive,
     Lease,
     Leases,
@@ -82,8 +81,6 @@ BYTES_PER_TOKEN: Final = 4
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 _REPLIES: Final = ".reply.celery.pidbox"
-_REPLIES_KEPT_MS: Final = 60_000
-"""Answers to `celery inspect` that nobody has fetched."""
 
 _WAS_ETA = "penstock_eta"  # the header, within a process
 
@@ -395,13 +392,13 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
             client.register_script(scripts()["push"])(keys=keys, args=arguments)
             self._maybe_update_queues_expire(client, queue)
             if queue.endswith(_REPLIES):
-                client.pexpire(key, _REPLIES_KEPT_MS)  # whoever asked may be gone
+                client.pexpire(key, 1000 * PIDBOX_REPLIES_TTL_S)  # whoever asked may be gone
 
     def _size(self, queue: str) -> int:
         """Count what waits, tenants' messages too."""
         fields = [f"{level}+" for level in self.priority_steps]
         with self.conn_or_acquire() as client:
-            sums = client.hmget(f"penstock:load:{queue}", fields)
+            sums = client.hmget(load_key(queue), fields)
         return int(super()._size(queue)) + sum(int(text.split()[0]) for text in sums if text)
 
     def _has_queue(self, queue: str, **options: Any) -> bool:

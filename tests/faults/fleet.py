@@ -14,7 +14,8 @@ from typing import Any
 
 import redis
 
-from penstock.leases import DEAD_KEY, push_arguments, scripts
+from penstock.keys import DEAD_KEY
+from penstock.leases import push_arguments, scripts
 from penstock_workers.command.local_redis import wait_until_ready
 from tests import warm
 from tests.deployment import server_command

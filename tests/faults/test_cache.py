@@ -13,10 +13,11 @@ import torch
 from redis.exceptions import OutOfMemoryError
 
 from penstock import Client, InvalidOptionError, JobState
+from penstock.keys import VECTORS_KEY
 from penstock.settings import CacheSettings, ModelSettings
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.embedding.embedder import _fingerprint, _load
-from penstock_workers.serving.vector_cache import KEY, Embedded, VectorCache
+from penstock_workers.serving.vector_cache import Embedded, VectorCache
 from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.eventually import eventually
 
@@ -46,7 +47,7 @@ def store(own: Server) -> Iterator[redis.Redis]:
 
 def vectors_in(store: redis.Redis) -> list[bytes]:
     """Return the vectors that are kept."""
-    names = [name for name in store.scan_iter(f"{KEY}:*") if store.type(name) == b"string"]
+    names = [name for name in store.scan_iter(f"{VECTORS_KEY}:*") if store.type(name) == b"string"]
     return [value for name in names if (value := store.get(name)) and value.startswith(b"vec1")]
 
 
@@ -95,7 +96,7 @@ def test_without_a_table_nothing_is_kept(own: Server, store: redis.Redis, tmp_pa
         client.embed(["a", "a"], model="minilm")
         client.embed(["a"], model="minilm")
 
-        assert list(store.scan_iter(f"{KEY}*")) == []
+        assert list(store.scan_iter(f"{VECTORS_KEY}*")) == []
         assert counts(client) == (0, 0)
 
 
@@ -117,7 +118,7 @@ def test_what_a_killed_worker_had_claimed_is_computed_by_another(own: Server, tm
         job = client.submit_embed(LONG_TEXTS, model="minilm")
         eventually(lambda: job.state() is JobState.RUNNING, within_s=10)
         with redis.Redis.from_url(own.results_url) as store:
-            eventually(lambda: next(store.scan_iter(f"{KEY}:claim:*"), None), within_s=10)
+            eventually(lambda: next(store.scan_iter(f"{VECTORS_KEY}:claim:*"), None), within_s=10)
         with started(tmp_path, own):
             assert job.state() is JobState.RUNNING
             waiting = client.submit_embed(LONG_TEXTS, model="minilm")
@@ -202,7 +203,7 @@ def test_what_is_in_the_way_is_replaced(own: Server, store: redis.Redis) -> None
     """A value of another version, or of another program, is no vector."""
     cache = open_cache(own)
     ask(cache, ["a"])
-    (name,) = store.scan_iter(f"{KEY}:*:*")
+    (name,) = store.scan_iter(f"{VECTORS_KEY}:*:*")
     for value in (b"vec2" + bytes(20), b"c", b"", b"c x y z"):
         store.set(name, value)
         assert ask(cache, ["a"]) == ["a"]

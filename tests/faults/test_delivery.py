@@ -14,7 +14,8 @@ import pytest
 import redis
 from celery import Celery, chord, group
 
-from penstock.leases import UNTOLD_KEY, push_arguments, scripts
+from penstock.keys import UNTOLD_KEY
+from penstock.leases import push_arguments, scripts
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import APP, LEASE_S, Fleet, Worker, message

@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from penstock import Client, JobCancelledError
-from penstock.registry import WORKERS_KEY
+from penstock.keys import WORKERS_KEY
 from penstock_workers.command.local_redis import free_port
 from tests.deployment import Server
 from tests.eventually import eventually

@@ -24,7 +24,7 @@ from penstock import (
     PenstockError,
     ResponseFormat,
 )
-from penstock.store import record_key
+from penstock.keys import record_key
 from penstock_workers.command.local_redis import free_port
 from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.eventually import eventually

@@ -15,8 +15,7 @@ import redis
 from penstock import AsyncClient, Client, PenstockError, ResultDecodeError
 from penstock.broker import connect_sync, get_large
 from penstock.codec import MAGIC, PREAMBLE, decode_meta
-from penstock.store import record_key, reply_channel, result_key
-from penstock.stream import stream_key
+from penstock.keys import record_key, reply_channel, result_key, stream_key
 from tests.deployment import Server
 from tests.faults.light import MODEL, LightWorker
 

@@ -12,7 +12,7 @@ from celery import Celery
 
 from penstock import Client
 from penstock.identity import process_name, process_token
-from penstock.registry import WORKERS_KEY
+from penstock.keys import WORKERS_KEY
 from penstock_workers.command.local_redis import free_port
 from tests.deployment import ROOT, Server, WorkerProcess
 from tests.eventually import eventually

@@ -27,9 +27,9 @@ from penstock import (
 )
 from penstock.bucket import RETRIES
 from penstock.delay import BATCH_S
-from penstock.leases import DEAD_KEY, pop_arguments, push_arguments, scripts
+from penstock.keys import DEAD_KEY, MODELS_KEY, WORKERS_KEY
+from penstock.leases import pop_arguments, push_arguments, scripts
 from penstock.pacing import TEXTS_PER_WORKER, UNREAD
-from penstock.registry import MODELS_KEY, WORKERS_KEY
 from penstock.request import PoolName
 from penstock.transport import install
 from tests import announced

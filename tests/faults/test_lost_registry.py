@@ -14,7 +14,7 @@ import redis
 from celery import Celery
 
 from penstock import Client
-from penstock.registry import ANNOUNCED_KEY, MODELS_KEY, RESULTS_KEY, TENANTS_KEY, WORKERS_KEY
+from penstock.keys import ANNOUNCED_KEY, MODELS_KEY, RESULTS_KEY, TENANTS_KEY, WORKERS_KEY
 from penstock_workers.command.local_redis import free_port
 from tests.deployment import ROOT, Server, WorkerProcess
 from tests.eventually import eventually

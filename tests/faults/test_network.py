@@ -17,7 +17,7 @@ from penstock.adapters.langchain import PenstockEmbeddings
 from penstock.adapters.llama_index import PenstockEmbedding
 from penstock.broker import ANSWER_TIMEOUT_S
 from penstock.inbox import LOOK_AGAIN_S
-from penstock.store import record_key
+from penstock.keys import record_key
 from penstock_workers.command.local_redis import free_port
 from tests.deployment import Server
 from tests.eventually import eventually

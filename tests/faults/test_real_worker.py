@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from penstock import Client, JobState, WorkerLostError
-from penstock.store import result_key
+from penstock.keys import result_key
 from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.eventually import eventually
 from tests.faults.light import LightWorker

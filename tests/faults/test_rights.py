@@ -14,7 +14,8 @@ from redis.exceptions import NoPermissionError
 
 from penstock import Client, JobCancelledError, JobState, PenstockError
 from penstock.bucket import take_script
-from penstock.leases import DEAD_KEY, scripts
+from penstock.keys import DEAD_KEY
+from penstock.leases import scripts
 from penstock.registry import BEAT
 from penstock.settings import load_settings
 from penstock.store import END_JOB

@@ -17,8 +17,7 @@ from celery import Celery
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from penstock import AsyncClient, Client, JobCancelledError, JobState, Piece
-from penstock.store import record_key
-from penstock.stream import stream_key
+from penstock.keys import record_key, stream_key
 from tests.deployment import Server, WorkerProcess
 from tests.eventually import eventually
 from tests.faults.fleet import Broker, Fleet

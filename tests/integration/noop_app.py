@@ -25,7 +25,7 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
-from penstock.store import record_key, result_key
+from penstock.keys import record_key, result_key
 from penstock.transport import install
 from penstock_workers.consumer import Consumer
 from penstock_workers.pool import TaskPool

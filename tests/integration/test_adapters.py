@@ -15,8 +15,8 @@ from penstock.adapters.langchain import ChatPenstock, PenstockEmbeddings
 from penstock.adapters.lightrag import LightRAGModels
 from penstock.adapters.llama_index import PenstockEmbedding, PenstockLLM
 from penstock.bucket import RETRIES
-from penstock.codec import queue_key
 from penstock.errors import QueueDelayError
+from penstock.keys import queue_key
 from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.eventually import eventually
 

@@ -19,7 +19,7 @@ from penstock import (
     UnknownModelError,
     WrongTaskError,
 )
-from penstock.store import result_key
+from penstock.keys import result_key
 from tests.deployment import Server, WorkerProcess
 
 MEGABYTE = 1 << 20

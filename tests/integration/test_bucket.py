@@ -8,7 +8,8 @@ import pytest
 import redis.asyncio as aioredis
 
 from penstock.broker import connect
-from penstock.bucket import BUCKET_PREFIX, Bucket, read_taken, take, take_arguments, take_script
+from penstock.bucket import Bucket, read_taken, take, take_arguments, take_script
+from penstock.keys import BUCKET_PREFIX
 from penstock.request import new_job_id
 from tests.deployment import Server
 

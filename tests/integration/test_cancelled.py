@@ -6,8 +6,8 @@ import pytest
 import redis
 
 from penstock import Client
-from penstock.store import CANCELLED_KEY, MAX_CANCELLED, SENT, record_key
-from penstock.stream import stream_key
+from penstock.keys import CANCELLED_KEY, record_key, stream_key
+from penstock.store import MAX_CANCELLED, SENT
 from penstock_workers.cancelled import Cancelled
 from penstock_workers.serving.streams import Streams
 from tests.deployment import Server, WorkerProcess

@@ -16,8 +16,8 @@ from kombu.serialization import register
 
 from penstock import Client, InvalidMessageError, Job, JobCancelledError, ResultTimeoutError
 from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
+from penstock.keys import record_key
 from penstock.settings import Settings, load_settings
-from penstock.store import record_key
 from penstock_workers.callbacks import MAX_SIGNATURES
 from penstock_workers.command.status import read_status
 from tests.deployment import ROOT, Server, WorkerProcess

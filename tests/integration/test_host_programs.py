@@ -34,7 +34,7 @@ from penstock import (
     PenstockError,
     TransportError,
 )
-from penstock.store import record_key
+from penstock.keys import record_key
 from penstock_workers.command.local_redis import free_port
 from tests.deployment import ROOT, Server
 from tests.eventually import eventually
@@ -280,7 +280,7 @@ def test_threads_go_on_when_the_main_thread_has_ended(url: str) -> None:
     program = """
     import threading, time
     import redis
-    from penstock.store import record_key, result_key
+    from penstock.keys import record_key, result_key
     from penstock.codec import encode_meta
     from penstock.result import EmbedResult, Timings, Usage
     import numpy as np

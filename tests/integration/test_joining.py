@@ -19,7 +19,7 @@ from penstock import (
     ResultTimeoutError,
 )
 from penstock.joining import MOST_TEXTS
-from penstock.store import result_key
+from penstock.keys import result_key
 from penstock_workers.command.local_redis import free_port
 from tests.deployment import Server, WorkerProcess
 from tests.eventually import eventually

@@ -17,7 +17,7 @@ from lightrag.utils import EmbeddingFunc, TruncatedResponse, create_prefixed_exc
 
 from penstock import Client, UnknownModelError, WrongTaskError
 from penstock.adapters.lightrag import CallFailedError, CallTimeoutError, LightRAGModels
-from penstock.codec import queue_key, queue_name
+from penstock.keys import queue_key, queue_name
 from penstock_workers.command.local_redis import free_port
 from tests.deployment import ROOT, Server, WorkerProcess
 from tests.eventually import eventually

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from penstock import Client, InvalidMessageError, InvalidOptionError, PenstockError
-from penstock.store import record_key
+from penstock.keys import record_key
 from tests.deployment import Server, WorkerProcess
 from tests.eventually import eventually
 

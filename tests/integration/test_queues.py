@@ -11,9 +11,9 @@ import redis
 from click.testing import CliRunner
 
 from penstock import BrokerUnavailableError, InvalidMessageError
-from penstock.leases import DEAD_KEY, NO_LIMITS, UNTOLD_KEY, pop_arguments, scripts
+from penstock.keys import DEAD_KEY, UNTOLD_KEY, record_key, result_key
+from penstock.leases import NO_LIMITS, pop_arguments, scripts
 from penstock.settings import Settings, load_settings
-from penstock.store import record_key, result_key
 from penstock_workers.cli import cli
 from penstock_workers.command.local_redis import free_port
 from penstock_workers.command.queues import DeadJob, Queues

@@ -6,16 +6,8 @@ from dataclasses import replace
 import pytest
 import redis
 
-from penstock.registry import (
-    ANNOUNCED_KEY,
-    BEAT,
-    MODELS_KEY,
-    RESULTS_KEY,
-    TENANTS_KEY,
-    WORKERS_KEY,
-    Announcement,
-    Registry,
-)
+from penstock.keys import ANNOUNCED_KEY, MODELS_KEY, RESULTS_KEY, TENANTS_KEY, WORKERS_KEY
+from penstock.registry import BEAT, Announcement, Registry
 from tests import announced
 from tests.deployment import Server
 

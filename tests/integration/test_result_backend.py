@@ -15,7 +15,8 @@ from kombu.serialization import register
 
 from penstock.codec import decode_meta, encode_failure, encode_meta
 from penstock.errors import JobCancelledError
-from penstock.store import END_JOB, SENT, end_job_arguments, record_key, result_key
+from penstock.keys import record_key, result_key
+from penstock.store import END_JOB, SENT, end_job_arguments
 from penstock_workers.command.local_redis import free_port
 from penstock_workers.results import MAX_PENDING_BYTES, ResultBackend
 from tests.deployment import Server

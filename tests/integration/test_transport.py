@@ -19,18 +19,9 @@ from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 
 from penstock import transport
-from penstock.codec import queue_key
 from penstock.errors import ConfigError
-from penstock.leases import (
-    DEAD_KEY,
-    NO_LIMITS,
-    UNTOLD_KEY,
-    Lease,
-    Leases,
-    pop_arguments,
-    push_arguments,
-    scripts,
-)
+from penstock.keys import DEAD_KEY, UNTOLD_KEY, queue_key
+from penstock.leases import NO_LIMITS, Lease, Leases, pop_arguments, push_arguments, scripts
 from penstock_workers.command.local_redis import free_port, wait_until_ready
 from tests.deployment import Server, server_command
 from tests.eventually import eventually

@@ -11,9 +11,8 @@ from celery import Celery
 from kombu import Connection
 
 from penstock import Client, QueueDelayError, RateLimitError, transport
-from penstock.codec import queue_key
+from penstock.keys import MODELS_KEY, TENANTS_KEY, WORKERS_KEY, queue_key
 from penstock.leases import NO_LIMITS, Leases, pop_arguments, scripts
-from penstock.registry import MODELS_KEY, TENANTS_KEY, WORKERS_KEY
 from penstock.settings import load_settings
 from penstock_workers.command.queues import Queues
 from tests import announced

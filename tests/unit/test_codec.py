@@ -20,8 +20,6 @@ from penstock.codec import (
     encode_failure,
     encode_message,
     encode_meta,
-    queue_key,
-    queue_name,
 )
 from penstock.errors import (
     EngineError,
@@ -32,6 +30,7 @@ from penstock.errors import (
     ResultDecodeError,
     ResultTooLargeError,
 )
+from penstock.keys import queue_key, queue_name
 from penstock.request import EmbedRequest, GenerateRequest, Message, Priority, Request
 from penstock.result import Choice, EmbedResult, GenerateResult, Logprobs, Timings, Usage
 

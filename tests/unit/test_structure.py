@@ -74,6 +74,22 @@ def test_keys_of_delivery_are_told_once() -> None:
     assert [name for name in names if f"| `{name}" not in "\n".join(rows)] == []
 
 
+def test_keys_are_named_in_one_module() -> None:
+    """`penstock.keys` has every name of Penstock in Redis, and docs/reference/keys.md tells what each holds."""
+    told = (ROOT / "docs" / "reference" / "keys.md").read_text()
+    named = (ROOT / "producer" / "penstock" / "keys.py").read_text()
+    literal = re.compile(r"\"(penstock:[a-z:]+|celery-task-meta-|_kombu\.\w+)")
+    elsewhere = [
+        f"{path}: {name}"
+        for path in structure.modules(".py")
+        if path.name != "keys.py"
+        for name in literal.findall((ROOT / path).read_text())
+    ]
+
+    assert elsewhere == []
+    assert [name for name in literal.findall(named) if f"`{name}" not in told] == []
+
+
 def test_public_names_are_sorted() -> None:
     """Each name has one place in `__all__`, and exists."""
     assert penstock.__all__ == sorted(set(penstock.__all__))

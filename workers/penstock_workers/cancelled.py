@@ -12,8 +12,9 @@ from penstock.background import Background
 from penstock.broker import connect_sync
 from penstock.envelope import is_clean
 from penstock.inbox import RENEW_S
+from penstock.keys import CANCELLED_KEY
 from penstock.refusals import in_words
-from penstock.store import CANCELLED_KEY, MAX_CANCELLED
+from penstock.store import MAX_CANCELLED
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,9 @@ from redis.exceptions import NoScriptError, RedisError
 from penstock.background import Background
 from penstock.codec import MAX_RESULT_BYTES, encode_failure
 from penstock.errors import JobCancelledError, ResultTooLargeError
+from penstock.keys import record_key
 from penstock.refusals import OutageError, attentive, is_for_now
-from penstock.store import END_JOB, end_job_arguments, record_key
+from penstock.store import END_JOB, end_job_arguments
 
 logger = logging.getLogger(__name__)
 

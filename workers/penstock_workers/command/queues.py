@@ -11,20 +11,31 @@ from typing import Any, Final
 import click
 
 from penstock.broker import connect_sync, redis_errors
-from penstock.codec import encode_failure, queue_key, queue_name
+from penstock.codec import encode_failure
 from penstock.delay import predict
 from penstock.envelope import EntryError, open_entry, printable
 from penstock.errors import ConfigError, InvalidMessageError, JobCancelledError, UnknownJobError
-from penstock.leases import DEAD_KEY, LEASE_S, purge, scripts
-from penstock.registry import MODELS_KEY, WORKERS_KEY, Registry
+from penstock.keys import (
+    DEAD_KEY,
+    DELAYED_KEY,
+    LEASES_KEY,
+    MODELS_KEY,
+    RECORD_TTL_S,
+    SWEEP_KEY,
+    WORKERS_KEY,
+    load_key,
+    queue_key,
+    queue_name,
+    record_key,
+    result_key,
+)
+from penstock.leases import LEASE_S, purge, scripts
+from penstock.registry import Registry
 from penstock.request import Priority
 from penstock.settings import Settings
-from penstock.store import END_JOB, RECORD_TTL_S, SENT, end_job_arguments, record_key, result_key
+from penstock.store import END_JOB, SENT, end_job_arguments
 from penstock_workers.command.deployment import Deployment, deployment_options
 
-LEASES_KEY: Final = "penstock:leases"
-DELAYED_KEY: Final = "penstock:delayed"
-SWEEP_KEY: Final = "penstock:sweep"
 PRIORITIES: Final = (0, 3, 6, 9)
 """The levels of kombu. Our clients send no 9; others may."""
 
@@ -241,7 +252,7 @@ class Queues:
         load = self._run("load", keys=(queue_key(queue, Priority.DEFAULT),))
         keys = [queue_key(queue, priority) for priority in PRIORITIES]
         fields = ["spilled", *(f"{priority}+" for priority in PRIORITIES)]
-        spilled, *sums = self._broker.hmget(f"penstock:load:{queue}", fields)
+        spilled, *sums = self._broker.hmget(load_key(queue), fields)
         with self._broker.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.llen(key)

@@ -12,8 +12,8 @@ from pathlib import Path
 from socket import socket
 from typing import Final
 
-from penstock.codec import queue_name
 from penstock.errors import ConfigError
+from penstock.keys import queue_name
 from penstock.request import PoolName
 from penstock.settings import CONFIG_VARIABLE, Loaded, Settings, variable_name
 from penstock.stacks import RunningStack, check_private, stack_at, with_login, without_login

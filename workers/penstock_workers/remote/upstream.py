@@ -17,11 +17,10 @@ from typing import Final, Literal, NamedTuple
 
 import redis.asyncio as aioredis
 
-from penstock.bucket import BUCKET_PREFIX, Bucket, bucket_functions, take, take_arguments
+from penstock.bucket import Bucket, bucket_functions, take, take_arguments
+from penstock.keys import BUCKET_PREFIX, UPSTREAM_PREFIX
 from penstock.settings import RateLimit
 from penstock_workers.remote.faults import Fault
-
-UPSTREAM_PREFIX: Final = "penstock:upstream:"
 
 RATE_SHARE: Final = 0.97
 BURST_SHARE: Final = 0.02

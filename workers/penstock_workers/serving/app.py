@@ -11,8 +11,9 @@ from kombu.connection import failover_strategies
 from kombu.serialization import register
 
 from penstock.background import lost
-from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta, queue_name, split_queue
+from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.errors import WorkerLostError
+from penstock.keys import queue_name, split_queue
 from penstock.settings import Settings
 from penstock.transport import install
 from penstock_workers.callbacks import Callbacks

@@ -17,17 +17,10 @@ from celery.signals import worker_ready, worker_shutting_down
 from penstock.background import Background, lost
 from penstock.broker import connect_sync
 from penstock.clock import ticks
-from penstock.codec import queue_name
 from penstock.identity import process_name
+from penstock.keys import WORKERS_KEY, queue_name
 from penstock.refusals import in_words
-from penstock.registry import (
-    BEAT,
-    HEARTBEAT_S,
-    WORKERS_KEY,
-    Announcement,
-    WorkerInfo,
-    WorkerState,
-)
+from penstock.registry import BEAT, HEARTBEAT_S, Announcement, WorkerInfo, WorkerState
 from penstock.request import PoolName
 from penstock.settings import Settings
 from penstock.urls import announce_results

@@ -14,9 +14,9 @@ from celery.app.trace import setup_worker_optimizations
 from celery.concurrency.thread import TaskPool as ThreadPool
 from celery.signals import celeryd_init
 
-from penstock.codec import queue_name
 from penstock.errors import ConfigError, ModelLoadError
 from penstock.identity import process_token
+from penstock.keys import queue_name
 from penstock.request import PoolName
 from penstock.settings import Settings
 from penstock_workers.folders import settle_folders

@@ -12,9 +12,9 @@ import redis
 
 from penstock.background import Background
 from penstock.broker import connect_sync
+from penstock.keys import STREAM_TTL_S, is_reply_channel, stream_key
 from penstock.refusals import in_words
-from penstock.store import is_reply_channel
-from penstock.stream import APPEND, MAX_PIECES, STREAM_TTL_S, Part, stream_key
+from penstock.stream import APPEND, MAX_PIECES, Part
 
 logger = logging.getLogger(__name__)
 

@@ -29,11 +29,11 @@ import redis
 from numpy.typing import NDArray
 
 from penstock.broker import connect_sync
+from penstock.keys import VECTORS_KEY
 from penstock.settings import CacheSettings
 
 logger = logging.getLogger(__name__)
 
-KEY: Final = "penstock:vec"
 AT_ONCE: Final = 256
 """Texts of one round trip, during which Redis serves nobody else."""
 OVERHEAD_BYTES: Final = 400
@@ -190,7 +190,7 @@ class VectorCache:
         self._form = StoredForm(dim, settings.dtype)
         self._store = CacheStore(name, url)
         self._model_key = (
-            f"{KEY}:{hashlib.sha256(f'{fingerprint} {settings.dtype}'.encode()).hexdigest()[:16]}"
+            f"{VECTORS_KEY}:{hashlib.sha256(f'{fingerprint} {settings.dtype}'.encode()).hexdigest()[:16]}"
         )
         self._life_ms, self._lease_ms = settings.ttl_s * 1000, int(lease_s * 1000)
         self._max_entries = max(1, settings.max_bytes // (self._form.n_bytes + OVERHEAD_BYTES))
@@ -241,7 +241,7 @@ class VectorCache:
     @contextmanager
     def _claim(self, keys: Sequence[str], weight: float) -> Iterator[tuple[dict[str, Embedded], list[str]]]:
         """Yield what is stored, and what is to be computed here; the rest is being computed elsewhere."""
-        claim = f"{KEY}:claim:{uuid.uuid4().hex}"
+        claim = f"{VECTORS_KEY}:claim:{uuid.uuid4().hex}"
         arguments = (self._lease_ms, weight, STRETCH * weight, CLAIM_S * 1000)
         found: dict[str, Embedded] = {}
         mine: list[str] = []
