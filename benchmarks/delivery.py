@@ -922,9 +922,9 @@ def _ids(n_jobs: int) -> list[str]:
 
 def _push_script(client: redis.Redis) -> Callable[[bytes, Any], None]:
     """Return what adds our client's way of sending a message to a pipeline."""
-    from penstock.leases import push_arguments, scripts
+    from penstock.scripts import push_arguments, script
 
-    push = client.register_script(scripts()["push"])
+    push = client.register_script(script("push"))
     push(*push_arguments("delivery:warm", b"{}"))
     client.delete("delivery:warm")
 

@@ -48,10 +48,10 @@ from penstock.keys import (
     queue_key,
     record_key,
 )
-from penstock.leases import Limits, push_arguments, scripts
 from penstock.refusals import attentive
 from penstock.registry import Registry
 from penstock.request import Lane
+from penstock.scripts import Limits, push_arguments, script
 from penstock.sentinel import SentinelUrl, is_sentinel
 from penstock.store import SENT
 from penstock.urls import mask_url
@@ -269,8 +269,8 @@ class Broker:
     def __init__(self, url: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
         self.url, self.clock = url, Clock()
         self._redis = connect(url, connect_timeout_s=connect_timeout_s)
-        self._push = self._redis.register_script(scripts()["push"])
-        self._load = self._redis.register_script(scripts()["load"])
+        self._push = self._redis.register_script(script("push"))
+        self._load = self._redis.register_script(script("load"))
 
     async def registry(self) -> Registry:
         """Read what is served, in one round trip."""

@@ -1,18 +1,17 @@
 """Token buckets in Redis: what all processes of a cluster together may do in a time.
 
-Knows `bucket.lua` and nothing of what is counted. One call asks and takes, on Redis's own clock; a call that
-may wait books its place, so that a rate is used up although every process wakes a little late.
+Knows the script `take` and nothing of what is counted. One call asks and takes, on Redis's own clock; a
+call that may wait books its place, so that a rate is used up although every process wakes a little late.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from typing import Any, Final, NamedTuple, cast
 
 import redis.asyncio as aioredis
 
 from penstock.keys import BUCKET_PREFIX
+from penstock.scripts import script
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +69,11 @@ async def take(store: aioredis.Redis, *shares: Share, within_s: float = 0.0) -> 
         within_s: the longest wait that is booked; more is not taken. With 0, now or not at all.
     """
     keys, arguments = take_arguments(*shares, within_s=within_s)
-    return read_taken(await store.register_script(take_script())(keys=keys, args=arguments))
+    return read_taken(await store.register_script(script("take"))(keys=keys, args=arguments))
 
 
 def take_arguments(*shares: Share, within_s: float = 0.0) -> tuple[list[str], list[float]]:
-    """Return the keys and arguments of `take_script`; for clients that do not await, too."""
+    """Return the keys and arguments of the script `take`; for clients that do not await, too."""
     arguments = [within_s]
     for bucket, cost in shares:
         arguments += [bucket.rate, bucket.burst, cost]
@@ -82,18 +81,6 @@ def take_arguments(*shares: Share, within_s: float = 0.0) -> tuple[list[str], li
 
 
 def read_taken(reply: object) -> Taken:
-    """Read what `take_script` returns."""
+    """Read what the script `take` returns."""
     is_taken, wait_s = cast("Sequence[Any]", reply)
     return Taken(bool(is_taken), float(wait_s))
-
-
-@cache
-def take_script() -> str:
-    """Return the script that takes from buckets."""
-    return f"{bucket_functions()}\nreturn take(KEYS, ARGV, 1)\n"
-
-
-@cache
-def bucket_functions() -> str:
-    """Return `bucket.lua`, for scripts that take along with something else."""
-    return files("penstock").joinpath("bucket.lua").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """How long a job will wait: what it costs, and what a queue has before it.
 
 Costs are tokens: of the texts, or of the prompt and the expected answer. Senders estimate them from
-characters, by what workers measured; the scripts of `delivery.lua` keep their sums for each queue.
+characters, by what workers measured; the scripts keep their sums for each queue.
 """
 
 import math
@@ -12,9 +12,9 @@ from statistics import median
 from typing import Final
 
 from penstock.keys import queue_name, split_queue
-from penstock.leases import Limits
 from penstock.registry import ModelInfo, Registry
 from penstock.request import EmbedRequest, Lane, PoolName, Request, RerankRequest
+from penstock.scripts import Limits
 
 TOKENS_PER_CHARACTER: Final = 0.25
 """Until a worker has measured it."""

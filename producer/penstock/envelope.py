@@ -27,7 +27,7 @@ CONTENT_TYPE: Final = "application/json"
 CONTENT_ENCODINGS: Final = ("utf-8", "binary")
 BODY_ENCODINGS: Final = ("base64", "utf-8")
 TRUNCATED: Final = b"\0"
-"""Begins what `delivery.lua` tells of an entry above `MAX_ENTRY_BYTES`: its size, a line, its last bytes."""
+"""Begins what a script tells of an entry above `MAX_ENTRY_BYTES`: its size, a line, its last bytes."""
 
 # No control characters, no line breaks of any kind, no marks that turn the direction of writing, no
 # surrogates: what is printed stays on its line, and what is sent to Redis can be encoded.

@@ -1,21 +1,18 @@
 """Leases: a process' right to the messages it took, renewed while it works and taken over when it dies.
 
-Knows Redis and `delivery.lua`, whose head lists every key; must not know Celery or kombu.
+Knows Redis and the scripts of `penstock.scripts`; must not know Celery or kombu.
 """
 
 import atexit
 import base64
 import json
 import logging
-import re
 import secrets
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from itertools import islice
 from queue import SimpleQueue
 from typing import Any, Final
@@ -24,12 +21,13 @@ import redis
 from redis.commands.core import Script
 
 from penstock.background import Background
-from penstock.bucket import RETRIES, bucket_functions
+from penstock.bucket import RETRIES
 from penstock.clock import Clock
-from penstock.envelope import MAX_ENTRY_BYTES, MAX_POP_BYTES, is_clean, printable
+from penstock.envelope import is_clean, printable
 from penstock.identity import process_name
 from penstock.keys import DEAD_KEY, UNTOLD_KEY
 from penstock.refusals import in_words
+from penstock.scripts import Value, script
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +47,21 @@ RECOUNT_S: Final = 30.0
 SETTLE_S: Final = 5.0
 """How long a process that ends waits for Redis; after that its leases run out."""
 
-_TAKING: Final = ("push", "retry")  # from token buckets
+_SCRIPTS: Final = (
+    *(
+        "ack",
+        "bury",
+        "claim_untold",
+        "fail",
+        "hand_back",
+        "move_due",
+        "nudge",
+        "postpone",
+        "reclaim",
+        "recount",
+    ),
+    *("renew", "retry", "take_over"),
+)
 _BATCH: Final = 200
 _MOVE_S: Final = 0.5  # how late a delayed message is at most, when a sender adds one that is due first
 _BACKOFF_S: Final = (0.05, 1.0)
@@ -58,37 +70,6 @@ IsAlive = Callable[[], bool]
 Room = Callable[[str], float | None]
 OnDead = Callable[[Mapping[str, Any], int], None]
 OnPurged = Callable[[Sequence[tuple[str, str]]], None]
-Value = str | bytes | int | float
-
-
-@cache
-def scripts() -> Mapping[str, str]:
-    """Return the scripts of `delivery.lua` by name, each with what it uses of the shared part."""
-    text = files("penstock").joinpath("delivery.lua").read_text(encoding="utf-8")
-    text = re.sub(r"^-- (?!script: ).*\n", "", text, flags=re.MULTILINE)
-    _, *sections = re.split(r"^-- script: (\w+)( allow-oom)?$", text, flags=re.MULTILINE)
-    names, flags, bodies = sections[::3], sections[1::3], sections[2::3]
-    limits = f"local MAX_ENTRY_BYTES, MAX_POP_BYTES = {MAX_ENTRY_BYTES}, {MAX_POP_BYTES}\n"
-    shared, buckets = limits + bodies[0].lstrip(), bucket_functions()
-    return {
-        name: f"#!lua flags={(flag or '').strip()}\n"
-        + _with_used(shared, f"{buckets if name in _TAKING else ''}\n{body}")
-        for name, flag, body in zip(names[1:], flags[1:], bodies[1:], strict=True)
-    }
-
-
-def _with_used(shared: str, body: str) -> str:
-    """Return a script after those of the shared definitions that it uses, themselves or through others.
-
-    A server makes each function anew whenever a script runs, 0.2 us each: all of them took a quarter of
-    the time of `ack`.
-    """
-    for definition in reversed(re.split(r"^(?=local )", shared, flags=re.MULTILINE)[1:]):
-        defined = re.match(r"local (?:function )?([\w, ]+)", definition)
-        assert defined is not None
-        if re.search(rf"\b({defined[1].strip().replace(', ', '|')})\b", body):  # each stands before its users
-            body = definition + body
-    return body
 
 
 def purge(client: redis.Redis, lists: Sequence[str], on_purged: OnPurged | None = None) -> int:
@@ -99,58 +80,15 @@ def purge(client: redis.Redis, lists: Sequence[str], on_purged: OnPurged | None 
         lists: of all levels; those of tenants belong to them.
         on_purged: called with id and `reply_to`, or nothing, of the jobs that were dropped, some at a time.
     """
-    script, n_dropped, is_left = client.register_script(scripts()["purge"]), 0, 1
+    drop, n_dropped, is_left = client.register_script(script("purge")), 0, 1
     while is_left:
-        n, is_left, *fields = script(keys=lists, args=[_BATCH])
+        n, is_left, *fields = drop(keys=lists, args=[_BATCH])
         n_dropped += n
         texts = [field.decode(errors="replace") for field in fields]
         jobs = list(zip(texts[::2], texts[1::2], strict=True))
         if on_purged is not None and jobs:
             on_purged([job for job in jobs if is_clean(job[0])])
     return n_dropped
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a queue takes; None is no limit.
-
-    Attributes:
-        jobs: that wait or are held, those that are pushed included.
-        tokens: of these jobs.
-        bytes: of their messages.
-        tokens_per_s: what the workers of the queue do together.
-        wait_s: how long a message may wait by that speed.
-    """
-
-    jobs: int | None = None
-    tokens: int | None = None
-    bytes: int | None = None
-    tokens_per_s: float | None = None
-    wait_s: float | None = None
-
-    def arguments(self) -> list[Value]:
-        """Return them as the script `push` takes them."""
-        values = (self.jobs, self.tokens, self.bytes, self.tokens_per_s, self.wait_s)
-        return ["" if value is None else value for value in values]
-
-
-NO_LIMITS: Final = Limits()
-
-
-def push_arguments(
-    key: str, *messages: bytes | str, due_at: float | None = None, limits: Limits = NO_LIMITS
-) -> tuple[list[str], list[Value]]:
-    """Return keys and arguments of the script `push`, which queues messages and wakes idle workers.
-
-    Args:
-        key: the queue's list, see `keys.queue_key`.
-        messages: what workers get; with the property `cost`, see docs/reference/messages.md,
-            they are counted by it.
-        due_at: not before this, Unix seconds; None for at once.
-        limits: of the queue.
-    """
-    due = "" if due_at is None else due_at
-    return [key], [*limits.arguments(), *(value for message in messages for value in (message, due))]
 
 
 def pop_arguments(
@@ -253,9 +191,7 @@ class Leases:
         self.queues: set[str] = set()
         self._client, self._max_deliveries = client, max_deliveries
         self._is_alive, self._on_dead, self._queue_of = is_alive, on_dead, queue_of
-        self._scripts: dict[str, Script] = {
-            name: client.register_script(text) for name, text in scripts().items()
-        }
+        self._scripts: dict[str, Script] = {name: client.register_script(script(name)) for name in _SCRIPTS}
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
         self._n_tokens = 0

@@ -16,12 +16,12 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.resources import files
 from statistics import fmean
 from typing import Any, Final, Literal, Self
 
 from penstock.keys import ANNOUNCED_KEY, MODELS_KEY, RESULTS_KEY, TENANTS_KEY, WORKERS_KEY, binding_keys
 from penstock.request import PoolName, Task
+from penstock.scripts import script
 from penstock.urls import announce_results as announce_results
 from penstock.urls import locate_results as locate_results
 from penstock.urls import mask_url as mask_url
@@ -34,7 +34,7 @@ _UNREADABLE: Final = (AttributeError, RecursionError, TypeError, ValueError)
 
 WorkerState = Literal["loading", "ready", "stalled", "stopping"]
 
-BEAT: Final = files("penstock").joinpath("beat.lua").read_text(encoding="utf-8")
+BEAT: Final = script("beat")
 """A sign of life of a worker, and with it what is said above; the script tells how."""
 
 

@@ -12,6 +12,7 @@ from typing import Final, Literal
 from penstock.errors import StreamRestartedError
 from penstock.request import ToolCall
 from penstock.result import FinishReason, GenerateResult, Logprobs, Usage
+from penstock.scripts import script
 
 OnRestart = Literal["hide", "show"]
 Part = Literal["text", "reasoning"]
@@ -19,14 +20,8 @@ Part = Literal["text", "reasoning"]
 MAX_PIECES: Final = 10_000
 """Kept pieces of a stream; a reader that is further behind gets the rest when the job has ended."""
 
-# KEYS: stream. ARGV: run, characters of its part before the piece, piece, most pieces, time to live in
-# seconds, channel for the note, note, part. Returns how many heard of it.
-APPEND: Final = """
-redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[4], '*', 'run', ARGV[1], 'at', ARGV[2], 'text', ARGV[3],
-    'part', ARGV[8])
-redis.call('EXPIRE', KEYS[1], ARGV[5])
-return redis.call('PUBLISH', ARGV[6], ARGV[7])
-"""
+APPEND: Final = script("append")
+"""Adds a piece to a stream, and notes it on a channel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,11 +46,10 @@ from penstock.leases import (
     Room,
     pop_arguments,
     purge,
-    push_arguments,
-    scripts,
 )
 from penstock.refusals import OUTAGES, REFUSALS, attentive, in_words, is_for_now
 from penstock.request import TENANT
+from penstock.scripts import push_arguments, script
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ POP_MOST: Final = 32
 """Messages in one reply: a big batch would keep the event loop from its other work."""
 
 BYTES_PER_TOKEN: Final = 4
-"""What a job costs whose sender does not say it; `delivery.lua` has the same for what others push."""
+"""What a job costs whose sender does not say it; the scripts have the same for what others push."""
 
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -386,10 +385,10 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
         keys, arguments = push_arguments(key, dumps(message), due_at=due_time(message.get("headers")))
         batch = options.get("_publish_batch")
         if batch is not None:
-            batch.add("eval", scripts()["push"], len(keys), *keys, *arguments)
+            batch.add("eval", script("push"), len(keys), *keys, *arguments)
             return
         with self.conn_or_acquire() as client:
-            client.register_script(scripts()["push"])(keys=keys, args=arguments)
+            client.register_script(script("push"))(keys=keys, args=arguments)
             self._maybe_update_queues_expire(client, queue)
             if queue.endswith(_REPLIES):
                 client.pexpire(key, 1000 * PIDBOX_REPLIES_TTL_S)  # whoever asked may be gone
@@ -446,7 +445,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
             return super().basic_get(queue, no_ack=True, **options)
         token = self.leases.new_token()
         with self.conn_or_acquire() as client:
-            pop = client.register_script(scripts()["pop"])
+            pop = client.register_script(script("pop"))
             while found := pop(*self._pop_arguments(token, [queue], is_asked_for_one=True)):
                 ((lease, raw),) = self._leases_in(found, token)
                 self.leases.hold(lease)
@@ -708,7 +707,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no types
             # The time, before the first job and where another server has taken over: whoever computes the job
             # asks that clock whether it comes too late.
             with self.conn_or_acquire() as client, client.pipeline(transaction=False) as pipe:
-                pipe.script_load(scripts()["pop"])
+                pipe.script_load(script("pop"))
                 pipe.time()
                 asked_at = ticks()
                 self._pop_sha, (second, microsecond) = pipe.execute()

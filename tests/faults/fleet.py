@@ -15,7 +15,7 @@ from typing import Any
 import redis
 
 from penstock.keys import DEAD_KEY
-from penstock.leases import push_arguments, scripts
+from penstock.scripts import push_arguments, script
 from penstock_workers.command.local_redis import wait_until_ready
 from tests import warm
 from tests.deployment import server_command
@@ -97,7 +97,7 @@ class Fleet:
         self.redis = redis.Redis.from_url(broker.broker_url)
         self.book = redis.Redis.from_url(f"{broker.url}/2")
         self.workers: list[Worker] = []
-        self._push = self.redis.register_script(scripts()["push"])
+        self._push = self.redis.register_script(script("push"))
 
     def start(self, n: int = 1, *options: str, wait: bool = True, **environment: str) -> list[Worker]:
         """Start workers; they have 4 places unless `options` say otherwise."""

@@ -15,7 +15,7 @@ import redis
 from celery import Celery, chord, group
 
 from penstock.keys import UNTOLD_KEY
-from penstock.leases import push_arguments, scripts
+from penstock.scripts import push_arguments, script
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import APP, LEASE_S, Fleet, Worker, message
@@ -149,7 +149,7 @@ def test_a_full_broker_is_worked_off(fleet: Fleet, own: Server) -> None:
     (worker,) = fleet.start()
     names = [f"j{i}" for i in range(20)]
     with redis.Redis.from_url(own.broker_url) as broker:
-        push = broker.register_script(scripts()["push"])
+        push = broker.register_script(script("push"))
         for name in names:
             push(*push_arguments("celery", message(f"{APP}.work", [name, 0.3])[1]))
         broker.config_set("maxmemory", 1)

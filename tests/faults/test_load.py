@@ -28,9 +28,10 @@ from penstock import (
 from penstock.bucket import RETRIES
 from penstock.delay import BATCH_S
 from penstock.keys import DEAD_KEY, MODELS_KEY, WORKERS_KEY
-from penstock.leases import pop_arguments, push_arguments, scripts
+from penstock.leases import pop_arguments
 from penstock.pacing import TEXTS_PER_WORKER, UNREAD
 from penstock.request import PoolName
+from penstock.scripts import push_arguments, script
 from penstock.transport import install
 from tests import announced
 from tests.deployment import Server
@@ -95,18 +96,33 @@ def counters(client: redis.Redis, queue: str = QUEUE) -> dict[str, tuple[int, ..
     }
 
 
+SCRIPTS = (
+    "push",
+    "pop",
+    "ack",
+    "hand_back",
+    "reclaim",
+    "postpone",
+    "retry",
+    "bury",
+    "revive",
+    "take_over",
+    "move_due",
+)
+
+
 class Life:
     """Does something to the queue, at random."""
 
     def __init__(self, client: redis.Redis, seed: int) -> None:
         self.client, self.random = client, random.Random(seed)
-        self._scripts = {name: client.register_script(text) for name, text in scripts().items()}
+        self._scripts = {name: client.register_script(script(name)) for name in SCRIPTS}
         self._n_pops = 0
         self.held: list[tuple[bytes, str]] = []
 
-    def run(self, script: str, *arguments: Any, keys: tuple[str, ...] = ()) -> Any:
+    def run(self, name: str, *arguments: Any, keys: tuple[str, ...] = ()) -> Any:
         """Run one of the scripts."""
-        return self._scripts[script](keys=keys, args=arguments)
+        return self._scripts[name](keys=keys, args=arguments)
 
     def message(self) -> bytes:
         """Return a message, of our senders or of others."""
@@ -438,7 +454,7 @@ def test_many_texts_whose_worker_hangs_time_out(light: LightWorker, own: Server)
 
 def order(client: redis.Redis, n: int) -> list[str]:
     """Take messages one by one; return the part of the queue that each came from."""
-    pop = client.register_script(scripts()["pop"])
+    pop = client.register_script(script("pop"))
     taken = []
     for number in range(n):
         held = [(0, 0)] * len(LISTS)
@@ -447,7 +463,7 @@ def order(client: redis.Redis, n: int) -> list[str]:
         )
         name, tag, *_ = pop(keys=LISTS, args=arguments)
         taken.append(name.decode().removeprefix(QUEUE))
-        client.register_script(scripts()["ack"])(args=[tag, f"w/{number}"])
+        client.register_script(script("ack"))(args=[tag, f"w/{number}"])
     return taken
 
 
@@ -461,7 +477,7 @@ def costly(n_tokens: int) -> bytes:
 def send(client: redis.Redis, key: str, n: int, n_tokens: int) -> None:
     """Push messages of one cost."""
     keys, arguments = push_arguments(key, *(costly(n_tokens) for _ in range(n)))
-    client.register_script(scripts()["push"])(keys=keys, args=arguments)
+    client.register_script(script("push"))(keys=keys, args=arguments)
 
 
 def test_tenants_take_turns_by_tokens(own: Server) -> None:

@@ -12,17 +12,12 @@ import pytest
 import redis
 from redis.exceptions import NoPermissionError
 
+import penstock
 from penstock import Client, JobCancelledError, JobState, PenstockError
-from penstock.bucket import take_script
 from penstock.keys import DEAD_KEY
-from penstock.leases import scripts
-from penstock.registry import BEAT
 from penstock.settings import load_settings
-from penstock.store import END_JOB
 from penstock_workers.command.local_redis import free_port, wait_until_ready
-from penstock_workers.remote.upstream import ASK, LOOK, TELL
 from penstock_workers.serving.app import build_app
-from penstock_workers.serving.vector_cache import CLAIM, STORE
 from tests.deployment import BUNDLED, ROOT, Server, WorkerProcess, server_command
 from tests.eventually import eventually
 from tests.faults.fleet import message
@@ -277,8 +272,8 @@ def test_nobody_comes_in_without_a_name(guarded: GuardedServer) -> None:
 
 def test_workers_may_run_every_command_of_every_script(guarded: GuardedServer) -> None:
     """Also those of rare paths: a takeover that is refused a command would lose jobs."""
-    texts = [*(text for name, text in scripts().items() if name != "revive"), END_JOB, BEAT, CLAIM, STORE]
-    texts += [take_script(), ASK, LOOK, TELL]
+    files = (Path(penstock.__file__).parent / "lua").glob("*.lua")
+    texts = [path.read_text() for path in files if path.stem != "revive"]
     called = {name for text in texts for name in re.findall(r"redis\.p?call\('(\w+)'", text)}
     called |= {"RPUSH", "LPUSH"}  # chosen at run time
     called -= {"ZREMRANGEBYRANK", "EXPIRE"}  # of cancelling, which is the callers' business

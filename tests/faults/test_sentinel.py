@@ -19,9 +19,9 @@ from penstock.codec import decode_meta
 from penstock.errors import BrokerUnavailableError
 from penstock.inbox import Inbox
 from penstock.keys import result_key
-from penstock.leases import NO_LIMITS
 from penstock.registry import locate_results
 from penstock.request import Lane, Priority
+from penstock.scripts import NO_LIMITS
 from penstock_workers.command.local_redis import free_port, wait_until_ready
 from tests.deployment import BUNDLED, ROOT, WorkerProcess, server_command
 from tests.eventually import eventually

@@ -8,9 +8,10 @@ import pytest
 import redis.asyncio as aioredis
 
 from penstock.broker import connect
-from penstock.bucket import Bucket, read_taken, take, take_arguments, take_script
+from penstock.bucket import Bucket, read_taken, take, take_arguments
 from penstock.keys import BUCKET_PREFIX
 from penstock.request import new_job_id
+from penstock.scripts import script
 from tests.deployment import Server
 
 
@@ -137,7 +138,7 @@ async def _book(server: Server, limit: Bucket, *, n_clients: int, n_each: int) -
         for _ in range(n_each):
             async with store.pipeline(transaction=True) as pipe:
                 keys, arguments = take_arguments(limit.of(1), within_s=60)
-                pipe.eval(take_script(), len(keys), *keys, *arguments)
+                pipe.eval(script("take"), len(keys), *keys, *arguments)
                 pipe.time()
                 reply, (second, microsecond) = await pipe.execute()
             booked.append(second + microsecond / 1e6 + read_taken(reply).wait_s)

@@ -1,4 +1,4 @@
-"""Lists, tenants and sizes that a sender makes up, as the scripts of delivery.lua meet them."""
+"""Lists, tenants and sizes that a sender makes up, as the scripts of delivery meet them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,8 @@ import redis
 from redis.exceptions import ResponseError
 
 from penstock.envelope import MAX_ENTRY_BYTES, MAX_POP_BYTES
-from penstock.leases import NO_LIMITS, pop_arguments, scripts
+from penstock.leases import pop_arguments
+from penstock.scripts import NO_LIMITS, script
 from tests.deployment import Server
 from tests.faults.fleet import message
 
@@ -38,9 +39,9 @@ def broker(running: redis.Redis) -> redis.Redis:
     return running
 
 
-def run(client: redis.Redis, script: str, *arguments: Any, keys: tuple[Any, ...] = ()) -> Any:
+def run(client: redis.Redis, name: str, *arguments: Any, keys: tuple[Any, ...] = ()) -> Any:
     """Run one of the scripts."""
-    return client.eval(scripts()[script], len(keys), *keys, *arguments)
+    return client.eval(script(name), len(keys), *keys, *arguments)
 
 
 def push(client: redis.Redis, key: str | bytes, raw: bytes) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
-from penstock.leases import push_arguments, scripts
+from penstock.scripts import push_arguments, script
 from penstock_workers.command.local_redis import free_port
 from penstock_workers.consumer import EVENTS_S
 from tests.deployment import Server
@@ -68,7 +68,7 @@ def test_events_of_a_moment_are_sent_together(server: Server, tmp_path: Path) ->
         worker.broker.pubsub() as channel,
     ):
         channel.psubscribe("*celeryev/task.multi")
-        push = worker.broker.register_script(scripts()["push"])
+        push = worker.broker.register_script(script("push"))
         began = time.monotonic()
         for number in range(n_jobs):
             job, raw = message(f"{TASKS}.add", [number], queue=QUEUE)

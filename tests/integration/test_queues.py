@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from penstock import BrokerUnavailableError, InvalidMessageError
 from penstock.keys import DEAD_KEY, UNTOLD_KEY, record_key, result_key
-from penstock.leases import NO_LIMITS, pop_arguments, scripts
+from penstock.leases import pop_arguments
+from penstock.scripts import NO_LIMITS, script
 from penstock.settings import Settings, load_settings
 from penstock_workers.cli import cli
 from penstock_workers.command.local_redis import free_port
@@ -60,9 +61,9 @@ def give_up(broker: redis.Redis, results: redis.Redis) -> str:
     return job_id
 
 
-def run(client: redis.Redis, script: str, *arguments: str | bytes | float, keys: tuple[str, ...] = ()) -> Any:
+def run(client: redis.Redis, name: str, *arguments: str | bytes | float, keys: tuple[str, ...] = ()) -> Any:
     """Run one of the scripts."""
-    return client.register_script(scripts()[script])(keys=keys, args=arguments)
+    return client.register_script(script(name))(keys=keys, args=arguments)
 
 
 def the_job(queues: Queues) -> DeadJob:

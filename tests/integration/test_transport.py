@@ -21,7 +21,8 @@ from kombu.transport import virtual
 from penstock import transport
 from penstock.errors import ConfigError
 from penstock.keys import DEAD_KEY, UNTOLD_KEY, queue_key
-from penstock.leases import NO_LIMITS, Lease, Leases, pop_arguments, push_arguments, scripts
+from penstock.leases import Lease, Leases, pop_arguments
+from penstock.scripts import NO_LIMITS, push_arguments, script
 from penstock_workers.command.local_redis import free_port, wait_until_ready
 from tests.deployment import Server, server_command
 from tests.eventually import eventually
@@ -117,9 +118,9 @@ def process(broker: redis.Redis) -> Iterator[Callable[..., Leases]]:
         each.close()
 
 
-def run(client: redis.Redis, script: str, *arguments: str | bytes | float, keys: tuple[str, ...] = ()) -> Any:
+def run(client: redis.Redis, name: str, *arguments: str | bytes | float, keys: tuple[str, ...] = ()) -> Any:
     """Run one of the scripts."""
-    return client.register_script(scripts()[script])(keys=keys, args=arguments)
+    return client.register_script(script(name))(keys=keys, args=arguments)
 
 
 def pop(client: redis.Redis, token: str, queue: str = "q", most: int = 10, lease_s: float = 1) -> list[Lease]:
@@ -281,7 +282,7 @@ def test_a_batch_of_messages_arrives(broker: redis.Redis, connect: Callable[...,
 
 async def _push_and_wait(url: str) -> tuple[int, Any]:
     async with aioredis.from_url(url) as client:
-        push = client.register_script(scripts()["push"])
+        push = client.register_script(script("push"))
         keys, arguments = push_arguments("q", b"message")
         n_waiting = await push(keys=keys, args=arguments)
         woken = await client.brpop(["penstock:wake:q"], timeout=1)

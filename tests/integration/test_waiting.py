@@ -12,7 +12,8 @@ from kombu import Connection
 
 from penstock import Client, QueueDelayError, RateLimitError, transport
 from penstock.keys import MODELS_KEY, TENANTS_KEY, WORKERS_KEY, queue_key
-from penstock.leases import NO_LIMITS, Leases, pop_arguments, scripts
+from penstock.leases import Leases, pop_arguments
+from penstock.scripts import NO_LIMITS, script
 from penstock.settings import load_settings
 from penstock_workers.command.queues import Queues
 from tests import announced
@@ -43,9 +44,9 @@ def client(own: Server, broker: redis.Redis) -> Iterator[Client]:
         yield connected
 
 
-def run(client: redis.Redis, script: str, *arguments: str | bytes | float, keys: tuple[str, ...] = ()) -> Any:
+def run(client: redis.Redis, name: str, *arguments: str | bytes | float, keys: tuple[str, ...] = ()) -> Any:
     """Run one of the scripts."""
-    return client.register_script(scripts()[script])(keys=keys, args=arguments)
+    return client.register_script(script(name))(keys=keys, args=arguments)
 
 
 def pop(broker: redis.Redis, token: str, most: int = 32) -> list[bytes]:

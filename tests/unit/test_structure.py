@@ -63,15 +63,33 @@ def test_excuses_are_used(limit: str) -> None:
     assert structure.EXCUSED[limit].keys() - structure.measured()[limit].keys() == set()
 
 
-def test_keys_of_delivery_are_told_once() -> None:
-    """The scripts' head and docs/reference/keys.md have the same table, and no script touches another key."""
-    script = (ROOT / "producer" / "penstock" / "delivery.lua").read_text()
-    rows = re.findall(r"^(?:-- )?(\|.*\|)$", script, flags=re.MULTILINE)
-    names = set(re.findall(r"'(penstock:[a-z:]+|unacked\w*)'", script))
+def scripts() -> dict[str, str]:
+    """Return the Lua files, parts too, by name."""
+    return {path.stem: path.read_text() for path in (ROOT / "producer" / "penstock" / "lua").glob("*.lua")}
 
-    assert len(rows) > 10
-    assert "\n".join(rows) in (ROOT / "docs" / "reference" / "keys.md").read_text()
-    assert [name for name in names if f"| `{name}" not in "\n".join(rows)] == []
+
+def test_scripts_touch_no_key_that_is_not_told() -> None:
+    """docs/reference/keys.md has a row for each key that stands in a script."""
+    told = (ROOT / "docs" / "reference" / "keys.md").read_text()
+    names = {
+        name for text in scripts().values() for name in re.findall(r"'(penstock:[a-z:]+|unacked\w*)'", text)
+    }
+
+    assert len(names) > 10
+    assert [name for name in names if f"\n| `{name}" not in told] == []
+
+
+def test_scripts_say_what_they_are_given() -> None:
+    """Each names its KEYS and ARGV before its first line of code, and fits on a few screens."""
+    heads = {name: re.match(r"(?:#!.*\n)?((?:--.*\n)*)", text) for name, text in scripts().items()}
+
+    assert [name for name, text in scripts().items() if text.count("\n") > 200] == []
+    assert [
+        name
+        for name, head in heads.items()
+        if head is None
+        or not (name.startswith("_") or {"-- KEYS", "-- ARGV"} <= set(re.findall("-- [A-Z]{4}", head[1])))
+    ] == []
 
 
 def test_keys_are_named_in_one_module() -> None:

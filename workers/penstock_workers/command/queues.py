@@ -29,9 +29,10 @@ from penstock.keys import (
     record_key,
     result_key,
 )
-from penstock.leases import LEASE_S, purge, scripts
+from penstock.leases import LEASE_S, purge
 from penstock.registry import Registry
 from penstock.request import Priority
+from penstock.scripts import script
 from penstock.settings import Settings
 from penstock.store import END_JOB, SENT, end_job_arguments
 from penstock_workers.command.deployment import Deployment, deployment_options
@@ -282,8 +283,8 @@ class Queues:
             names |= {queue_name(pool, name) for pool in configured.pools}
         return names
 
-    def _run(self, script: str, *arguments: bytes | str | float, keys: tuple[str, ...] = ()) -> Any:
-        return self._broker.eval(scripts()[script], len(keys), *keys, *arguments)
+    def _run(self, name: str, *arguments: bytes | str | float, keys: tuple[str, ...] = ()) -> Any:
+        return self._broker.eval(script(name), len(keys), *keys, *arguments)
 
     def _hash(self, key: str) -> dict[bytes, bytes]:
         return self._broker.hgetall(key)  # type: ignore[return-value]  # bytes: no decode_responses

@@ -6,7 +6,7 @@ by all together. Must not know HTTP clients, engines and jobs.
 | key | type | holds |
 | --- | --- | --- |
 | `penstock:upstream:<id>` | hash | until when it is on hold or broken, and why; gone when all is well |
-| `penstock:bucket:<id>:requests`, `:tokens` | string | see `bucket.lua` |
+| `penstock:bucket:<id>:requests`, `:tokens` | string | see `_bucket.lua` |
 
 The id is one of server, model and token: limits belong to all three.
 """
@@ -17,8 +17,9 @@ from typing import Final, Literal, NamedTuple
 
 import redis.asyncio as aioredis
 
-from penstock.bucket import Bucket, bucket_functions, take, take_arguments
+from penstock.bucket import Bucket, take, take_arguments
 from penstock.keys import BUCKET_PREFIX, UPSTREAM_PREFIX
+from penstock.scripts import script
 from penstock.settings import RateLimit
 from penstock_workers.remote.faults import Fault
 
@@ -39,64 +40,17 @@ _ASK_PROBE_S: Final = 1.0
 
 State = Literal["go", "doubt", "full", "hold", "open"]
 
-_READ: Final = """
-local at = now_s()
-local state = redis.call('HMGET', KEYS[1], 'hold', 'open', 'probe', 'failures', 'strikes', 'why')
-local hold, open, probe = tonumber(state[1] or 0), tonumber(state[2] or 0), tonumber(state[3] or 0)
-local failures, strikes = tonumber(state[4] or 0), tonumber(state[5] or 0)
-local function reply(word, seconds) return {word, string.format('%.6f', seconds), state[6] or ''} end
-"""
-
-# A broken server gets one request when its time is up; others ask again soon, for the answer may be there.
-#
-# KEYS: state, buckets.  ARGV: how long a request may take, then as `take`.
-ASK: Final = f"""{_READ}
-if open > at then return reply('open', open - at) end
-if probe > at then return reply('open', math.min(probe - at, {_ASK_PROBE_S})) end
-if hold > at then return reply('hold', hold - at) end
-local taken = {{1, '0'}}
-if #KEYS > 1 then taken = take({{unpack(KEYS, 2)}}, ARGV, 2) end
-if taken[1] == 0 then return reply('full', taken[2]) end
-if open > 0 then redis.call('HSET', KEYS[1], 'probe', at + taken[2] + ARGV[1]) end
-return reply((open > 0 or failures > 0 or strikes > 0) and 'doubt' or 'go', taken[2])
-"""
-
-# KEYS: state.
-LOOK: Final = f"""{_READ}
-if open > at then return reply('open', open - at) end
-if hold > at then return reply('hold', hold - at) end
-return reply(failures + strikes > 0 and 'doubt' or 'go', 0)
-"""
-
-# Answers that were under way together count as one overload.
-#
-# KEYS: state.  ARGV: what happened, why, seconds of the hold or '', most seconds of one that is guessed.
-TELL: Final = f"""{_READ}
-if ARGV[1] == 'answered' then
-  redis.call('HDEL', KEYS[1], 'open', 'probe', 'failures', 'failed', 'cooldown', 'strikes')
-  if hold <= at then redis.call('DEL', KEYS[1]) end
-  return
-end
-if ARGV[1] == 'abandoned' then return redis.call('HDEL', KEYS[1], 'probe') end
-redis.call('HSET', KEYS[1], 'why', ARGV[2])
-redis.call('EXPIRE', KEYS[1], {int(2 * MAX_HOLD_S)})
-if ARGV[1] == 'hold' then
-  redis.call('HDEL', KEYS[1], 'open', 'probe', 'failures', 'failed', 'cooldown')
-  local seconds = tonumber(ARGV[3])
-  if hold <= at then
-    seconds = seconds or math.min({FIRST_HOLD_S} * 2 ^ strikes, ARGV[4])
-    redis.call('HSET', KEYS[1], 'strikes', strikes + 1)
-  end
-  if seconds then redis.call('HSET', KEYS[1], 'hold', math.max(hold, at + seconds)) end
-  return
-end
-local seen = redis.call('HMGET', KEYS[1], 'failed', 'cooldown')
-if tonumber(seen[1] or 0) < at - {FAILURES_WITHIN_S} and open == 0 then failures = 0 end
-redis.call('HSET', KEYS[1], 'failures', failures + 1, 'failed', at)
-if open > at or failures + 1 < {FAILURES_TO_OPEN} and open == 0 then return end
-local cooldown = open > 0 and math.min(2 * tonumber(seen[2]), {COOLDOWN_S[1]}) or {COOLDOWN_S[0]}
-redis.call('HSET', KEYS[1], 'open', at + cooldown, 'cooldown', cooldown, 'probe', 0)
-"""
+ASK: Final = script("ask_upstream", ASK_PROBE_S=_ASK_PROBE_S)
+LOOK: Final = script("look_upstream")
+TELL: Final = script(
+    "tell_upstream",
+    MAX_HOLD_S=MAX_HOLD_S,
+    FIRST_HOLD_S=FIRST_HOLD_S,
+    FAILURES_TO_OPEN=FAILURES_TO_OPEN,
+    FAILURES_WITHIN_S=FAILURES_WITHIN_S,
+    FIRST_COOLDOWN_S=COOLDOWN_S[0],
+    MOST_COOLDOWN_S=COOLDOWN_S[1],
+)
 
 
 class Permit(NamedTuple):
@@ -145,10 +99,7 @@ class Upstream:
         self._key = f"{UPSTREAM_PREFIX}{digest}"
         self._requests = _bucket(f"{digest}:requests", limit.requests_per_minute)
         self._tokens = _bucket(f"{digest}:tokens", limit.tokens_per_minute)
-        functions = bucket_functions()
-        self._ask, self._look, self._tell = (
-            store.register_script(functions + script) for script in (ASK, LOOK, TELL)
-        )
+        self._ask, self._look, self._tell = map(store.register_script, (ASK, LOOK, TELL))
 
     async def ask(self, n_tokens: int, *, within_s: float, timeout_s: float) -> Permit:
         """Ask for a request's permit; reserves its place in the rate if it may be sent.

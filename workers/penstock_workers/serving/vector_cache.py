@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from penstock.broker import connect_sync
 from penstock.keys import VECTORS_KEY
+from penstock.scripts import script
 from penstock.settings import CacheSettings
 
 logger = logging.getLogger(__name__)
@@ -50,49 +51,8 @@ one text does not wait for a bulk load."""
 _HEAD: Final = Struct("<4sI")
 _MARK: Final = b"vec1"
 
-# KEYS: vectors in use, claim, texts.  ARGV: claim's ms, weight, heaviest to wait for, text's claim in ms.
-# Returns for each text its vector, 1 where the caller has to compute it, 0 where another does.
-# A Redis that is full answers what it has: hence pcall. What cannot be claimed is computed all the same.
-CLAIM: Final = """
-local time, answers, claimed = redis.call('TIME'), {}, false
-local values = redis.call('MGET', unpack(KEYS, 3))
-for i, value in ipairs(values) do
-  local key = KEYS[i + 2]
-  if value and value:sub(1, 1) == 'v' then
-    redis.pcall('ZADD', KEYS[1], 'XX', time[1] + time[2] / 1e6, key)
-    answers[i] = value
-  else
-    local claim, weight = (value or ''):match('^c(%S+) (%S+)$')
-    if claim and tonumber(weight) <= tonumber(ARGV[3]) and redis.call('EXISTS', claim) == 1 then
-      answers[i] = 0
-    else
-      redis.pcall('SET', key, 'c' .. KEYS[2] .. ' ' .. ARGV[2], 'PX', ARGV[4])
-      answers[i], claimed = 1, true
-    end
-  end
-end
-if claimed then redis.pcall('SET', KEYS[2], '1', 'PX', ARGV[1]) end
-return answers
-"""
-
-# KEYS: vectors in use, texts.  ARGV: life in ms, most entries, vectors.
-# Room is made first, some at a time, and each entry is noted before it is written: none escapes the bound.
-STORE: Final = """
-local time = redis.call('TIME')
-local excess = redis.call('ZCARD', KEYS[1]) + #KEYS - 1 - ARGV[2]
-if excess > 0 then
-  for _, key in ipairs(redis.call('ZRANGE', KEYS[1], 0, math.min(excess, 1000) - 1)) do
-    redis.call('DEL', key)
-    redis.call('ZREM', KEYS[1], key)
-  end
-end
-for i = 2, #KEYS do
-  redis.call('ZADD', KEYS[1], time[1] + time[2] / 1e6, KEYS[i])
-  redis.call('SET', KEYS[i], ARGV[i + 1], 'PX', ARGV[1])
-end
-redis.call('PEXPIRE', KEYS[1], ARGV[1])
-return 1
-"""
+CLAIM: Final = script("claim_vectors")
+STORE: Final = script("store_vectors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

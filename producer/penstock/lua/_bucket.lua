@@ -1,4 +1,4 @@
--- Token buckets on Redis's clock, so that every process of a cluster takes from the same allowance.
+-- Part: token buckets on Redis's clock, so that every process of a cluster takes from the same allowance.
 --
 -- A bucket is a string: the second at which it will be full again (GCRA's theoretical arrival time). No key is a
 -- full bucket, so an idle one takes no memory, and a change of rate or burst needs no migration.
