@@ -126,7 +126,7 @@ class Side:
     pool: str
 
 
-OURS: Final = Side(name="penstock", parts="penstock", pool="penstock_workers.pool:TaskPool")
+OURS: Final = Side(name="penstock", parts="penstock", pool="penstock_workers.delivery.pool:TaskPool")
 THREADS: Final = Side(name="stock threads", parts="stock", pool="threads")
 PREFORK: Final = Side(name="stock prefork", parts="stock", pool="prefork")
 
@@ -421,8 +421,8 @@ def arguments(sections: Sequence[str]) -> argparse.Namespace:
 def sides() -> list[Side]:
     """Return the sides that can be measured, ours first."""
     try:
-        for module in ("penstock.transport", "penstock_workers.pool", "penstock_workers.results"):
-            import_module(module)
+        for module in ("transport", "pool", "backend"):
+            import_module(f"penstock_workers.delivery.{module}")
     except ImportError as error:
         print(f"left out: {OURS.name}: {error}", file=sys.stderr)
         return [THREADS, PREFORK]

@@ -21,7 +21,7 @@ from kombu.serialization import register
 
 from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.result import EmbedResult, Timings, Usage
-from penstock_workers.cancelled import Cancelled
+from penstock_workers.delivery.cancelled import Cancelled
 
 QUEUE: Final = "cpu.noop"
 MODEL: Final = "noop"
@@ -105,9 +105,9 @@ def _stock_parts(setup: Setup) -> dict[str, Any]:
 
 
 def _our_parts(setup: Setup) -> dict[str, Any]:
-    from penstock.transport import install  # replaces `redis://` in the whole process
-    from penstock_workers.consumer import Consumer
-    from penstock_workers.results import ResultBackend
+    from penstock_workers.delivery.backend import ResultBackend
+    from penstock_workers.delivery.consumer import Consumer
+    from penstock_workers.delivery.transport import install  # replaces `redis://` in the whole process
 
     install()
     register(SERIALIZER, encode_meta, decode_meta, content_type=CONTENT_TYPE, content_encoding="binary")

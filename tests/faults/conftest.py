@@ -7,8 +7,8 @@ import kombu.transport
 import pytest
 from celery import Celery
 
-from penstock.transport import install
 from penstock_workers.command.local_redis import free_port
+from penstock_workers.delivery.transport import install
 from tests.faults.fleet import Broker, Fleet
 from tests.integration.noop_app import build_noop_app
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from penstock import Client, Job, JobState, RateLimitError, WaitPolicy
-from penstock.leases import FEWEST_JOBS
 from penstock.request import PoolName, PriorityName
+from penstock_workers.delivery.leases import FEWEST_JOBS
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import Worker

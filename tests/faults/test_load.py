@@ -28,11 +28,11 @@ from penstock import (
 from penstock.bucket import RETRIES
 from penstock.delay import BATCH_S
 from penstock.keys import DEAD_KEY, MODELS_KEY, WORKERS_KEY
-from penstock.leases import pop_arguments
 from penstock.pacing import TEXTS_PER_WORKER, UNREAD
 from penstock.request import PoolName
 from penstock.scripts import push_arguments, script
-from penstock.transport import install
+from penstock_workers.delivery.leases import pop_arguments
+from penstock_workers.delivery.transport import install
 from tests import announced
 from tests.deployment import Server
 from tests.eventually import eventually

@@ -28,7 +28,7 @@ PLAIN_CELERY = """
 import sys
 from celery import Celery
 if sys.argv[2] == "ours":
-    from penstock.transport import install
+    from penstock_workers.delivery.transport import install
     install()
 app = Celery(broker=sys.argv[1])
 for options in ({}, {"priority": 9}, {"countdown": 60}):

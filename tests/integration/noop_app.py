@@ -26,10 +26,10 @@ from redis.retry import Retry
 
 from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.keys import record_key, result_key
-from penstock.transport import install
-from penstock_workers.consumer import Consumer
-from penstock_workers.pool import TaskPool
-from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
+from penstock_workers.delivery.consumer import Consumer
+from penstock_workers.delivery.pool import TaskPool
+from penstock_workers.delivery.sentinel import celery_url, first_url, result_backend, transport_options
+from penstock_workers.delivery.transport import install
 from tests import warm
 from tests.deployment import Server
 from tests.eventually import eventually

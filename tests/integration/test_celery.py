@@ -18,8 +18,8 @@ from penstock import Client, InvalidMessageError, Job, JobCancelledError, Result
 from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.keys import record_key
 from penstock.settings import Settings, load_settings
-from penstock_workers.callbacks import MAX_SIGNATURES
 from penstock_workers.command.status import read_status
+from penstock_workers.delivery.callbacks import MAX_SIGNATURES
 from tests.deployment import ROOT, Server, WorkerProcess
 from tests.eventually import eventually
 from tests.integration.ordinary_app import CALLS

@@ -8,8 +8,8 @@ import redis
 from redis.exceptions import ResponseError
 
 from penstock.envelope import MAX_ENTRY_BYTES, MAX_POP_BYTES
-from penstock.leases import pop_arguments
 from penstock.scripts import NO_LIMITS, script
+from penstock_workers.delivery.leases import pop_arguments
 from tests.deployment import Server
 from tests.faults.fleet import message
 

@@ -14,7 +14,7 @@ from celery import Celery
 
 from penstock.scripts import push_arguments, script
 from penstock_workers.command.local_redis import free_port
-from penstock_workers.consumer import EVENTS_S
+from penstock_workers.delivery.consumer import EVENTS_S
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import message
@@ -178,7 +178,7 @@ def test_remote_commands_are_answered(server: Server, tmp_path: Path, app: Celer
 
         eventually(lambda: worker.result(next_))
         assert stats["pool"] == {
-            "implementation": "penstock_workers.pool:TaskPool",
+            "implementation": "penstock_workers.delivery.pool:TaskPool",
             "max-concurrency": 1,
             "threads": 1,
             "running": 1,

@@ -18,7 +18,7 @@ from penstock.errors import JobCancelledError
 from penstock.keys import record_key, result_key
 from penstock.store import END_JOB, SENT, end_job_arguments
 from penstock_workers.command.local_redis import free_port
-from penstock_workers.results import MAX_PENDING_BYTES, ResultBackend
+from penstock_workers.delivery.backend import MAX_PENDING_BYTES, ResultBackend
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.integration.noop_app import QUEUE, REPLIES, TASKS, NoopWorker, build_noop_app

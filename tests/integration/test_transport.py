@@ -18,19 +18,19 @@ from kombu import Connection, Consumer, Exchange, Queue
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 
-from penstock import transport
 from penstock.errors import ConfigError
 from penstock.keys import DEAD_KEY, UNTOLD_KEY, queue_key
-from penstock.leases import Lease, Leases, pop_arguments
 from penstock.scripts import NO_LIMITS, push_arguments, script
 from penstock_workers.command.local_redis import free_port, wait_until_ready
+from penstock_workers.delivery import transport
+from penstock_workers.delivery.leases import Lease, Leases, pop_arguments
 from tests.deployment import Server, server_command
 from tests.eventually import eventually
 from tests.faults.fleet import message
 
 SEPARATOR = "\x06\x16"
 
-# What `penstock.transport` uses of kombu's insides, with the arguments that it relies on.
+# What the transport uses of kombu's insides, with the arguments that it relies on.
 INTERNALS: list[tuple[Any, str, tuple[str, ...]]] = [
     (kombu.transport, "TRANSPORT_ALIASES", ()),
     (kombu.transport, "_transport_cache", ()),
@@ -204,6 +204,7 @@ def test_install_takes_the_names_of_kombu(broker: redis.Redis) -> None:
     assert kombu.transport.get_transport_cls("redis") is transport.Transport
     assert kombu.transport.get_transport_cls("rediss") is transport.Transport
     assert kombu.transport.get_transport_cls("sentinel") is transport.SentinelTransport
+    assert kombu.transport.get_transport_cls("penstock.transport:Transport") is transport.Transport
 
 
 @pytest.mark.parametrize("library", ["kombu", "celery"])

@@ -10,12 +10,13 @@ import redis
 from celery import Celery
 from kombu import Connection
 
-from penstock import Client, QueueDelayError, RateLimitError, transport
+from penstock import Client, QueueDelayError, RateLimitError
 from penstock.keys import MODELS_KEY, TENANTS_KEY, WORKERS_KEY, queue_key
-from penstock.leases import Leases, pop_arguments
 from penstock.scripts import NO_LIMITS, script
 from penstock.settings import load_settings
 from penstock_workers.command.queues import Queues
+from penstock_workers.delivery import transport
+from penstock_workers.delivery.leases import Leases, pop_arguments
 from tests import announced
 from tests.deployment import Server
 from tests.eventually import eventually
@@ -62,7 +63,7 @@ def counts(own: Server, broker: redis.Redis) -> set[int]:
     arguments = {"redis.broker_url": own.broker_url, "redis.results_url": own.results_url}
     settings = load_settings(arguments=arguments, environ={}).settings
     (state,) = (state for state in Queues(settings).states() if state.queue == QUEUE)
-    with Connection(own.broker_url, transport="penstock.transport:Transport") as connection:
+    with Connection(own.broker_url, transport="penstock_workers.delivery.transport:Transport") as connection:
         channel = connection.default_channel
         found = channel.queue_declare(QUEUE, passive=True).message_count if state.waiting else 0
     return {broker.llen(WAITING), state.waiting, found}
@@ -127,7 +128,7 @@ def test_the_number_is_right_after_a_crash_a_purge_and_a_requeue(
     queues.requeue(queues.dead()[0])
     assert counts(own, broker) == {n}
 
-    with Connection(own.broker_url, transport="penstock.transport:Transport") as connection:
+    with Connection(own.broker_url, transport="penstock_workers.delivery.transport:Transport") as connection:
         assert connection.default_channel.queue_purge(QUEUE) == n
     assert counts(own, broker) == {0}
     assert not broker.exists(WAITING)

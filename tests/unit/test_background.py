@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from penstock import background
-from penstock.background import Background, lost
+from penstock_workers import background
+from penstock_workers.background import Background, lost
 from tests.eventually import eventually
 
 

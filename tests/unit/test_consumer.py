@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from penstock.request import EmbedRequest, GenerateRequest, Message, Request
-from penstock_workers.consumer import summarize
+from penstock_workers.delivery.consumer import summarize
 
 SECRET = "swordfish"
 FIELDS = ("texts", "prompt", "system_prompt", "model")

@@ -10,7 +10,7 @@ from penstock.errors import ConfigError
 from penstock.registry import announce_results, locate_results, mask_url
 from penstock.sentinel import SentinelUrl
 from penstock.settings import Settings, effective_values, load_settings
-from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
+from penstock_workers.delivery.sentinel import celery_url, first_url, result_backend, transport_options
 from penstock_workers.serving.app import build_app
 
 PLAIN = "sentinel://a,b:26380/0?master_name=main"
@@ -174,7 +174,7 @@ def test_celery_gets_one_url_for_each_sentinel() -> None:
     assert celery_url("redis://r:6379/0") == "redis://r:6379/0"
     assert transport_options(FULL)["master_name"] == "main"
     assert transport_options("redis://r:6379/0") == {}
-    assert result_backend("redis://r/1") == "penstock_workers.results:ResultBackend+redis://r/1"
+    assert result_backend("redis://r/1") == "penstock_workers.delivery.backend:ResultBackend+redis://r/1"
 
 
 def test_kombu_keeps_the_login_when_it_tries_again() -> None:

@@ -106,7 +106,7 @@ def _login(stack: Stack, settings: Settings) -> str:
 
 
 def _supervisor(children: Any, deployment: Deployment) -> Supervisor:
-    from penstock_workers.pool import GRACE_S
+    from penstock_workers.delivery.pool import GRACE_S
 
     # A worker that hangs ends by itself after that, and says so.
     return Supervisor(children, drain_s=deployment.loaded.settings.worker.drain_s + GRACE_S)

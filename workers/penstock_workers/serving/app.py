@@ -10,18 +10,18 @@ from kombu import Exchange, Queue
 from kombu.connection import failover_strategies
 from kombu.serialization import register
 
-from penstock.background import lost
 from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.errors import WorkerLostError
 from penstock.keys import queue_name, split_queue
 from penstock.settings import Settings
-from penstock.transport import install
-from penstock_workers.callbacks import Callbacks
-from penstock_workers.cancelled import Cancelled
+from penstock_workers.background import lost
 from penstock_workers.clock import BROKER_CLOCK
-from penstock_workers.consumer import Consumer
-from penstock_workers.pool import TaskPool
-from penstock_workers.sentinel import celery_url, first_url, result_backend, transport_options
+from penstock_workers.delivery.callbacks import Callbacks
+from penstock_workers.delivery.cancelled import Cancelled
+from penstock_workers.delivery.consumer import Consumer
+from penstock_workers.delivery.pool import TaskPool
+from penstock_workers.delivery.sentinel import celery_url, first_url, result_backend, transport_options
+from penstock_workers.delivery.transport import install
 from penstock_workers.serving.heartbeat import end_process
 from penstock_workers.serving.lifecycle import Lifecycle
 from penstock_workers.serving.models import Serving

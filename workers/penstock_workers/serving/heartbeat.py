@@ -14,7 +14,6 @@ from typing import Any, Final, NoReturn
 import redis
 from celery.signals import worker_ready, worker_shutting_down
 
-from penstock.background import Background, lost
 from penstock.broker import connect_sync
 from penstock.clock import ticks
 from penstock.identity import process_name
@@ -24,6 +23,7 @@ from penstock.registry import BEAT, HEARTBEAT_S, Announcement, WorkerInfo, Worke
 from penstock.request import PoolName
 from penstock.settings import Settings
 from penstock.urls import announce_results
+from penstock_workers.background import Background, lost
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.serving.models import Serving
 

@@ -10,11 +10,11 @@ from uuid import uuid4
 
 import redis
 
-from penstock.background import Background
 from penstock.broker import connect_sync
 from penstock.keys import STREAM_TTL_S, is_reply_channel, stream_key
 from penstock.refusals import in_words
 from penstock.stream import APPEND, MAX_PIECES, Part
+from penstock_workers.background import Background
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from penstock.waiting import WaitPolicy
 from penstock_workers.batching.engine import A, Feed, I, Job, Pending, RequeueError, Thought, TryLaterError
 from penstock_workers.batching.work import PATIENCE_S
 from penstock_workers.clock import BROKER_CLOCK
-from penstock_workers.consumer import Request as JobRequest
+from penstock_workers.delivery.consumer import Request as JobRequest
 from penstock_workers.serving.formats import form, row_bytes
 from penstock_workers.serving.models import Serving, Vector
 from penstock_workers.serving.streams import Streams

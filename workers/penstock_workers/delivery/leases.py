@@ -20,7 +20,6 @@ from typing import Any, Final
 import redis
 from redis.commands.core import Script
 
-from penstock.background import Background
 from penstock.bucket import RETRIES
 from penstock.clock import Clock
 from penstock.envelope import is_clean, printable
@@ -28,6 +27,7 @@ from penstock.identity import process_name
 from penstock.keys import DEAD_KEY, UNTOLD_KEY
 from penstock.refusals import in_words
 from penstock.scripts import Value, script
+from penstock_workers.background import Background
 
 logger = logging.getLogger(__name__)
 

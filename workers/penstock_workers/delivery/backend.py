@@ -22,12 +22,12 @@ from kombu.asynchronous import get_event_loop
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import NoScriptError, RedisError
 
-from penstock.background import Background
 from penstock.codec import MAX_RESULT_BYTES, encode_failure
 from penstock.errors import JobCancelledError, ResultTooLargeError
 from penstock.keys import record_key
 from penstock.refusals import OutageError, attentive, is_for_now
 from penstock.store import END_JOB, end_job_arguments
+from penstock_workers.background import Background
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from celery.backends.redis import SentinelBackend
 from redis.sentinel import SentinelManagedConnection
 
 from penstock.urls import ServerUrl, read_url
-from penstock_workers.results import ResultBackend
+from penstock_workers.delivery.backend import ResultBackend
 
 
 class SentinelResultBackend(ResultBackend, SentinelBackend):  # type: ignore[misc]  # Celery has no types

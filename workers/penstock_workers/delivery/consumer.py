@@ -21,10 +21,10 @@ from kombu.exceptions import ContentDisallowed
 from penstock.codec import TASK_NAMES
 from penstock.envelope import printable, problem_of_headers, sender_of
 from penstock.errors import InvalidMessageError, UpstreamError
-from penstock.transport import RefusedError
-from penstock_workers.callbacks import EMBEDDED, CallbackError, awaited_ids
 from penstock_workers.clock import BROKER_CLOCK
-from penstock_workers.control import replace_commands
+from penstock_workers.delivery.callbacks import EMBEDDED, CallbackError, awaited_ids
+from penstock_workers.delivery.control import replace_commands
+from penstock_workers.delivery.transport import RefusedError
 from penstock_workers.failures import forget_frames
 
 logger = logging.getLogger(__name__)

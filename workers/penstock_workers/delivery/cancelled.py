@@ -8,13 +8,13 @@ from typing import Any, Final, cast
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
 
-from penstock.background import Background
 from penstock.broker import connect_sync
 from penstock.envelope import is_clean
 from penstock.inbox import RENEW_S
 from penstock.keys import CANCELLED_KEY
 from penstock.refusals import in_words
 from penstock.store import MAX_CANCELLED
+from penstock_workers.background import Background
 
 logger = logging.getLogger(__name__)
 
