@@ -86,6 +86,15 @@ def queue_key(queue: str, priority: int, tenant: str = "") -> str:
     return f"{key}{TENANT_SEPARATOR}{tenant}" if tenant else key
 
 
+def split_key(key: str) -> tuple[str, int]:
+    """Return queue and priority of a list; 0 where its name tells none."""
+    base = key.partition(TENANT_SEPARATOR)[0]
+    queue, separator, priority = base.rpartition(PRIORITY_SEPARATOR)
+    if not separator:
+        return base, 0
+    return queue, int(priority) if priority.isdecimal() else 0
+
+
 def load_key(queue: str) -> str:
     """Return the hash that counts what waits and what is held of a queue."""
     return f"penstock:load:{queue}"

@@ -18,7 +18,7 @@ import pytest
 
 from penstock import Client, Job, JobState, RateLimitError, WaitPolicy
 from penstock.request import PoolName, PriorityName
-from penstock_workers.delivery.leases import FEWEST_JOBS
+from penstock_workers.delivery.polling import FEWEST_JOBS
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.fleet import Worker

@@ -31,7 +31,7 @@ from penstock.keys import DEAD_KEY, MODELS_KEY, WORKERS_KEY
 from penstock.pacing import TEXTS_PER_WORKER, UNREAD
 from penstock.request import PoolName
 from penstock.scripts import push_arguments, script
-from penstock_workers.delivery.leases import pop_arguments
+from penstock_workers.delivery.polling import pop_arguments
 from penstock_workers.delivery.transport import install
 from tests import announced
 from tests.deployment import Server

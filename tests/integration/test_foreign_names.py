@@ -9,7 +9,7 @@ from redis.exceptions import ResponseError
 
 from penstock.envelope import MAX_ENTRY_BYTES, MAX_POP_BYTES
 from penstock.scripts import NO_LIMITS, script
-from penstock_workers.delivery.leases import pop_arguments
+from penstock_workers.delivery.polling import pop_arguments
 from tests.deployment import Server
 from tests.faults.fleet import message
 

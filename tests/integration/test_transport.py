@@ -23,7 +23,9 @@ from penstock.keys import DEAD_KEY, UNTOLD_KEY, queue_key
 from penstock.scripts import NO_LIMITS, push_arguments, script
 from penstock_workers.command.local_redis import free_port, wait_until_ready
 from penstock_workers.delivery import transport
-from penstock_workers.delivery.leases import Lease, Leases, pop_arguments
+from penstock_workers.delivery.held import Lease
+from penstock_workers.delivery.leases import Leases
+from penstock_workers.delivery.polling import pop_arguments
 from tests.deployment import Server, server_command
 from tests.eventually import eventually
 from tests.faults.fleet import message
@@ -591,7 +593,7 @@ def test_acknowledgements_survive_an_outage(broker: redis.Redis, process: Callab
     put(broker, "job")
     leases = process()
     (lease,) = pop(broker, leases.new_token())
-    leases.hold(lease)
+    leases.held.add(lease)
     leases.start()
     broker.client_pause(1500, all=True)
 
@@ -599,7 +601,7 @@ def test_acknowledgements_survive_an_outage(broker: redis.Redis, process: Callab
     knew_at_once = leases.settle(0.1)
 
     assert not knew_at_once
-    assert leases.n_held("q") == 0
+    assert leases.held.n_of("q") == 0
     assert leases.settle(5)
     assert broker.hlen("unacked") == 0
 
@@ -613,7 +615,7 @@ def test_held_leases_are_renewed_while_the_process_is_alive(
     put(broker, "job")
     leases = process(is_alive=alive.is_set)
     (lease,) = pop(broker, leases.new_token())
-    leases.hold(lease)
+    leases.held.add(lease)
     leases.start()
     first = broker.zscore("unacked_index", lease.tag) or 0
 
@@ -639,7 +641,7 @@ def test_of_a_dead_letter_its_sender_hears_once(broker: redis.Redis, process: Ca
     raw: Any = broker.lindex("q", 0)
     dying = process(on_dead=fail)
     (lease,) = pop(broker, dying.new_token())
-    dying.hold(lease)
+    dying.held.add(lease)
     dying.start()
     dying.bury(lease.id, raw, "a reason", must_tell=True)
     eventually(lambda: told)
@@ -734,7 +736,7 @@ def test_a_lost_connection_puts_nothing_back(
     leases = connection.default_channel.leases
 
     connection.default_channel.close()
-    still = broker.hlen("unacked"), broker.llen("q"), leases.n_held("q")
+    still = broker.hlen("unacked"), broker.llen("q"), leases.held.n_of("q")
     held.ack()
 
     assert still == (1, 0, 1)

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from penstock.keys import MODELS_KEY, TENANTS_KEY, WORKERS_KEY, queue_key
 from penstock.scripts import NO_LIMITS, script
 from penstock.settings import load_settings
 from penstock_workers.command.queues import Queues
-from penstock_workers.delivery import transport
-from penstock_workers.delivery.leases import Leases, pop_arguments
+from penstock_workers.delivery.leases import Leases
+from penstock_workers.delivery.polling import pop_arguments
+from penstock_workers.delivery.process import HOOKS
 from tests import announced
 from tests.deployment import Server
 from tests.eventually import eventually
@@ -107,7 +109,8 @@ def test_the_number_is_right_after_a_crash_a_purge_and_a_requeue(
     own: Server, client: Client, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is a step that counts."""
-    monkeypatch.setattr(transport, "_hooks", transport._Hooks())  # no app of another test is told
+    for hook in fields(HOOKS):
+        monkeypatch.setattr(HOOKS, hook.name, None)  # no app of another test is told
     n = send_some(client)
     for tag in pop(broker, "dead", most=3):
         broker.zadd("unacked_index", {tag: 0})  # its worker has died

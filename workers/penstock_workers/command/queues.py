@@ -35,7 +35,8 @@ from penstock.scripts import script
 from penstock.settings import Settings
 from penstock.store import END_JOB, SENT, end_job_arguments
 from penstock_workers.command.deployment import Deployment, deployment_options
-from penstock_workers.delivery.leases import LEASE_S, purge
+from penstock_workers.delivery.leases import LEASE_S
+from penstock_workers.delivery.purge import purge
 
 PRIORITIES: Final = (0, 3, 6, 9)
 """The levels of kombu. Our clients send no 9; others may."""

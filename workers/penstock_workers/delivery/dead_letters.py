@@ -1,0 +1,111 @@
+"""Dead letters: messages that were given up, and how their senders hear of it."""
+
+import base64
+import json
+import logging
+from collections.abc import Callable, Mapping
+from queue import SimpleQueue
+from typing import Any, Final
+
+import redis
+
+from penstock.keys import DEAD_KEY, UNTOLD_KEY
+from penstock_workers.background import Background
+from penstock_workers.delivery.upkeep import Upkeep
+
+logger = logging.getLogger(__name__)
+
+OnDead = Callable[[Mapping[str, Any], int], None]
+
+_BATCH: Final = 200
+
+
+class DeadLetters:
+    """Tells the senders of dead letters, also of those whose teller died.
+
+    Args:
+        client: Connects to the broker.
+        upkeep: Runs the scripts.
+        on_dead: Tells one sender; None where this process tells nobody.
+        lease_s: How long a lease lasts, seconds.
+    """
+
+    def __init__(self, client: redis.Redis, upkeep: Upkeep, on_dead: OnDead | None, lease_s: float) -> None:
+        self._client, self._upkeep = client, upkeep
+        self._on_dead, self._lease_s = on_dead, lease_s
+        self._to_tell: SimpleQueue[bytes | None] = SimpleQueue()
+        # A thread of its own: renewing must not wait for it.
+        self._thread = Background("dead-letters", self._tell)
+
+    def start(self) -> None:
+        """Start the thread, if there is anything to tell."""
+        if self._on_dead is not None:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._thread.end()
+        self._to_tell.put(None)
+
+    def buried(self, entry: bytes | None) -> None:
+        """Tell of an entry that was added; None where another process had the message."""
+        if not entry:
+            return
+        letter = json.loads(entry)
+        fields = {key: letter[key] for key in ("id", "task", "queue", "n_deliveries")}
+        logger.error("message moved to %s: %s", DEAD_KEY, letter["reason"], extra={"dead": fields})
+        if self._on_dead is not None:
+            self._to_tell.put(entry)
+
+    def claim_untold(self) -> float:
+        """Take on those whose teller did not finish; a duty."""
+        if self._on_dead is not None:
+            for entry in self._upkeep.call("claim_untold", 2 * self._lease_s, _BATCH):
+                self._to_tell.put(entry)
+        return self._lease_s / 2
+
+    def _tell(self) -> None:
+        if (entry := self._to_tell.get()) is None:
+            return
+        try:
+            self._tell_of(entry)
+        except Exception:
+            # The mark stays, so whoever comes by after it lapses tries again.
+            logger.exception("telling of a dead letter failed")
+
+    def _tell_of(self, entry: bytes) -> None:
+        assert self._on_dead is not None
+        # Marked only if its sender must hear, and as long as nobody has told them.
+        if self._client.zscore(UNTOLD_KEY, entry) is not None:
+            letter = json.loads(entry)
+            self._on_dead(_decoded(letter.get("message", "")), letter["n_deliveries"])
+            self._client.zrem(UNTOLD_KEY, entry)
+
+
+def dead_letter(message: bytes, *, queue: str, reason: str, n_deliveries: int) -> str:
+    """Return an entry of the dead-letter list, without the time, which Redis adds.
+
+    The message is text under `message`, or under `message_base64` if it is not UTF-8.
+    """
+    headers = _decoded(message).get("headers")
+    headers = headers if isinstance(headers, dict) else {}
+    letter = {
+        "id": headers.get("id"),
+        "task": headers.get("task"),
+        "queue": queue,
+        "reason": reason,
+        "n_deliveries": n_deliveries,
+    }
+    try:
+        letter["message"] = message.decode()
+    except UnicodeDecodeError:
+        letter["message_base64"] = base64.b64encode(message).decode()
+    return json.dumps(letter)
+
+
+def _decoded(message: bytes | str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(message)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
