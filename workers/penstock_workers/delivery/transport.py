@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any, Final
 
 import kombu.transport
@@ -29,6 +28,7 @@ from penstock.request import TENANT
 from penstock.scripts import push_arguments, script
 from penstock_workers.delivery.dead_letters import OnDead
 from penstock_workers.delivery.held import Lease
+from penstock_workers.delivery.internals import check_versions
 from penstock_workers.delivery.leases import LEASE_RANGE_S, LEASE_S, MAX_DELIVERIES, IsAlive
 from penstock_workers.delivery.polling import PolledChannel, Pop, leases_in
 from penstock_workers.delivery.process import HOOKS, Room
@@ -36,9 +36,6 @@ from penstock_workers.delivery.purge import OnPurged, purge
 from penstock_workers.delivery.qos import QoS
 
 logger = logging.getLogger(__name__)
-
-SUPPORTED: Final[Mapping[str, tuple[str, ...]]] = {"kombu": ("5.7.0",), "celery": ("5.7.0",)}
-"""Versions whose insides were read and tested; see `test_transport.INTERNALS`."""
 
 _BODY_DECODER: Final = json.JSONDecoder(object_hook=object_hook)
 
@@ -91,14 +88,9 @@ def install(
         on_purged: called with id and `reply_to` of jobs that were purged, some at a time.
 
     Raises:
-        ConfigError: kombu or Celery is of a version that this was not tested with.
+        ConfigError: something that is counted on here changed in this version of kombu or Celery.
     """
-    if problems := [
-        f"{name} {found}; supported: {', '.join(versions)}"
-        for name, versions in SUPPORTED.items()
-        if (found := version(name)) not in versions
-    ]:
-        raise ConfigError(problems)
+    check_versions()
     for scheme, name in (("redis", "Transport"), ("rediss", "Transport"), ("sentinel", "SentinelTransport")):
         kombu.transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:{name}"
         kombu.transport._transport_cache.pop(scheme, None)  # whoever asked before us got kombu's own
