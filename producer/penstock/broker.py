@@ -189,7 +189,7 @@ class _Pool(aioredis.BlockingConnectionPool):
     async def release(self, connection: AbstractConnection) -> None:
         """Take a connection back; one that broke casts doubt on all that lie idle.
 
-        A network that dropped its connections tells nobody: each would cost one more caller his time limit.
+        A network that dropped its connections tells nobody: each would cost one more caller their time limit.
         """
         await super().release(connection)
         if not connection.is_connected:

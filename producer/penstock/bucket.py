@@ -19,9 +19,9 @@ class Bucket:
     """An allowance.
 
     Attributes:
-        key: of the Redis that holds it; under `BUCKET_PREFIX`, for the users' rights.
-        rate: what flows in, per second; above 0.
-        burst: what it holds when nobody has taken for long; above 0.
+        key: Redis key; begins with `BUCKET_PREFIX`, which users' rights name.
+        rate: Inflow per second; above 0.
+        burst: Content of a full bucket; above 0.
     """
 
     key: str
@@ -32,7 +32,7 @@ class Bucket:
         """Return a share of it.
 
         Args:
-            cost: above `burst` it waits for a full bucket and leaves a debt; below 0 it is given back.
+            cost: Above `burst` it waits for a full bucket and leaves a debt; below 0 it is given back.
         """
         return Share(self, cost)
 
@@ -52,8 +52,8 @@ class Taken(NamedTuple):
     """The answer of a bucket.
 
     Attributes:
-        is_taken: whether it was taken, from all buckets; else from none.
-        wait_s: before acting; where nothing was taken, before it is worth asking again.
+        is_taken: True if all buckets gave, False if none did.
+        wait_s: Seconds to wait before acting; where nothing was taken, before asking again.
     """
 
     is_taken: bool
@@ -64,9 +64,9 @@ async def take(store: aioredis.Redis, *shares: Share, within_s: float = 0.0) -> 
     """Take from buckets, from all or from none.
 
     Args:
-        store: the Redis that holds them.
-        shares: of different buckets.
-        within_s: the longest wait that is booked; more is not taken. With 0, now or not at all.
+        store: The Redis that holds them.
+        shares: Amounts from different buckets.
+        within_s: Longest wait that is booked, seconds; with 0, now or not at all.
     """
     keys, arguments = take_arguments(*shares, within_s=within_s)
     return read_taken(await store.register_script(script("take"))(keys=keys, args=arguments))

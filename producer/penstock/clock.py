@@ -36,8 +36,8 @@ class Clock:
         allows: an answer that was long on its way teaches little, and a clock that was set is believed.
 
         Args:
-            server_s: what the server's clock said, Unix seconds.
-            asked_at: `ticks()` when it was asked.
+            server_s: Time on the server's clock, Unix seconds.
+            asked_at: Value of `ticks()` when it was asked.
         """
         least, most = server_s - ticks(), server_s - asked_at
         known = self._ahead_s

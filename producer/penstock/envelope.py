@@ -46,8 +46,8 @@ class Sender:
     """Who can be told what became of a message.
 
     Attributes:
-        job_id: of the message.
-        reply_to: the channel that hears of it, if the message names one.
+        job_id: Id of the job.
+        reply_to: Channel that hears of it, if the message names one.
     """
 
     job_id: str
@@ -58,9 +58,9 @@ class EntryError(Exception):
     """An entry was refused.
 
     Attributes:
-        problem: why.
-        sender: who can be told; None where the entry names no id that can be used.
-        is_message: whether it has the shape of a message at all.
+        problem: Reason of the refusal.
+        sender: Sender to tell; None where the entry names no id that can be used.
+        is_message: False for what has not even the shape of a message.
     """
 
     def __init__(self, problem: str, sender: Sender | None = None, *, is_message: bool = True) -> None:

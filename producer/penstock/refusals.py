@@ -46,7 +46,7 @@ class OutageError(redis.ConnectionError):
     """The server answered that it cannot serve now; the connection was closed.
 
     Attributes:
-        code: the first word of its answer.
+        code: First word of its answer.
     """
 
     def __init__(self, text: str, code: str) -> None:
@@ -118,8 +118,8 @@ class _Attentive:
     """What both kinds of connections have in common.
 
     Attributes:
-        waits_for: answers with these words are outages, and close the connection.
-        server: what it said of itself when we connected; empty before version 6 and with protocol 2.
+        waits_for: Words of answers that are outages, and close the connection.
+        server: The server's own words when we connected; empty before version 6 and with protocol 2.
     """
 
     waits_for: frozenset[str] = OUTAGES
@@ -280,8 +280,8 @@ def attentive(kind: type, *, waits_for: frozenset[str] = OUTAGES) -> Any:
     """Return a class of connections like `kind`, redis-py's or one made from it.
 
     Args:
-        kind: blocking or not.
-        waits_for: the answers that are outages; see `OUTAGES` and `REFUSALS`.
+        kind: Class of connections, blocking or not.
+        waits_for: Words of answers that are outages; see `OUTAGES` and `REFUSALS`.
     """
     is_async = issubclass(kind, async_connection.AbstractConnection)
     mixin = _AttentiveAsync if is_async else _AttentiveSync

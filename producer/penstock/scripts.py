@@ -27,8 +27,8 @@ def script(name: str, **constants: float) -> str:
     """Return a script as it is sent, with what it uses of its parts.
 
     Args:
-        name: of its file, without `.lua`.
-        constants: numbers that stand in Python too.
+        name: Name of its file, without `.lua`.
+        constants: Numbers that stand in Python too.
     """
     text = _read(name)
     flags = match[0] if (match := _FLAGS.match(text)) else ""
@@ -90,10 +90,10 @@ def push_arguments(
     """Return keys and arguments of the script `push`, which queues messages and wakes idle workers.
 
     Args:
-        key: the queue's list, see `keys.queue_key`.
-        messages: what workers get; with the property `cost`, see docs/reference/messages.md, they are counted by it.
-        due_at: not before this, Unix seconds; None for at once.
-        limits: of the queue.
+        key: The queue's list; see `keys.queue_key`.
+        messages: Envelopes that workers get, counted by their property `cost`; see docs/reference.
+        due_at: Earliest delivery, Unix seconds; None for at once.
+        limits: How much the queue takes.
     """
     due = "" if due_at is None else due_at
     return [key], [*limits.arguments(), *(value for message in messages for value in (message, due))]

@@ -23,12 +23,12 @@ class SentinelUrl:
     """What a `sentinel://` URL says.
 
     Attributes:
-        sentinels: host and port of each; the first that answers names the server.
-        master_name: what the sentinels call the server.
-        db: database number.
-        username: for the server.
-        password: for the server.
-        sentinel_password: for the sentinels themselves.
+        sentinels: Host and port of each; the first that answers names the server.
+        master_name: The sentinels' name for the server.
+        db: Database number.
+        username: User name at the server.
+        password: Password at the server.
+        sentinel_password: Password at the sentinels themselves.
     """
 
     sentinels: tuple[tuple[str, int], ...]

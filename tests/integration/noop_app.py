@@ -26,9 +26,9 @@ from redis.retry import Retry
 
 from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.keys import record_key, result_key
+from penstock_workers.delivery.celery_urls import celery_url, first_url, result_backend, transport_options
 from penstock_workers.delivery.consumer import Consumer
 from penstock_workers.delivery.pool import TaskPool
-from penstock_workers.delivery.sentinel import celery_url, first_url, result_backend, transport_options
 from penstock_workers.delivery.transport import install
 from tests import warm
 from tests.deployment import Server

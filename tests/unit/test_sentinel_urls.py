@@ -10,7 +10,7 @@ from penstock.errors import ConfigError
 from penstock.registry import announce_results, locate_results, mask_url
 from penstock.sentinel import SentinelUrl
 from penstock.settings import Settings, effective_values, load_settings
-from penstock_workers.delivery.sentinel import celery_url, first_url, result_backend, transport_options
+from penstock_workers.delivery.celery_urls import celery_url, first_url, result_backend, transport_options
 from penstock_workers.serving.app import build_app
 
 PLAIN = "sentinel://a,b:26380/0?master_name=main"

@@ -93,7 +93,7 @@ def test_scripts_say_what_they_are_given() -> None:
 
 
 def test_keys_are_named_in_one_module() -> None:
-    """`penstock.keys` has every name of Penstock in Redis, and docs/reference/keys.md tells what each holds."""
+    """`penstock.keys` has every name of Penstock in Redis, and docs/reference/keys.md tells of each."""
     told = (ROOT / "docs" / "reference" / "keys.md").read_text()
     named = (ROOT / "producer" / "penstock" / "keys.py").read_text()
     literal = re.compile(r"\"(penstock:[a-z:]+|celery-task-meta-|_kombu\.\w+)")

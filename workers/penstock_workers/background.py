@@ -24,8 +24,8 @@ class Background(threading.Thread):
     A turn looks after the errors that it expects. Whatever else it raises is logged, and it goes on.
 
     Args:
-        name: of the thread.
-        turn: the work; waits by itself while there is nothing to do. `end` wakes it by whatever it waits for.
+        name: Name of the thread.
+        turn: The work of one turn; waits by itself while there is nothing to do.
     """
 
     def __init__(self, name: str, turn: Callable[[], object]) -> None:

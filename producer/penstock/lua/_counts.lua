@@ -3,7 +3,7 @@
 -- The cost of a message is the property `cost`, tokens, which our senders write; without it, a token for four bytes.
 -- What is not marked so, or was put into a list by others, is counted by the list's length.
 
--- Tokens, bytes, and whether its sender has said the tokens: nothing is free, whatever he said.
+-- Tokens, bytes, and whether its sender has said the tokens: nothing is free, whatever they said.
 local costs = {}
 local function cost_of(message)
   local cost = costs[message]
@@ -126,7 +126,7 @@ local function show(list, change)
 end
 
 -- What a queue has: jobs, tokens and bytes that wait or are held, and of the tokens those that are computed before
--- a message that comes into this list now. What is not counted is taken for like what is held.
+-- a message that comes into this list now. What is not counted is taken for the average of what is held.
 local function load_of(list)
   local queue, level, base, tenant = queue_of(list), level_of(list), split(list)
   local fields = redis.call('HMGET', LOAD .. queue, '0', '3', '6', '9', '0+', '3+', '6+', '9+',

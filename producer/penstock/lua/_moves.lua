@@ -3,8 +3,9 @@
 -- A tag is the message's own `delivery_tag`. A token names one pop of one process, so what a process took twice
 -- has two tokens: only the last holder acknowledges, renews or hands back.
 
--- Tenants take turns: who has had least goes first, what is taken counts by share. Who comes is put where the message
--- stood that was taken last, but not before what he has had already: Start-time Fair Queuing, Goyal et al. 1996, section 3.
+-- Tenants take turns: who has had least goes first, and what they take counts by their share. A tenant who (re)enters
+-- starts at the virtual time of the last message served, or at their own if that is later.
+-- Source: Start-time Fair Queuing, Goyal et al. 1996, section 3.
 local function enter(base, tenant)
   if redis.call('ZSCORE', TURNS .. base, tenant) then return end
   local first = redis.call('ZRANGE', TURNS .. base, 0, 0, 'WITHSCORES')

@@ -160,8 +160,8 @@ class _Order:
     """A command that a thread waits to see answered.
 
     Attributes:
-        n_bytes: of its payload.
-        n_hangups: how often Redis answered a ping, and then hung up on this command.
+        n_bytes: Size of its payload.
+        n_hangups: Number of times Redis answered a ping, and then hung up on this command.
     """
 
     command: tuple[bytes, ...]

@@ -45,9 +45,9 @@ class Callbacks:
     """What the workers of a deployment send.
 
     Attributes:
-        ours: queues of models; they take our tasks alone.
-        allowed: queues of others that callbacks may go to.
-        default: the queue of a signature that names none.
+        ours: Queues of models; they take our tasks alone.
+        allowed: Other queues that callbacks may go to.
+        default: Queue of a signature that names none.
     """
 
     ours: frozenset[str]
@@ -58,7 +58,7 @@ class Callbacks:
         """Refuse what is not safe to send.
 
         Args:
-            embedded: what `EMBEDDED` names.
+            embedded: Signatures, by the names in `EMBEDDED`.
 
         Raises:
             CallbackError: a callback that takes the result, goes elsewhere, says more than `OPTIONS`, or is

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import redis
 
-from penstock.keys import DEAD_KEY, UNTOLD_KEY
+from penstock.keys import DEAD_KEY, UNTOLD_KEY, split_key
 from penstock_workers.background import Background
 from penstock_workers.delivery.upkeep import Upkeep
 
@@ -46,6 +46,28 @@ class DeadLetters:
         """Let the thread end."""
         self._thread.end()
         self._to_tell.put(None)
+
+    def give_up(
+        self, tag: bytes, token: str, source: bytes, message: bytes, n_deliveries: int, reason: str
+    ) -> None:
+        """Bury a message that this process holds; its sender hears of it if it came from a list.
+
+        Args:
+            tag: Name of the message in Redis.
+            token: Token that holds it.
+            source: List that it came from; empty if another transport left it.
+            message: The message itself.
+            n_deliveries: Number of processes that had it.
+            reason: Why, in a few words without its content.
+        """
+        queue, _ = split_key(source.decode(errors="replace"))
+        entry = dead_letter(message, queue=queue, reason=reason, n_deliveries=n_deliveries)
+        self.bury(tag, token, entry, must_tell=bool(source))
+
+    def bury(self, tag: bytes, token: str, entry: str, *, must_tell: bool) -> None:
+        """Move a message that this process holds to the dead letters; see `dead_letter` for `entry`."""
+        arguments = (tag, token, entry, int(must_tell), 2 * self._lease_s)
+        self._upkeep.do("bury", *arguments, then=self.buried)
 
     def buried(self, entry: bytes | None) -> None:
         """Tell of an entry that was added; None where another process had the message."""

@@ -12,11 +12,11 @@ class Lease:
     """The right to one message.
 
     Attributes:
-        tag: Its name in Redis; bytes that are no UTF-8 are surrogates.
+        tag: Name in Redis; bytes that are no UTF-8 are surrogates.
         token: Names the pop that took it.
-        queue: Where it waited, without the priority.
-        level: Its priority there, as kombu numbers them; lower goes first.
-        tokens: Its cost.
+        queue: Queue that it waited in, without the priority.
+        level: Priority there, as kombu numbers them; lower goes first.
+        tokens: Cost of the message.
         n_lost: Number of leases on it that ran out before; None on its first delivery.
         n_tries: Number of times a worker put it off, to be tried again.
     """

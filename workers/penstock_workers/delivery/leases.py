@@ -16,7 +16,6 @@ import redis
 from penstock.bucket import RETRIES
 from penstock.envelope import printable
 from penstock.identity import process_name
-from penstock.keys import split_key
 from penstock.scripts import Value
 from penstock_workers.delivery.dead_letters import DeadLetters, OnDead, dead_letter
 from penstock_workers.delivery.held import Held, Lease
@@ -45,9 +44,9 @@ class Leases:
 
     Attributes:
         process: Token of this process.
-        lease_s: How long a lease lasts without being renewed, seconds.
+        lease_s: Life of a lease that is not renewed, seconds.
         held: The leases themselves.
-        is_healthy: Whether `is_alive` said yes when it was last asked.
+        is_healthy: False once `is_alive` said no, until it says yes again.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class Leases:
             lease_s=lease_s,
             max_deliveries=max_deliveries,
             new_token=self.new_token,
-            give_up=self._give_up,
+            give_up=self._letters.give_up,
         )
         self._patience_s = SETTLE_S
 
@@ -151,7 +150,7 @@ class Leases:
         if lease is not None:
             n_deliveries = (lease.n_lost or 0) + lease.n_tries + 1
             entry = dead_letter(message, queue=lease.queue, reason=reason, n_deliveries=n_deliveries)
-            self._bury(lease.key, lease.token, entry, must_tell=must_tell)
+            self._letters.bury(lease.key, lease.token, entry, must_tell=must_tell)
         return lease
 
     def postpone(self, lease_id: str, due_at: float) -> Lease | None:
@@ -212,18 +211,7 @@ class Leases:
         if found:
             source, n_deliveries, message = found
             reason = f"delivered {n_deliveries} times, each worker failed on it"
-            self._give_up(lease.key, lease.token, source, message, n_deliveries, reason)
-
-    def _give_up(
-        self, tag: bytes, token: str, source: bytes, message: bytes, n_deliveries: int, reason: str
-    ) -> None:
-        queue, _ = split_key(source.decode(errors="replace"))
-        entry = dead_letter(message, queue=queue, reason=reason, n_deliveries=n_deliveries)
-        self._bury(tag, token, entry, must_tell=bool(source))
-
-    def _bury(self, tag: bytes, token: str, entry: str, *, must_tell: bool) -> None:
-        arguments = (tag, token, entry, int(must_tell), 2 * self.lease_s)
-        self._upkeep.do("bury", *arguments, then=self._letters.buried)
+            self._letters.give_up(lease.key, lease.token, source, message, n_deliveries, reason)
 
     def _forget(self, leases: Iterable[Lease]) -> None:
         for lease in leases:

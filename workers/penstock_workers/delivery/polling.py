@@ -51,10 +51,10 @@ class PolledChannel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no 
     pop found nothing, a wait for a token. No command that blocks takes a message.
 
     Attributes:
-        flight: What was sent on that connection and not yet answered.
-        must_look: Whether the next command is a pop, else a wait.
-        takers: What takes the messages of each queue, and whether it acknowledges none.
-        has_leased: Whether a queue was ever consumed here with acknowledgements.
+        flight: The command on that connection that is not yet answered.
+        must_look: True if the next command is a pop, else it is a wait.
+        takers: The function that takes each queue's messages, and True if it acknowledges none.
+        has_leased: True once a queue was consumed here with acknowledgements.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -28,7 +28,7 @@ class Sweep:
         give_up: Is called for a message that no worker finished.
 
     Attributes:
-        queues: Those whose held messages are counted anew.
+        queues: Queues whose held messages are counted anew.
     """
 
     def __init__(

@@ -79,13 +79,13 @@ def install(
     """Take the place of kombu's Redis transports, under their own names.
 
     Args:
-        is_alive: leases are renewed, and jobs taken, while it says yes; it must not wait.
-        on_dead: called with each message that was given up and how often it was delivered. A second call for
-            one message is possible, after the process of the first died in it.
-        room: given a queue, tells how many tokens of its jobs this process may hold, apart from two jobs
+        is_alive: Leases are renewed, and jobs taken, while it says yes; it must not wait.
+        on_dead: Is called with each message that was given up, and how often it was delivered; called again
+            if its process died in it.
+        room: Tells how many tokens of a queue's jobs this process may hold, apart from two jobs
             that it may hold in any case; None where only their number is bounded. It must not wait.
-        clock: is told the broker's time.
-        on_purged: called with id and `reply_to` of jobs that were purged, some at a time.
+        clock: Is told the broker's time.
+        on_purged: Is called with id and `reply_to` of jobs that were purged, some at a time.
 
     Raises:
         ConfigError: something that is counted on here changed in this version of kombu or Celery.
@@ -132,8 +132,8 @@ class Channel(PolledChannel):
     """A channel of ours: how a message is sent, and how one that was leased is handed to its consumer.
 
     Attributes:
-        lease_s: How long a lease lasts without being renewed, seconds.
-        max_deliveries: How many processes may die with a message.
+        lease_s: Life of a lease that is not renewed, seconds.
+        max_deliveries: Number of processes that may die with a message.
     """
 
     QoS, Message = QoS, Message

@@ -18,9 +18,9 @@ from penstock_workers.background import lost
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.delivery.callbacks import Callbacks
 from penstock_workers.delivery.cancelled import Cancelled
+from penstock_workers.delivery.celery_urls import celery_url, first_url, result_backend, transport_options
 from penstock_workers.delivery.consumer import Consumer
 from penstock_workers.delivery.pool import TaskPool
-from penstock_workers.delivery.sentinel import celery_url, first_url, result_backend, transport_options
 from penstock_workers.delivery.transport import install
 from penstock_workers.serving.heartbeat import end_process
 from penstock_workers.serving.lifecycle import Lifecycle
