@@ -30,6 +30,23 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert wrong == []
 
 
+def test_files_that_are_named_exist() -> None:
+    """A file in backticks is one of the repository, by its path or the end of it."""
+    foreign = ("celeryconfig.py", "flowerconfig.py", "first.py")
+    folders = ("producer", "workers", "tests", "benchmarks", "examples", "tools")
+    files = [f"/{name(file)}" for folder in folders for file in (ROOT / folder).rglob("*.*")]
+    files += [f"/{file.name}" for file in ROOT.iterdir()]
+    wrong = [
+        f"{name(page)}: {named}"
+        for page in PAGES
+        if page.name != "CHANGELOG.md"
+        for named in re.findall(r"`([\w/]+\.(?:py|lua|c))`", page.read_text())
+        if named not in foreign and not any(file.endswith(f"/{named}") for file in files)
+    ]
+
+    assert wrong == []
+
+
 @pytest.mark.parametrize("page", RUN, ids=name)
 def test_commands_exist(page: Path) -> None:
     """Each `penstock ...` in a block is a command with options that it has."""
