@@ -58,8 +58,8 @@ from penstock import AsyncClient, Client
 from penstock.errors import PenstockError
 from penstock.keys import result_key
 from penstock_workers.bundled import bundled_folder
+from penstock_workers.command.capacity import find_gpus
 from penstock_workers.command.local_redis import free_port
-from penstock_workers.layout import find_cards
 
 Vectors = NDArray[np.float32]
 
@@ -467,7 +467,7 @@ def memory(bench: Bench) -> Found:
 
 def card(bench: Bench) -> Found:
     """Embed docstrings on a card with models of two sizes, by one client."""
-    if not [name for name in find_cards() if name != "mps"]:
+    if not [name for name in find_gpus() if name != "mps"]:
         print("left out: card: there is none", file=sys.stderr)
         return Found(rows=[], figures={})
     found = []

@@ -15,7 +15,7 @@ import time
 from benchmarks.deployment import deployed
 from benchmarks.report import Figure, Report, Row, arguments, finish
 from penstock.registry import HEARTBEAT_S
-from penstock_workers.layout import pss_bytes
+from penstock_workers.hardware.machine import pss_bytes
 
 EMBED = '[models.minilm]\ntask = "embed"\nsource = "bundled:minilm"\n'
 CHAT = '[models.chat]\ntask = "generate"\nsource = "bundled:tiny-chat"\n'

@@ -7,8 +7,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+from penstock_workers.command.capacity import Layout
 from penstock_workers.command.tune import Measured, choose_best
-from penstock_workers.layout import Layout
 from tests.deployment import ROOT
 from tests.eventually import eventually
 

@@ -18,6 +18,7 @@ from penstock.request import PoolName
 from penstock.settings import CONFIG_VARIABLE, Loaded, Settings, variable_name
 from penstock.stacks import RunningStack, check_private, stack_at, with_login, without_login
 from penstock_workers.celery_variables import refuse_variables
+from penstock_workers.command.capacity import Layout, choose_layouts
 from penstock_workers.command.child import Child
 from penstock_workers.command.forkserver import Preload
 from penstock_workers.command.local_redis import (
@@ -28,7 +29,7 @@ from penstock_workers.command.local_redis import (
     password_line,
 )
 from penstock_workers.hardware.machine import read_machine
-from penstock_workers.layout import Layout, choose_layouts, on_cards, thread_variables
+from penstock_workers.hardware.threads import on_gpus, thread_variables
 
 DEFAULT_PORT: Final = 6379
 WORKERS_STAGE: Final = 1
@@ -237,7 +238,7 @@ def _workers(
         Child(
             name=f"{pool}-{number + 1}",
             command=worker_command(settings, worker_queues(settings, pool), f"{pool}-{number + 1}"),
-            environment={**variables, **_card(layout, number)},
+            environment={**variables, **_gpu(layout, number)},
             stage=WORKERS_STAGE,
             preload=_preload(settings, pool, layout),
         )
@@ -249,7 +250,7 @@ def _workers(
 def _preload(settings: Settings, pool: PoolName, layout: Layout) -> Preload | None:
     """Return what the processes of a pool have in common; None where they have to start by themselves."""
     # A server for one process shares nothing, and a fork cannot use the GPU that its parent has touched.
-    if layout.processes < 2 or on_cards(settings, pool):
+    if layout.processes < 2 or on_gpus(settings, pool):
         return None
     models = [model for model in settings.models.values() if pool in model.pools]
     engines = {_ENGINES[model.task] for model in models if model.engine != "remote"}
@@ -259,11 +260,11 @@ def _preload(settings: Settings, pool: PoolName, layout: Layout) -> Preload | No
     )
 
 
-def _card(layout: Layout, number: int) -> Mapping[str, str]:
+def _gpu(layout: Layout, number: int) -> Mapping[str, str]:
     """Let a process see one GPU: torch takes the first that it sees."""
-    if not layout.cards:
+    if not layout.gpus:
         return {}
-    return {"CUDA_VISIBLE_DEVICES": layout.cards[number % len(layout.cards)]}
+    return {"CUDA_VISIBLE_DEVICES": layout.gpus[number % len(layout.gpus)]}
 
 
 def has_flower() -> bool:

@@ -24,16 +24,9 @@ from penstock.request import EmbedRequest, PoolName
 from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.engine import Job
-from penstock_workers.hardware.machine import read_machine
-from penstock_workers.layout import (
-    Layout,
-    find_cards,
-    on_cards,
-    process_bytes,
-    pss_bytes,
-    share_of_cores,
-    thread_variables,
-)
+from penstock_workers.command.capacity import Layout, find_gpus, process_bytes
+from penstock_workers.hardware.machine import pss_bytes, read_machine
+from penstock_workers.hardware.threads import on_gpus, share_of_cores, thread_variables
 from penstock_workers.serving.loading import batches_at_once, cut_texts
 
 if TYPE_CHECKING:  # torch loads in the processes that compute
@@ -47,7 +40,7 @@ if TYPE_CHECKING:  # torch loads in the processes that compute
 THREADS: Final = (1, 2, 4, 8)
 REPLICAS: Final = (1, 2, 4)
 """Processes on one GPU."""
-BATCH_TOKENS: Final = {"cpu": (512, 1024, 2048, 4096), "cards": (8192, 16_384, 32_768, 65_536)}
+BATCH_TOKENS: Final = {"cpu": (512, 1024, 2048, 4096), "gpu": (8192, 16_384, 32_768, 65_536)}
 ROUNDS: Final = 2
 """Each batch size is measured this often, in turn: machines are noisy, and their clocks change."""
 LEAST_S: Final = 0.5
@@ -100,13 +93,13 @@ def candidates(settings: Settings, pool: PoolName, names: Sequence[str]) -> list
         ConfigError: The pool works on GPUs, and there is none.
     """
     machine = read_machine()
-    if on_cards(settings, pool):
-        cards = find_cards()
-        if not cards:
-            raise ConfigError([f'pool {pool} finds no card; set pools.{pool}.device = "cpu" to try without'])
-        cuda = () if cards == ("mps",) else cards
-        numbers = [len(cards) * n for n in REPLICAS if n == 1 or (cuda and len(cards) * n <= machine.cores)]
-        return [Layout(processes=n, threads=share_of_cores(machine, n), cards=cuda) for n in numbers]
+    if on_gpus(settings, pool):
+        gpus = find_gpus()
+        if not gpus:
+            raise ConfigError([f'pool {pool} finds no GPU; set pools.{pool}.device = "cpu" to try without'])
+        cuda = () if gpus == ("mps",) else gpus
+        numbers = [len(gpus) * n for n in REPLICAS if n == 1 or (cuda and len(gpus) * n <= machine.cores)]
+        return [Layout(processes=n, threads=share_of_cores(machine, n), gpus=cuda) for n in numbers]
     fit = machine.memory_bytes // process_bytes({name: settings.models[name] for name in names})
     return [
         Layout(processes=max(1, min(machine.cores // n, fit)), threads=n)
@@ -154,7 +147,7 @@ def measure(
     Raises:
         PenstockError: A model cannot be loaded, or a process ended.
     """
-    sizes = BATCH_TOKENS["cards" if on_cards(settings, pool) else "cpu"]
+    sizes = BATCH_TOKENS["gpu" if on_gpus(settings, pool) else "cpu"]
     runs = [(name, size) for _ in range(ROUNDS) for name in names for size in sizes]
     ends_at = time.monotonic() + seconds
     found: list[Measured] = []
@@ -294,8 +287,8 @@ def _serve(
     number: int,
 ) -> None:
     """Load the models, then measure for each order of the parent, until it closes the pipe."""
-    if layout.cards:
-        os.environ["CUDA_VISIBLE_DEVICES"] = layout.cards[number % len(layout.cards)]
+    if layout.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = layout.gpus[number % len(layout.gpus)]
     os.environ.update(thread_variables(layout.threads))
     # A worker's imports count as its memory, and torch must not be imported before.
     from transformers.utils.logging import disable_progress_bar

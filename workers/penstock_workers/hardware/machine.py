@@ -63,6 +63,21 @@ def left_to_groups_bytes(root: Path = Path("/")) -> int:
     return min(left)
 
 
+def pss_bytes(pid: int | None = None) -> int | None:
+    """Return the memory of a process, shared pages divided among those that share them; None without Linux.
+
+    Args:
+        pid: Process number; None for this process.
+
+    Source: proc_pid_smaps(5), Pss.
+    """
+    rollup = Path(f"/proc/{pid or 'self'}/smaps_rollup")
+    if not rollup.exists():
+        return None
+    (line,) = (line for line in rollup.read_text().splitlines() if line.startswith("Pss:"))
+    return int(line.split()[1]) << 10
+
+
 def cpu_flags() -> set[str]:
     """Return the instruction sets of an x86-64 CPU, in Linux's words; empty where they are not known."""
     flags = Path("/proc/cpuinfo")

@@ -22,12 +22,12 @@ from penstock_workers.delivery.celery_urls import celery_url, first_url, result_
 from penstock_workers.delivery.consumer import Consumer
 from penstock_workers.delivery.pool import TaskPool
 from penstock_workers.delivery.transport import install
+from penstock_workers.serving.celery_loader import new_app
 from penstock_workers.serving.heartbeat import end_process
 from penstock_workers.serving.lifecycle import Lifecycle
 from penstock_workers.serving.models import Serving
 from penstock_workers.serving.streams import Streams
 from penstock_workers.serving.tasks import register_tasks
-from penstock_workers.surroundings import new_app
 
 POOL: Final = f"{TaskPool.__module__}:{TaskPool.__name__}"
 

@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 
 from penstock.settings import Settings, load_settings
-from penstock_workers.command.tune import candidates
-from penstock_workers.hardware.machine import Machine, read_machine
-from penstock_workers.layout import (
+from penstock_workers.command.capacity import (
     PROCESS_BYTES,
     SHARED_BYTES,
     UNSEEN_WEIGHTS_BYTES,
@@ -18,6 +16,8 @@ from penstock_workers.layout import (
     choose_threads,
     process_bytes,
 )
+from penstock_workers.command.tune import candidates
+from penstock_workers.hardware.machine import Machine, read_machine
 
 MINILM = {"task": "embed", "source": "bundled:minilm"}
 CHAT = {"task": "generate", "source": "bundled:tiny-chat"}
@@ -97,7 +97,7 @@ def test_a_worker_alone_counts_its_own_models() -> None:
 
 
 def test_trial_of_the_gpu_pool_leaves_the_cores_to_the_other() -> None:
-    """A pool of cards that computes on processors has one process unless more are asked for."""
+    """A pool of GPUs that computes on the CPU has one process unless more are asked for."""
     both = {"m": MINILM | {"pools": ["gpu", "cpu"]}}
 
     found = choose_layouts(settings(both, gpu_device="cpu"), LARGE)
@@ -105,16 +105,16 @@ def test_trial_of_the_gpu_pool_leaves_the_cores_to_the_other() -> None:
     assert found == {"gpu": Layout(processes=1, threads=1), "cpu": Layout(processes=16, threads=1)}
 
 
-def test_cards_that_are_not_there_get_no_process() -> None:
-    """Nothing is started for `auto` without a card; a device asked for by name is, and then complains."""
+def test_gpus_that_are_not_there_get_no_process() -> None:
+    """Nothing is started for `auto` without a GPU; a device asked for by name is, and then complains."""
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available() or torch.backends.mps.is_available():
-        pytest.skip("a card is there")
-    on_cards = {"m": MINILM | {"pools": ["gpu"]}}
+        pytest.skip("a GPU is there")
+    on_gpus = {"m": MINILM | {"pools": ["gpu"]}}
 
-    assert choose_layouts(settings(on_cards), LARGE)["gpu"].processes == 0
-    assert choose_layouts(settings(on_cards, gpu_device="cuda"), LARGE)["gpu"].processes == 1
-    assert choose_layouts(settings(on_cards, gpu_processes="3"), LARGE)["gpu"].processes == 3
+    assert choose_layouts(settings(on_gpus), LARGE)["gpu"].processes == 0
+    assert choose_layouts(settings(on_gpus, gpu_device="cuda"), LARGE)["gpu"].processes == 1
+    assert choose_layouts(settings(on_gpus, gpu_processes="3"), LARGE)["gpu"].processes == 3
     spread = {"m": CHAT | {"pools": ["gpu"], "device_map": "auto"}}
     assert choose_layouts(settings(spread), LARGE)["gpu"].processes == 0
     assert choose_layouts(settings(spread, gpu_device="cuda"), LARGE)["gpu"] == Layout(processes=1, threads=4)
@@ -136,40 +136,42 @@ LARGE_MODEL = {"task": "embed", "source": "penstock-tests/no-such"}  # counts as
     ],
     ids=str,
 )
-def test_small_models_have_several_processes_on_a_card(
+def test_small_models_have_several_processes_on_a_gpu(
     models: Any, arguments: dict[str, str], processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A card waits for the processors where models are small; a large or a generating one fills it."""
-    monkeypatch.setattr("penstock_workers.layout.find_cards", lambda: ("0", "1"))  # there is none here
-    on_cards = {name: model | {"pools": ["gpu"]} for name, model in models.items()}
+    """A GPU waits for the CPU where models are small; a large or a generating one fills it."""
+    monkeypatch.setattr(
+        "penstock_workers.command.capacity.find_gpus", lambda: ("0", "1")
+    )  # there is none here
+    on_gpus = {name: model | {"pools": ["gpu"]} for name, model in models.items()}
 
-    layout = choose_layouts(settings(on_cards, **arguments), LARGE)["gpu"]
+    layout = choose_layouts(settings(on_gpus, **arguments), LARGE)["gpu"]
 
-    assert layout == Layout(processes=processes, threads=threads, cards=("0", "1"))
+    assert layout == Layout(processes=processes, threads=threads, gpus=("0", "1"))
 
 
-def test_tune_tries_several_processes_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tune_tries_several_processes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with its share of the cores, never more processes than cores."""
-    monkeypatch.setattr("penstock_workers.command.tune.find_cards", lambda: ("0",))  # there is none here
-    on_cards = settings({"m": MINILM | {"pools": ["gpu"]}})
+    monkeypatch.setattr("penstock_workers.command.tune.find_gpus", lambda: ("0",))  # there is none here
+    on_gpus = settings({"m": MINILM | {"pools": ["gpu"]}})
 
     for cores, expected in ((16, [(1, 4), (2, 4), (4, 4)]), (4, [(1, 4), (2, 2), (4, 1)]), (1, [(1, 1)])):
         machine = Machine(cores=cores, memory_bytes=1 << 40)
         monkeypatch.setattr("penstock_workers.command.tune.read_machine", lambda machine=machine: machine)
-        found = candidates(on_cards, "gpu", ["m"])
+        found = candidates(on_gpus, "gpu", ["m"])
         assert [(layout.processes, layout.threads) for layout in found] == expected
-        assert {layout.cards for layout in found} == {("0",)}
+        assert {layout.gpus for layout in found} == {("0",)}
 
 
 @pytest.mark.gpu
-def test_each_card_has_processes() -> None:
-    """As many processes for each card that CUDA shows, each of which sees one card alone."""
+def test_each_gpu_has_processes() -> None:
+    """As many processes for each GPU that CUDA shows, each of which sees one GPU alone."""
     import torch
 
     layout = choose_layouts(settings({"m": MINILM | {"pools": ["gpu"]}}), LARGE)["gpu"]
 
-    assert len(set(layout.cards)) == torch.cuda.device_count()
-    assert layout.processes % len(layout.cards) == 0
+    assert len(set(layout.gpus)) == torch.cuda.device_count()
+    assert layout.processes % len(layout.gpus) == 0
 
 
 def test_control_groups_limit_the_machine(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folders that a process would like to write to, and what it is without them."""
+"""Folders that a worker process writes to, and a start without them."""
 
 import logging
 import os
@@ -14,16 +14,16 @@ _TORCH_CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def settle_folders() -> None:
-    """Let models load where nothing can be written, as in a read-only container; one line says what it costs.
+    """Let models load where no folder can be written, as in a read-only container; a log line says the price.
 
-    To be called before torch is imported.
+    Call it before torch is imported.
     """
     troubles = []
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
-        # Source: torch's `_inductor/runtime/cache_dir_utils.py`, which wants a folder when it is imported.
-        # Nothing is compiled here, so one that exists is enough.
+        # torch wants a cache folder when it is imported. We compile nothing, so a folder that exists is
+        # enough. Source: torch's `_inductor/runtime/cache_dir_utils.py`.
         os.environ.setdefault(_TORCH_CACHE, os.sep)
         troubles.append("no folder takes temporary files")
     try:

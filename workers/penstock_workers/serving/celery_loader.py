@@ -1,7 +1,7 @@
-"""What a process of ours does not take from its surroundings: Celery's settings, and modules that lie about.
+"""A Celery app that takes nothing from its surroundings: no Celery settings, no module of the current folder.
 
-Celery takes its broker from `CELERY_BROKER_URL` before it looks at an app's own settings, and finds modules
-in the current folder before those that are installed.
+By itself, Celery takes its broker from `CELERY_BROKER_URL` before it looks at an app's settings, and finds
+modules in the current folder before those that are installed.
 """
 
 import importlib
@@ -21,10 +21,10 @@ from penstock_workers.celery_variables import refuse_variables
 
 
 class Loader(AppLoader):  # type: ignore[misc]  # Celery has no types
-    """Celery's loader without what it reads by itself: no module of settings, no current folder."""
+    """Celery's loader, which reads neither a module of settings nor the current folder."""
 
     def read_configuration(self, *_: object, **__: object) -> dict[str, Any]:
-        """Return nothing: what the settings do not say is Celery's default."""
+        """Return no configuration: what our settings do not say keeps Celery's default."""
         return {}
 
     def import_from_cwd(self, module: str, imp: Any = None, package: str | None = None) -> ModuleType:
@@ -39,13 +39,13 @@ class Loader(AppLoader):  # type: ignore[misc]  # Celery has no types
 
 
 def new_app(name: str, *, broker_url: str, environ: Mapping[str, str] = os.environ) -> Celery:
-    """Return an app that has the settings it is given, whatever the environment holds.
+    """Return an app with the settings it is given, whatever the environment holds.
 
     Raises:
-        ConfigError: a variable would win over them; names it.
+        ConfigError: A variable would win over them; the message names it.
     """
     refuse_variables(environ)
-    # No fix-ups: Celery's one would import the Django project that DJANGO_SETTINGS_MODULE names.
+    # No fix-ups: Celery's would import the Django project that DJANGO_SETTINGS_MODULE names.
     return Celery(name, broker=broker_url, loader=Loader, fixups=())
 
 
@@ -53,7 +53,7 @@ def refuse_options_from_variables() -> None:
     """Refuse options of `celery worker` that were not typed: each can be given as `CELERY_WORKER_...`.
 
     Raises:
-        ConfigError: names the variables.
+        ConfigError: Names the variables.
     """
     context = click.get_current_context(silent=True)
     if context is None or context.auto_envvar_prefix is None:
