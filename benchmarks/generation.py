@@ -29,7 +29,8 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.deployment import deployed
 from benchmarks.report import Figure, Report, Row, arguments, finish
-from penstock.request import EmbedRequest, GenerateRequest, ResponseFormat
+from penstock.conversation import ResponseFormat
+from penstock.request import EmbedRequest, GenerateRequest
 from penstock.settings import ModelSettings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.engine import Job

@@ -39,9 +39,9 @@ from benchmarks.hosted import DIM, hosting
 from benchmarks.neighbours import TOLERABLE, Neighbours
 from benchmarks.report import Figure, Report, Row, arguments, finish
 from penstock import AsyncClient
-from penstock.client import EmbedOptions
 from penstock.errors import DeadlineExceededError, JobCancelledError, PenstockError, QueueDelayError
 from penstock.job import AsyncJob
+from penstock.options import EmbedOptions
 from penstock.result import Vectors
 from penstock.waiting import WaitPolicy
 from penstock_workers.bundled import bundled_folder

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from penstock.request import Tool, new_job_id
+from penstock.conversation import Tool
+from penstock.request import new_job_id
 from penstock.settings import ModelSettings, RateLimit, RemoteSettings
 
 DIM = 8

@@ -2,6 +2,7 @@
 
 from penstock.blocking import Client, Job
 from penstock.client import AsyncClient
+from penstock.conversation import Message, ResponseFormat, Tool, ToolCall
 from penstock.delay import Estimate
 from penstock.errors import (
     BrokerRefusedError,
@@ -43,7 +44,6 @@ from penstock.errors import (
 )
 from penstock.job import AsyncJob, JobState
 from penstock.registry import ModelInfo
-from penstock.request import Message, ResponseFormat, Tool, ToolCall
 from penstock.result import Choice, GenerateResult, Logprobs, RerankResult, Timings, TokenLogprob, Usage
 from penstock.stream import Piece
 from penstock.waiting import WaitPolicy

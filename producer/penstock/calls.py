@@ -15,6 +15,7 @@ from penstock.errors import (
     PenstockError,
     ResultTimeoutError,
 )
+from penstock.validation import is_number
 
 CALL_S: Final = 60.0
 """Most that a call may take which has no limit of its own, such as a look at what is served."""
@@ -86,8 +87,7 @@ class Calls:
         Raises:
             InvalidOptionError: that is no time.
         """
-        is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
-        if timeout_s is not None and not (is_number and timeout_s >= 0):
+        if timeout_s is not None and not (is_number(timeout_s) and timeout_s >= 0):
             raise InvalidOptionError("timeout_s", repr(timeout_s)[:80], "seconds from 0 on, or None")
         return Call(self, None if timeout_s is None or timeout_s == math.inf else timeout_s, job_id, closing)
 

@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Final, NoReturn, Self, TypeVar, Unpack
 
 from tqdm import tqdm
 
@@ -17,6 +17,7 @@ from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, forget_sent, rec
 from penstock.calls import CALL_S, CLOSE_S, CLOSING, TAKEN_BACK, Call, Calls
 from penstock.clock import ticks
 from penstock.codec import encode_message
+from penstock.conversation import Message
 from penstock.delay import Estimate, Router, count_tokens, predict, queue_limits
 from penstock.envelope import is_clean
 from penstock.errors import (
@@ -35,30 +36,31 @@ from penstock.inbox import Inbox
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, ResultStore, T
 from penstock.joining import Joiner
 from penstock.keys import queue_key, queue_name
+from penstock.options import (
+    OF_SENDING,
+    EmbedOptions,
+    GenerateOptions,
+    RerankOptions,
+    read_deadline_s,
+    read_lane,
+)
 from penstock.pacing import Pacer
 from penstock.registry import HEARTBEAT_S, ModelInfo, Registry
 from penstock.request import (
-    TENANT,
     EmbedRequest,
     GenerateRequest,
     Lane,
-    Message,
-    Mode,
-    Precision,
-    Priority,
     PriorityName,
     Request,
     RerankRequest,
-    ResponseFormat,
     Task,
-    Tool,
-    Truncation,
     new_job_id,
 )
 from penstock.result import GenerateResult, RerankResult, Vectors
 from penstock.stacks import tell_elsewhere, with_password
 from penstock.stream import OnRestart, Piece
 from penstock.urls import checked_url, locate_results, mask_url
+from penstock.validation import is_number
 from penstock.waiting import WaitPolicy, try_again
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
@@ -69,79 +71,8 @@ MOST_CONNECT_S: Final = 600.0
 _INHERITED: Final[list[object]] = []
 _LOOK_AGAIN_S: Final = 0.25
 
-_OF_SENDING: Final = ("priority", "tenant", "deadline_s", "wait")
-
 R = TypeVar("R", EmbedRequest, GenerateRequest, RerankRequest)
 S = TypeVar("S")
-
-
-class EmbedOptions(TypedDict, total=False):
-    """Options of an embedding job; `penstock.request.EmbedRequest` explains them.
-
-    `priority` says which waiting jobs go first; after `deadline_s` seconds the job is not worth computing.
-    Jobs of a `tenant` take turns with those of others, by the shares of the deployment's settings.
-    `wait` tries again where the queue is full, or a worker or Redis failed for now; without it the first
-    error counts.
-    """
-
-    prompt_name: str | None
-    prompt: str | None
-    normalize_embeddings: bool
-    truncate_dim: int | None
-    precision: Precision
-    priority: PriorityName
-    tenant: str | None
-    deadline_s: float | None
-    wait: WaitPolicy | None
-
-
-class GenerateOptions(TypedDict, total=False):
-    """Options of a generation job; `penstock.request.GenerateRequest` explains them.
-
-    `priority` says which waiting jobs go first; after `deadline_s` seconds the job is not worth computing.
-    Jobs of a `tenant` take turns with those of others, by the shares of the deployment's settings.
-    `wait` tries again where the queue is full, or a worker or Redis failed for now; without it the first
-    error counts.
-    """
-
-    system_prompt: str | None
-    history: Sequence[Message | Mapping[str, Any]] | None
-    tools: Sequence[Tool] | None
-    mode: Mode
-    max_new_tokens: int | None
-    context_window: int | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    presence_penalty: float | None
-    seed: int | None
-    stop: str | Sequence[str] | None
-    stop_token_ids: Sequence[int] | None
-    truncation: Truncation | None
-    enable_thinking: bool | None
-    n: int
-    logprobs: bool
-    top_logprobs: int | None
-    response_format: ResponseFormat | None
-    priority: PriorityName
-    tenant: str | None
-    deadline_s: float | None
-    wait: WaitPolicy | None
-
-
-class RerankOptions(TypedDict, total=False):
-    """Options of a reranking job; `penstock.request.RerankRequest` explains them.
-
-    `priority` says which waiting jobs go first; after `deadline_s` seconds the job is not worth computing.
-    """
-
-    top_n: int | None
-    priority: PriorityName
-    tenant: str | None
-    deadline_s: float | None
-    wait: WaitPolicy | None
 
 
 class AsyncClient:
@@ -238,7 +169,7 @@ class AsyncClient:
         """
         async with self._call():
             info = await self._find_model(model)
-            registry, lane = await self._read_registry(), Lane(_priority(priority), _tenant(tenant))
+            registry, lane = await self._read_registry(), read_lane(priority, tenant)
             pool = await self._router.choose(info, registry, lane)
             return await self._estimate(queue_name(pool, model), lane)
 
@@ -551,9 +482,9 @@ class AsyncClient:
 
     async def _prepare(self, kind: type[R], task: Task, fields: Mapping[str, Any]) -> tuple[R, Lane]:
         """Check what can be known before anything is sent."""
-        plain = {name: value for name, value in fields.items() if name not in _OF_SENDING}
-        lane = Lane(_priority(fields.get("priority", "default")), _tenant(fields.get("tenant")))
-        within_s = _deadline_s(fields.get("deadline_s"))
+        plain = {name: value for name, value in fields.items() if name not in OF_SENDING}
+        lane = read_lane(fields.get("priority", "default"), fields.get("tenant"))
+        within_s = read_deadline_s(fields.get("deadline_s"))
         request = kind.parse(plain)
         model = await self._find_model(request.model, task)
         n_texts = _n_texts(request)
@@ -720,11 +651,10 @@ def checked_timeout(connect_timeout_s: object) -> float:
     Raises:
         ConfigError: it is none.
     """
-    is_number = isinstance(connect_timeout_s, int | float) and not isinstance(connect_timeout_s, bool)
-    if not (is_number and 0 < connect_timeout_s <= MOST_CONNECT_S):  # type: ignore[operator]  # it is a number
+    if not (is_number(connect_timeout_s) and 0 < connect_timeout_s <= MOST_CONNECT_S):
         told = repr(connect_timeout_s)[:80]
         raise ConfigError([f"connect_timeout_s is {told}; seconds above 0, up to {MOST_CONNECT_S:g}"])
-    return float(connect_timeout_s)  # type: ignore[arg-type]  # it is a number
+    return float(connect_timeout_s)
 
 
 def _embed_fields(texts: Sequence[str], model: str, options: EmbedOptions) -> dict[str, Any]:
@@ -735,28 +665,3 @@ def _n_texts(request: Request) -> int:
     if isinstance(request, EmbedRequest):
         return len(request.texts)
     return len(request.documents) if isinstance(request, RerankRequest) else 0
-
-
-def _priority(name: object) -> Priority:
-    try:
-        return Priority[str(name).upper()]
-    except KeyError:
-        allowed = ", ".join(priority.name.lower() for priority in Priority)
-        raise InvalidOptionError("priority", repr(name)[:80], f"one of {allowed}") from None
-
-
-def _tenant(name: object) -> str:
-    if name is None:
-        return ""
-    if not (isinstance(name, str) and TENANT.fullmatch(name)):
-        raise InvalidOptionError("tenant", repr(name)[:80], "up to 64 of a-z A-Z 0-9 . _ @ -")
-    return name
-
-
-def _deadline_s(seconds: object) -> float | None:
-    if seconds is None:
-        return None
-    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not (is_number and 0 < seconds <= 1e300):  # type: ignore[operator]  # it is a number
-        raise InvalidOptionError("deadline_s", repr(seconds)[:80], "a number of seconds above 0")
-    return float(seconds)  # type: ignore[arg-type]  # it is a number

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from penstock.keys import is_reply_channel
-from penstock.request import MAX_REQUEST_BYTES, TENANT, describe
+from penstock.request import MAX_REQUEST_BYTES, TENANT
+from penstock.validation import describe
 
 MAX_ENTRY_BYTES: Final = 4 * MAX_REQUEST_BYTES + (1 << 20)
 """A list's entry as it lies in Redis: 65 MiB. Four bytes for each of text, which is what Celery makes of

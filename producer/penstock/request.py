@@ -4,45 +4,36 @@ pydantic models, not dataclasses: the same classes read keyword arguments, queue
 configuration file, and each range stands in one place.
 """
 
-import contextlib
-import json
 import re
 import uuid
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Annotated, Any, Final, Literal, NamedTuple, NotRequired, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-    with_config,
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from penstock.conversation import (
+    MAX_FORMAT_BYTES,
+    MAX_TOOLS_BYTES,
+    Message,
+    ResponseFormat,
+    Tool,
+    ToolCall,
+    check_json,
 )
-from pydantic_core import ErrorDetails
-from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
-
 from penstock.errors import (
     InvalidMessageError,
     InvalidOptionError,
     InvalidTextError,
-    PenstockError,
     RequestTooLargeError,
 )
+from penstock.validation import explain
 
 VERSION = 1
 MAX_TEXT_BYTES = 1 << 20
 """One text or prompt, in UTF-8."""
 MAX_REQUEST_BYTES = 16 << 20
 """All texts of a request together, in UTF-8; Redis and Celery copy a message several times."""
-MAX_FORMAT_BYTES = 64 << 10
-"""A response format, as JSON in UTF-8."""
-MAX_TOOLS_BYTES = 256 << 10
-"""All tools of a request, or the calls of a turn, as JSON in UTF-8."""
-MAX_FORMAT_DEPTH = 64
-"""Objects and lists inside each other in a response format, tools or calls."""
 MAX_TURNS = 4096
 """Earlier turns of a conversation."""
 MAX_CHOICES = 16
@@ -73,148 +64,6 @@ class Lane(NamedTuple):
 
     priority: Priority
     tenant: str = ""
-
-
-_OPTION: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-
-_WORD: Final = re.compile(r"[A-Za-z0-9_.-]{0,16}")
-
-_exact = with_config(ConfigDict(extra="forbid", strict=True))
-_Name = Annotated[str, Field(min_length=1, max_length=128)]
-
-
-@_exact
-class ToolFunction(TypedDict):
-    """A function that the model may call; `strict` is without effect."""
-
-    name: _Name
-    description: NotRequired[str]
-    parameters: NotRequired[dict[str, Any]]
-    strict: NotRequired[bool | None]
-
-
-@_exact
-class Tool(TypedDict):
-    """A tool in OpenAI's form."""
-
-    type: Literal["function"]
-    function: ToolFunction
-
-
-@_exact
-class CalledFunction(TypedDict):
-    """A function and its arguments: a JSON object, or the text of one, as OpenAI has it."""
-
-    name: _Name
-    arguments: str | dict[str, Any]
-
-
-@_exact
-class ToolCall(TypedDict):
-    """What an assistant's turn asks of a tool, in OpenAI's form."""
-
-    function: CalledFunction
-    type: NotRequired[Literal["function"]]
-    id: NotRequired[str]
-
-
-class Message(BaseModel):
-    """One turn of a conversation, in OpenAI's form.
-
-    Attributes:
-        role: who speaks; `tool` is a function that answers a call of the assistant.
-        content: what is said; a message may leave it out beside `tool_calls`.
-        reasoning: what the assistant thought before; many templates leave it out of older turns.
-        tool_calls: the assistant's.
-        tool_call_id: which call a tool's turn answers.
-        name: of the function whose turn it is.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str
-    reasoning: str | None = None
-    tool_calls: Annotated[tuple[ToolCall, ...], Field(min_length=1)] | None = None
-    tool_call_id: str | None = None
-    name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _content_beside_calls(cls, value: object) -> object:
-        if not isinstance(value, dict) or not (calls := value.get("tool_calls")):
-            return value
-        _check_json("tool_calls", calls, MAX_TOOLS_BYTES)
-        calls = tuple(calls) if isinstance(calls, list) else calls
-        return {**value, "content": value.get("content") or "", "tool_calls": calls}
-
-    @model_validator(mode="after")
-    def _suits_its_role(self) -> Self:
-        roles = {"tool_calls": "assistant", "reasoning": "assistant", "tool_call_id": "tool", "name": "tool"}
-        for name, role in roles.items():
-            if getattr(self, name) is not None and self.role != role:
-                raise ValueError(f"only a turn of role {role} has {name}")
-        for call in self.tool_calls or ():
-            parse_arguments(call)
-        return self
-
-
-def parse_arguments(call: ToolCall) -> dict[str, Any]:
-    """Return the arguments of a call.
-
-    Raises:
-        ValueError: they are not a JSON object.
-    """
-    arguments: object = call["function"]["arguments"]
-    with contextlib.suppress(ValueError, RecursionError):
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    if not isinstance(arguments, dict):
-        raise ValueError("the arguments of a call are a JSON object")
-    return arguments
-
-
-@_exact
-class PlainFormat(TypedDict):
-    """Any text, as without a format, or any JSON object."""
-
-    type: Literal["text", "json_object"]
-
-
-@_exact
-class NamedSchema(TypedDict):
-    """A JSON schema as OpenAI wraps it; all but the schema is without effect, and it is always strict."""
-
-    schema: dict[str, Any]
-    name: NotRequired[str]
-    description: NotRequired[str]
-    strict: NotRequired[bool | None]
-
-
-@_exact
-class JsonSchemaFormat(TypedDict):
-    """JSON that follows a schema."""
-
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
-
-
-@_exact
-class RegexFormat(TypedDict):
-    """Text that a regular expression matches as a whole, in Rust's syntax: no look-around, no references."""
-
-    type: Literal["regex"]
-    pattern: Annotated[str, Field(min_length=1)]
-
-
-@_exact
-class ChoiceFormat(TypedDict):
-    """One of some texts."""
-
-    type: Literal["choice"]
-    choices: Annotated[list[str], Field(min_length=1)]
-
-
-ResponseFormat = PlainFormat | JsonSchemaFormat | RegexFormat | ChoiceFormat
 
 
 class GenerationOptions(BaseModel):
@@ -298,7 +147,7 @@ class _Request(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            raise _explain(error.errors(include_url=False)[0]) from None
+            raise explain(error.errors(include_url=False)[0], version=VERSION) from None
 
     def fields(self) -> dict[str, Any]:
         """Return what the message carries: JSON types, defaults left out."""
@@ -391,13 +240,13 @@ class GenerateRequest(_Request, GenerationOptions):
     @field_validator("tools", mode="before")
     @classmethod
     def _take_lists_of_tools(cls, value: object) -> object:
-        _check_json("tools", value, MAX_TOOLS_BYTES)
+        check_json("tools", value, MAX_TOOLS_BYTES)
         return tuple(value) if isinstance(value, list) else value
 
     @field_validator("response_format", mode="before")
     @classmethod
     def _is_plain(cls, wanted: object) -> object:
-        _check_json("response_format", wanted, MAX_FORMAT_BYTES)
+        check_json("response_format", wanted, MAX_FORMAT_BYTES)
         return wanted
 
     @model_validator(mode="after")
@@ -498,17 +347,6 @@ class RerankRequest(_Request):
 Request = EmbedRequest | GenerateRequest | RerankRequest
 
 
-def describe(value: object) -> str:
-    """Tell a value of unknown origin without a word of it: numbers as they are, others by type and length."""
-    if value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 1 << 64):
-        return repr(value)
-    if isinstance(value, str):
-        return f"a string of {len(value):,} characters"
-    if isinstance(value, dict | list | tuple):
-        return f"a {type(value).__name__} of {len(value):,} items"
-    return f"a {type(value).__name__}"
-
-
 def new_job_id() -> str:
     """Return a fresh id; unguessable, since whoever knows it can read the result."""
     return str(uuid.uuid4())
@@ -529,63 +367,3 @@ def _check_bytes(texts: Sequence[str]) -> None:
 
 def _ids(calls: Sequence[ToolCall]) -> list[str]:
     return [call["id"] for call in calls if "id" in call]
-
-
-def _check_json(name: str, wanted: object, limit: int) -> None:
-    too_deep = InvalidOptionError(name, "too deep", f"at most {MAX_FORMAT_DEPTH} levels")
-    try:
-        n_bytes = len(json.dumps(wanted, ensure_ascii=False, allow_nan=False).encode())
-    except RecursionError:
-        raise too_deep from None
-    except (TypeError, ValueError):  # a lone surrogate is a ValueError too
-        raise InvalidOptionError(name, "set", "it has to be plain JSON in UTF-8") from None
-    if n_bytes > limit:
-        raise RequestTooLargeError(name, n_bytes, limit)
-    level: list[object] = [wanted]
-    for _ in range(MAX_FORMAT_DEPTH):
-        nested = [node for node in level if isinstance(node, dict | list)]
-        level = [item for node in nested for item in (node.values() if isinstance(node, dict) else node)]
-    if level:
-        raise too_deep
-
-
-def _explain(detail: ErrorDetails) -> PenstockError:
-    """Turn pydantic's first complaint into ours; quotes numbers and names of options, never a text."""
-    name, *rest = [_path_part(part) for part in detail["loc"]] or ["request"]
-    kind = detail["type"]
-    path = ".".join([name, *rest])
-    if kind == "missing":
-        return InvalidMessageError(f"field {path!r} is missing")
-    if kind == "extra_forbidden":
-        return InvalidOptionError(path, "set", "there is no option of that name")
-    if name == "version":
-        # Unlike an option's value, this stands in logs.
-        asked = detail["input"]
-        told = (
-            repr(asked) if isinstance(asked, str) and re.fullmatch(r"[0-9.]{1,8}", asked) else describe(asked)
-        )
-        return InvalidMessageError(f"version {told}; version {VERSION} is read here")
-    if name in ("texts", "documents", "query", "prompt", "system_prompt", "history", "prompt_name"):
-        index = int(rest[0]) if rest and rest[0].isdigit() else 0
-        problem = {
-            "string_type": f"is a {type(detail['input']).__name__}, not a string",
-            "string_too_short": "is empty",
-            "string_unicode": "holds a lone surrogate, which UTF-8 cannot carry",
-            "list_type": f"came as a {type(detail['input']).__name__}: pass a list of strings",
-        }.get(kind, detail["msg"].removeprefix("Value error, "))
-        return InvalidTextError(index, problem if name != "history" else f"of history: {problem} ({path})")
-    if kind == "union_tag_invalid":  # whose sentence quotes the tag
-        allowed = f"its type does not match any of the expected tags: {detail['ctx']['expected_tags']}"
-        return InvalidOptionError(path, _quote(detail["input"]), allowed)
-    return InvalidOptionError(path, _quote(detail["input"]), detail["msg"].lower())
-
-
-def _quote(value: object) -> str:
-    """Tell a value: short words, where a choice or a number was asked for, as they are; no text."""
-    is_word = isinstance(value, str) and _WORD.fullmatch(value)
-    return repr(value) if is_word else describe(value)
-
-
-def _path_part(part: int | str) -> str:
-    """Return a part of a field's path; a key that a caller made up may hold anything."""
-    return str(part) if isinstance(part, int) or _OPTION.fullmatch(part) else "..."

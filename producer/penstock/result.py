@@ -7,7 +7,7 @@ from typing import Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.request import ToolCall
+from penstock.conversation import ToolCall
 
 FinishReason = Literal["stop", "length"]
 Vectors = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.int8] | NDArray[np.uint8]

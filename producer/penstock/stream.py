@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from penstock.conversation import ToolCall
 from penstock.errors import StreamRestartedError
-from penstock.request import ToolCall
 from penstock.result import FinishReason, GenerateResult, Logprobs, Usage
 from penstock.scripts import script
 

@@ -12,8 +12,9 @@ from typing import Final
 import numpy as np
 
 from penstock.codec import encode_failure, encode_message, encode_meta
+from penstock.conversation import Message
 from penstock.errors import InputTooLongError
-from penstock.request import EmbedRequest, GenerateRequest, Message, Priority, Request, RerankRequest
+from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
 from penstock.result import EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
 
 FOLDER: Final = Path(__file__).parent

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from penstock.conversation import Message
 from penstock.errors import (
     IncompleteOutputError,
     InvalidFormatError,
@@ -16,7 +17,7 @@ from penstock.errors import (
     UpstreamAnswerError,
     UpstreamRefusedError,
 )
-from penstock.request import GenerateRequest, Message, new_job_id
+from penstock.request import GenerateRequest, new_job_id
 from penstock.settings import ModelSettings
 from penstock_workers.batching.engine import Answer, Job, Thought
 from penstock_workers.remote import dispatcher

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import AddedToken, processors
 from transformers import LlamaConfig
 
+from penstock.conversation import Message, Tool
 from penstock.errors import IncompleteOutputError, InputTooLongError, InvalidOptionError, ModelLoadError
-from penstock.request import Message, Tool
 from penstock_workers.batching.engine import Answer, Thought
 from penstock_workers.generation.chat import GAP, Chat
 from penstock_workers.generation.generator import Generator

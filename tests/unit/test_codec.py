@@ -21,6 +21,7 @@ from penstock.codec import (
     encode_message,
     encode_meta,
 )
+from penstock.conversation import Message
 from penstock.errors import (
     EngineError,
     InvalidMessageError,
@@ -31,7 +32,7 @@ from penstock.errors import (
     ResultTooLargeError,
 )
 from penstock.keys import queue_key, queue_name
-from penstock.request import EmbedRequest, GenerateRequest, Message, Priority, Request
+from penstock.request import EmbedRequest, GenerateRequest, Priority, Request
 from penstock.result import Choice, EmbedResult, GenerateResult, Logprobs, Timings, Usage
 
 TIMINGS = Timings(queued_s=0.5, prepared_s=0.25, batched_s=0.125, computed_s=1.0)

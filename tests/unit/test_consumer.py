@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from penstock.request import EmbedRequest, GenerateRequest, Message, Request
+from penstock.conversation import Message
+from penstock.request import EmbedRequest, GenerateRequest, Request
 from penstock_workers.delivery.consumer import summarize
 
 SECRET = "swordfish"

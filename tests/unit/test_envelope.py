@@ -8,17 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.codec import encode_message
-from penstock.envelope import (
-    MAX_ENTRY_BYTES,
-    EntryError,
-    Sender,
-    describe,
-    is_clean,
-    open_entry,
-    printable,
-)
+from penstock.envelope import MAX_ENTRY_BYTES, EntryError, Sender, is_clean, open_entry, printable
 from penstock.errors import RequestTooLargeError
 from penstock.request import MAX_REQUEST_BYTES, EmbedRequest, Priority
+from penstock.validation import describe
 from tests.messages import message
 
 NAMES = ("id", "task", "root_id", "parent_id", "group", "lang", "origin", "shadow", "eta", "expires")

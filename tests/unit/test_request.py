@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from penstock.conversation import MAX_FORMAT_BYTES, MAX_FORMAT_DEPTH, Message
 from penstock.errors import (
     InvalidMessageError,
     InvalidOptionError,
@@ -15,15 +16,12 @@ from penstock.errors import (
     RequestTooLargeError,
 )
 from penstock.request import (
-    MAX_FORMAT_BYTES,
-    MAX_FORMAT_DEPTH,
     MAX_REQUEST_BYTES,
     MAX_TEXT_BYTES,
     MAX_TURNS,
     EmbedRequest,
     GenerateRequest,
     GenerationOptions,
-    Message,
     new_job_id,
 )
 

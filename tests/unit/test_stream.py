@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from penstock.conversation import ToolCall
 from penstock.errors import StreamRestartedError
-from penstock.request import ToolCall
 from penstock.result import GenerateResult, Timings, Usage
 from penstock.stream import OnRestart, Piece, Reader
 

@@ -24,8 +24,9 @@ from pydantic import BaseModel, Field, PrivateAttr
 
 from penstock.blocking import Client
 from penstock.client import DEFAULT_URL, AsyncClient
+from penstock.conversation import ResponseFormat, Tool, ToolCall
 from penstock.errors import InvalidOptionError, InvalidTextError
-from penstock.request import PriorityName, ResponseFormat, Tool, ToolCall
+from penstock.request import PriorityName
 from penstock.result import GenerateResult
 from penstock.stream import Piece
 from penstock.waiting import WaitPolicy, try_again

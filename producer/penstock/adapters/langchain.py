@@ -20,10 +20,12 @@ from penstock.adapters.bridge import (
     pieces,
     shared,
 )
-from penstock.client import DEFAULT_URL, AsyncClient, EmbedOptions
+from penstock.client import DEFAULT_URL, AsyncClient
+from penstock.conversation import ResponseFormat
 from penstock.errors import InvalidOptionError, InvalidTextError
 from penstock.job import RESULT_TIMEOUT_S
-from penstock.request import PriorityName, ResponseFormat
+from penstock.options import EmbedOptions
+from penstock.request import PriorityName
 from penstock.result import GenerateResult, Usage
 from penstock.stream import Piece
 from penstock.waiting import WaitPolicy

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.adapters.bridge import UNTIL_LATE, Bridge, patiently, pieces
-from penstock.client import DEFAULT_URL, AsyncClient, GenerateOptions
+from penstock.client import DEFAULT_URL, AsyncClient
+from penstock.conversation import ResponseFormat
 from penstock.errors import (
     DeadlineExceededError,
     IncompleteOutputError,
@@ -28,8 +29,9 @@ from penstock.errors import (
     UnknownModelError,
     WrongTaskError,
 )
+from penstock.options import GenerateOptions
 from penstock.registry import ModelInfo
-from penstock.request import PriorityName, ResponseFormat, Task
+from penstock.request import PriorityName, Task
 from penstock.result import RerankResult, Vectors
 from penstock.waiting import WaitPolicy
 

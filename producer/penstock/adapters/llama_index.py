@@ -17,9 +17,9 @@ from penstock.adapters.bridge import (
     pieces,
 )
 from penstock.client import AsyncClient
+from penstock.conversation import ToolCall, parse_arguments
 from penstock.errors import InvalidTextError
 from penstock.job import RESULT_TIMEOUT_S
-from penstock.request import ToolCall, parse_arguments
 from penstock.result import GenerateResult
 from penstock.stream import Piece
 

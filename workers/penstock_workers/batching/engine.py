@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from penstock.conversation import ToolCall
 from penstock.errors import DeadlineExceededError, JobCancelledError, PenstockError
-from penstock.request import Priority, ToolCall
+from penstock.request import Priority
 from penstock.result import FinishReason, Logprobs
 from penstock_workers.clock import BROKER_CLOCK
 

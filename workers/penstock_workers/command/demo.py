@@ -13,8 +13,8 @@ from typing import Final
 import numpy as np
 
 from penstock.client import AsyncClient
+from penstock.conversation import Message
 from penstock.errors import PenstockError, WorkerError
-from penstock.request import Message
 from penstock.result import Vectors
 from penstock.settings import Loaded
 from penstock_workers.command.stack import Stack, plan_stack

@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from penstock.errors import EngineError, InvalidOptionError, ModelLoadError, OutOfMemoryError, PenstockError
-from penstock.request import EmbedRequest, describe
+from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
+from penstock.validation import describe
 from penstock_workers.checkpoint.checks import check_files
 from penstock_workers.checkpoint.memory import check_memory, weights_bytes
 from penstock_workers.checkpoint.source import explain_failure, resolve_source

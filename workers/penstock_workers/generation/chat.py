@@ -6,8 +6,8 @@ from typing import Any, Final, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from penstock.conversation import Message, Tool, parse_arguments
 from penstock.errors import InvalidOptionError, InvalidTextError, ModelLoadError, PenstockError
-from penstock.request import Message, Tool, parse_arguments
 from penstock_workers.generation.chat_templates import ALL_ROLES, Shape, find_losses
 from penstock_workers.generation.thinking import ReasoningMarks
 

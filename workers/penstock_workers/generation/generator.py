@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from penstock.conversation import Message
 from penstock.errors import InvalidOptionError, InvalidTextError, ModelLoadError, PenstockError
-from penstock.request import GenerateRequest, GenerationOptions, Message
+from penstock.request import GenerateRequest, GenerationOptions
 from penstock.settings import ModelSettings
 from penstock_workers.batching.engine import Answer
 from penstock_workers.checkpoint.source import explain_failure, resolve_source

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from penstock.conversation import ResponseFormat
 from penstock.errors import InvalidFormatError
-from penstock.request import ResponseFormat
 from penstock_workers.generation.format_problems import explain
 from penstock_workers.generation.format_tokens import UNTYPED, open_tokenizer
 from penstock_workers.generation.schemas import simplify

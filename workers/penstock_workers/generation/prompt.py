@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
-from penstock.request import Tool
+from penstock.conversation import Tool
 from penstock_workers.generation.grammar import Grammar
 from penstock_workers.generation.sampling_params import SamplingParams
 from penstock_workers.generation.thinking import Stage

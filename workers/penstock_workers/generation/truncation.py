@@ -3,8 +3,9 @@
 import bisect
 from collections.abc import Callable, Sequence
 
+from penstock.conversation import Message
 from penstock.errors import InputTooLongError
-from penstock.request import GenerationOptions, Message
+from penstock.request import GenerationOptions
 from penstock_workers.generation.chat import Chat
 
 Encode = Callable[[Sequence[Message]], list[int]]

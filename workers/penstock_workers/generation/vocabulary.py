@@ -10,7 +10,7 @@ from uuid import uuid4
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from penstock.request import ToolCall
+from penstock.conversation import ToolCall
 from penstock.result import Logprobs
 from penstock_workers.generation.detokenizer import Detokenizer
 from penstock_workers.generation.grammar import Grammars

@@ -7,8 +7,8 @@ from uuid import uuid4
 
 import numpy as np
 
+from penstock.conversation import Message, ToolCall
 from penstock.errors import PenstockError
-from penstock.request import Message, ToolCall
 from penstock.result import FinishReason, Logprobs
 from penstock_workers.batching.engine import Answer
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
+from penstock.conversation import ToolCall
 from penstock.errors import IncompleteOutputError, InvalidFormatError, InvalidOptionError, UpstreamError
-from penstock.request import GenerateRequest, GenerationOptions, ToolCall
+from penstock.request import GenerateRequest, GenerationOptions
 from penstock.settings import ModelSettings
 from penstock_workers.batching.engine import Answer, Thought
 from penstock_workers.remote.answer import (

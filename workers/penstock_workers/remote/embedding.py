@@ -18,8 +18,9 @@ from huggingface_hub import AsyncInferenceClient
 from numpy.typing import NDArray
 
 from penstock.errors import InvalidOptionError, ModelLoadError, PenstockError, UpstreamError
-from penstock.request import EmbedRequest, describe
+from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
+from penstock.validation import describe
 from penstock_workers.embedding.int8_ranges import read_ranges
 from penstock_workers.remote.backlog import Limits
 from penstock_workers.remote.faults import Fault

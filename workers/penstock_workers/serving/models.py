@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from penstock.errors import UnknownModelError, WrongTaskError
 from penstock.registry import ModelInfo
-from penstock.request import EmbedRequest, GenerateRequest, Request, RerankRequest, Task, describe
+from penstock.request import EmbedRequest, GenerateRequest, Request, RerankRequest, Task
 from penstock.result import Usage
 from penstock.settings import MODEL_NAME, Settings
+from penstock.validation import describe
 from penstock_workers.batching.engine import Answer, Feed, HasTokens, StreamingFeed
 from penstock_workers.batching.rate import Ratio
 from penstock_workers.batching.turns import Device, Turn
