@@ -16,6 +16,7 @@ from tqdm import tqdm
 from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, forget_sent, record_sent
 from penstock.calls import CALL_S, CLOSE_S, CLOSING, TAKEN_BACK, Call, Calls
 from penstock.clock import ticks
+from penstock.coalescer import Coalescer
 from penstock.codec import encode_message
 from penstock.conversation import Message
 from penstock.delay import Estimate, Router, count_tokens, predict, queue_limits
@@ -34,7 +35,6 @@ from penstock.errors import (
 )
 from penstock.inbox import Inbox
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, ResultStore, T
-from penstock.joining import Joiner
 from penstock.keys import queue_key, queue_name
 from penstock.options import (
     OF_SENDING,
@@ -113,7 +113,7 @@ class AsyncClient:
         self._known: set[str] = set()  # models that were ever served here
         self._reading: asyncio.Task[Registry] | None = None
         self._router = Router(self._estimate)
-        self._joiner = Joiner(self._send_unrecorded, self._n_workers, self._max_texts)
+        self._coalescer = Coalescer(self._send_unrecorded, self._n_workers, self._max_texts)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle what it was made with, its password too; it connects anew where it is unpickled."""
@@ -135,7 +135,7 @@ class AsyncClient:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_S):
-                await self._joiner.close()
+                await self._coalescer.close()
                 if self._store is not None:
                     await self._store.close()
                 await self._broker.close()
@@ -145,7 +145,7 @@ class AsyncClient:
         if self._calls.is_over and not self._calls.is_closed:
             if self._calls.is_inherited:
                 # Collecting the parent's connections would change what both processes wait on.
-                _INHERITED.append((self._broker, self._store, self._joiner, self._reading))
+                _INHERITED.append((self._broker, self._store, self._coalescer, self._reading))
             self._begin()
         return self._calls.limited(timeout_s, closing=closing)
 
@@ -187,7 +187,7 @@ class AsyncClient:
     ) -> Vectors:
         """Embed `texts`, keeping their order.
 
-        Calls of a few texts each that are made at the same time go as common jobs; see `penstock.joining`.
+        Calls of a few texts each that are made at the same time go as common jobs; see `penstock.coalescer`.
 
         Args:
             texts: up to the model's `max_texts`; `embed_many` takes any number.
@@ -209,7 +209,7 @@ class AsyncClient:
         async with self._call(timeout_s, closing=TAKEN_BACK) as call:
             request, lane = await self._prepare(EmbedRequest, "embed", _embed_fields(texts, model, options))
             return await self._again(
-                options.get("wait"), lambda: self._joiner.embed(request, lane, call), request, call
+                options.get("wait"), lambda: self._coalescer.embed(request, lane, call), request, call
             )
 
     async def submit_embed(

@@ -1,7 +1,7 @@
-"""Calls of `embed` become jobs: small ones that come together and ask the same share one.
+"""Small calls of `embed` that come at the same time, with the same options, share a job.
 
-A lone call is sent at once. While an earlier one is under way, those that follow pile up for 2 ms at most,
-or until it is back. Knows what a call is; not how a job is sent.
+A lone call is sent at once. While its job is in flight, later calls wait for each other: 2 ms at most, or
+until its result is there. Knows what a call is; not how a job is sent.
 """
 
 import asyncio
@@ -24,27 +24,27 @@ from penstock.job import AsyncJob
 from penstock.request import EmbedRequest, Lane
 from penstock.result import Vectors
 
-JOIN_S: Final = 0.002
-"""How long a call waits for company while another is under way, seconds."""
+WINDOW_S: Final = 0.002
+"""How long a call waits for others while a job is in flight, seconds."""
 MOST_TEXTS: Final = 8
 MOST_CHARACTERS: Final = 8_000
-"""A call of more texts or characters is a job of its own."""
+"""A call with more texts or characters than this becomes a job of its own."""
 TEXTS_AT_ONCE: Final = 256
-"""So many waiting texts are sent without waiting for more."""
+"""Send at once when this many texts wait."""
 TEXTS_PER_WORKER: Final = 8
-"""Calls are shared out among the workers when each gets as many texts."""
+"""Make one job for each worker if each job gets at least this many texts."""
 
 _OPTIONS: Final = tuple(EmbedRequest.model_fields.keys() - {"texts", "sent_at", "deadline"})
-# Errors that may be about one text; the others would come again, for each call.
+# Errors that one text may have caused. Any other error would come again for each call.
 _OF_ONE_TEXT: Final = (InvalidTextError, InputTooLongError, RequestTooLargeError, WorkerError)
 
 Send = Callable[[EmbedRequest, Lane], Awaitable[AsyncJob[Vectors]]]
-"""Sends a job whose id nobody else is told."""
+"""Sends a job; its id stays with who called this."""
 
 
 @dataclass(eq=False, slots=True)
 class _Call:
-    """A caller's texts and what he waits for; done too when he has left."""
+    """Texts of one caller, and the answer that they wait for; done too when they have left."""
 
     request: EmbedRequest
     answer: asyncio.Future[Vectors]
@@ -52,7 +52,7 @@ class _Call:
 
     def fail(self, error: BaseException) -> None:
         if not self.answer.done():
-            # A copy: one exception object would collect the tracebacks of all who get it.
+            # A copy: one exception object would collect the tracebacks of all callers.
             self.answer.set_exception(type(error)(*error.args) if isinstance(error, PenstockError) else error)
 
 
@@ -61,19 +61,20 @@ class _Group:
     """Calls with equal options.
 
     Attributes:
-        waiting: not sent yet, oldest first.
-        n_under_way: sendings whose answers are not all there.
-        timer: when those that wait are sent.
+        lane: queue position that all of them asked for.
+        waiting: calls that are not sent yet, oldest first.
+        n_in_flight: number of their jobs that have not ended.
+        timer: sends the waiting calls when it fires.
     """
 
     lane: Lane
     waiting: list[_Call] = field(default_factory=list)
-    n_under_way: int = 0
+    n_in_flight: int = 0
     timer: asyncio.Handle | None = None
 
 
-class Joiner:
-    """Sends calls and gives each its own rows, its own error and its own time limit.
+class Coalescer:
+    """Sends calls of `embed`, and gives each its own rows, its own error and its own time limit.
 
     Args:
         send: sends a request as a job.
@@ -89,7 +90,7 @@ class Joiner:
     async def embed(self, request: EmbedRequest, lane: Lane, limit: Call) -> Vectors:
         """Return the request's vectors, shape (n_texts, dim).
 
-        When the call ends before, the job is taken back if nobody else waits for it.
+        If the call ends early, its job is cancelled as soon as nobody else waits for it.
 
         Raises:
             PenstockError: see `AsyncClient.embed`.
@@ -98,7 +99,7 @@ class Joiner:
         if len(request.texts) > MOST_TEXTS or sum(map(len, request.texts)) > MOST_CHARACTERS:
             self._start([call], lane)
         else:
-            self._wait_for_company(call, lane)
+            self._join_others(call, lane)
         try:
             return await call.answer
         except asyncio.CancelledError:
@@ -106,7 +107,7 @@ class Joiner:
             raise
 
     async def close(self) -> None:
-        """Stop; whoever still waits gets an error."""
+        """Stop. Callers who still wait get an error."""
         for group in self._groups.values():
             if group.timer is not None:
                 group.timer.cancel()
@@ -116,7 +117,7 @@ class Joiner:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _wait_for_company(self, call: _Call, lane: Lane) -> None:
+    def _join_others(self, call: _Call, lane: Lane) -> None:
         key = (lane, _urgency(call.request), *(getattr(call.request, name) for name in _OPTIONS))
         group = self._groups.setdefault(key, _Group(lane))
         group.waiting.append(call)
@@ -124,9 +125,9 @@ class Joiner:
         if sum(len(other.request.texts) for other in group.waiting) >= TEXTS_AT_ONCE:
             self._flush(key)
         elif group.timer is None:
-            # Not before the loop has come round: calls that were started together go together.
+            # After one turn of the loop: calls that were started together then share a job.
             flush = partial(self._flush, key)
-            group.timer = loop.call_later(JOIN_S, flush) if group.n_under_way else loop.call_soon(flush)
+            group.timer = loop.call_later(WINDOW_S, flush) if group.n_in_flight else loop.call_soon(flush)
 
     def _flush(self, key: tuple[object, ...]) -> None:
         group = self._groups[key]
@@ -138,48 +139,48 @@ class Joiner:
         if calls:
             n_texts = sum(len(call.request.texts) for call in calls)
             n_jobs = max(1, min(self._n_workers(calls[0].request.model), n_texts // TEXTS_PER_WORKER))
-            # Each by itself: of jobs that come together the first idle worker takes all.
+            # One by one: of jobs that arrive together, the first idle worker takes all.
             most = self._max_texts(calls[0].request.model)
-            for part in chain.from_iterable(_cut(calls[start::n_jobs], most) for start in range(n_jobs)):
-                group.n_under_way += 1
-                task = self._start(part, group.lane)
+            for those in chain.from_iterable(_cut(calls[start::n_jobs], most) for start in range(n_jobs)):
+                group.n_in_flight += 1
+                task = self._start(those, group.lane)
                 task.add_done_callback(lambda _: self._returned(key))
-        elif not group.n_under_way:
+        elif not group.n_in_flight:
             del self._groups[key]
 
     def _returned(self, key: tuple[object, ...]) -> None:
         group = self._groups[key]
-        group.n_under_way -= 1
-        if not group.n_under_way:
+        group.n_in_flight -= 1
+        if not group.n_in_flight:
             self._flush(key)
 
-    def _start(self, part: Sequence[_Call], lane: Lane) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._carry_out(part, lane), name="penstock-embed")
+    def _start(self, calls: Sequence[_Call], lane: Lane) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._carry_out(calls, lane), name="penstock-embed")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _carry_out(self, part: Sequence[_Call], lane: Lane) -> None:
-        """Send one job for these calls, and answer them."""
+    async def _carry_out(self, calls: Sequence[_Call], lane: Lane) -> None:
+        """Send one job for these calls, and answer each of them."""
         try:
-            await self._answer(part, await self._send(_join(part), lane), lane)
+            await self._answer(calls, await self._send(_merge(calls), lane), lane)
         except asyncio.CancelledError:
-            _fail(part, TAKEN_BACK)
+            _fail(calls, TAKEN_BACK)
             raise
-        except Exception as error:  # noqa: BLE001  whatever it is, nobody may wait for ever
-            _fail(part, error)
+        except Exception as error:  # noqa: BLE001  whatever it is, no caller may wait for ever
+            _fail(calls, error)
 
-    async def _answer(self, part: Sequence[_Call], job: AsyncJob[Vectors], lane: Lane) -> None:
+    async def _answer(self, calls: Sequence[_Call], job: AsyncJob[Vectors], lane: Lane) -> None:
         result = asyncio.create_task(job.wait())
 
-        def leave(_: object) -> None:
-            if all(call.answer.done() for call in part):
+        def cancel_if_unwanted(_: object) -> None:
+            if all(call.answer.done() for call in calls):
                 result.cancel()
 
-        for call in part:
+        for call in calls:
             call.job_id = job.id
-            call.answer.add_done_callback(leave)
-        leave(None)
+            call.answer.add_done_callback(cancel_if_unwanted)
+        cancel_if_unwanted(None)
         try:
             await asyncio.wait([result])
         except asyncio.CancelledError:  # the client closes, and nobody else knows the id
@@ -190,16 +191,16 @@ class Joiner:
         if result.cancelled():
             await job.take_back()
         elif (error := result.exception()) is None:
-            _share_out(result.result(), part)
-        elif isinstance(error, _OF_ONE_TEXT) and len(part) > 1:
-            alone = (self._carry_out([call], lane) for call in part if not call.answer.done())
-            await asyncio.gather(*alone)
+            _split(result.result(), calls)
+        elif isinstance(error, _OF_ONE_TEXT) and len(calls) > 1:
+            one_by_one = (self._carry_out([call], lane) for call in calls if not call.answer.done())
+            await asyncio.gather(*one_by_one)
         else:
-            _fail(part, error)
+            _fail(calls, error)
 
 
 def _cut(calls: Sequence[_Call], most: int) -> Iterator[list[_Call]]:
-    """Yield the calls in parts of so many texts at most; a call stays whole."""
+    """Yield the calls in parts of up to `most` texts; a call is never split."""
     part: list[_Call] = []
     n_texts = 0
     for call in calls:
@@ -213,33 +214,33 @@ def _cut(calls: Sequence[_Call], most: int) -> Iterator[list[_Call]]:
         yield part
 
 
-def _join(part: Sequence[_Call]) -> EmbedRequest:
-    """Return one request for all; of their deadlines, which are close, the last."""
-    first = part[0].request
-    if len(part) == 1:
+def _merge(calls: Sequence[_Call]) -> EmbedRequest:
+    """Return one request for all of them. Its deadline is the latest one; they are close."""
+    first = calls[0].request
+    if len(calls) == 1:
         return first
-    texts = [text for call in part for text in call.request.texts]
-    deadlines = [call.request.deadline for call in part if call.request.deadline is not None]
+    texts = [text for call in calls for text in call.request.texts]
+    deadlines = [call.request.deadline for call in calls if call.request.deadline is not None]
     return first.model_copy(update={"texts": texts, "deadline": max(deadlines, default=None)})
 
 
-def _share_out(vectors: Vectors, part: Sequence[_Call]) -> None:
+def _split(vectors: Vectors, calls: Sequence[_Call]) -> None:
     start = 0
-    for call in part:
+    for call in calls:
         end = start + len(call.request.texts)
         if not call.answer.done():
-            # A copy: whoever keeps one row would keep everybody's.
-            call.answer.set_result(vectors if len(part) == 1 else vectors[start:end].copy())
+            # A copy: a caller who keeps one row must not keep everybody's.
+            call.answer.set_result(vectors if len(calls) == 1 else vectors[start:end].copy())
         start = end
 
 
 def _urgency(request: EmbedRequest) -> int | None:
-    """Return the same number for deadlines within a factor of two."""
+    """Return a number that deadlines within a factor of two share."""
     if request.deadline is None or request.sent_at is None:
         return None
     return math.frexp(request.deadline - request.sent_at)[1]
 
 
-def _fail(part: Sequence[_Call], error: BaseException) -> None:
-    for call in part:
+def _fail(calls: Sequence[_Call], error: BaseException) -> None:
+    for call in calls:
         call.fail(error)

@@ -18,7 +18,7 @@ from penstock import (
     JobCancelledError,
     ResultTimeoutError,
 )
-from penstock.joining import MOST_TEXTS
+from penstock.coalescer import MOST_TEXTS
 from penstock.keys import result_key
 from penstock_workers.command.local_redis import free_port
 from tests.deployment import Server, WorkerProcess
@@ -113,7 +113,7 @@ def test_different_options_are_different_jobs(own: Server, light: LightWorker) -
 
 
 def test_one_bad_text_fails_alone(own: Server, light: LightWorker) -> None:
-    """A text that the engine cannot take costs its caller an error, and its company nothing."""
+    """A text that the engine cannot take costs its caller an error, and the others of its job nothing."""
 
     async def run() -> list[object]:
         async with AsyncClient(own.broker_url) as client:
