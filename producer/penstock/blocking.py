@@ -245,20 +245,20 @@ class Client:
     ) -> Iterator[Vectors]:
         """See `AsyncClient.embed_many`; `texts` is read in the calling thread, shape (n, dim) at a time."""
         running = self._running_here()
-        pacer = running.client._pace(texts, model, timeout_s, options)
+        many = running.client._many(texts, model, timeout_s, options)
         with progress_bar(texts, progress) as bar:
             try:
-                running.run(pacer.open())
+                running.run(many.look())
                 while True:
-                    while part := pacer.take():
-                        running.run(pacer.send(part))
-                    if not running.run(pacer.wait()):
+                    while job_texts := many.cut():
+                        running.run(many.send(job_texts))
+                    if not running.run(many.wait()):
                         return
-                    for vectors in pacer.read():
+                    for vectors in many.read():
                         yield vectors
                         bar.update(len(vectors))
             finally:
-                running.leave(pacer.close)
+                running.leave(many.close)
 
     def _running_here(self) -> Running:
         with self._lock:

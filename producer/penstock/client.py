@@ -36,6 +36,7 @@ from penstock.errors import (
 from penstock.inbox import Inbox
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, ResultStore, T
 from penstock.keys import queue_key, queue_name
+from penstock.many import EmbedMany
 from penstock.options import (
     OF_SENDING,
     EmbedOptions,
@@ -44,7 +45,6 @@ from penstock.options import (
     read_deadline_s,
     read_lane,
 )
-from penstock.pacing import Pacer
 from penstock.registry import HEARTBEAT_S, ModelInfo, Registry
 from penstock.request import (
     EmbedRequest,
@@ -410,7 +410,7 @@ class AsyncClient:
     ) -> AsyncIterator[Vectors]:
         """Embed any number of texts with bounded memory: several jobs in flight, results in order.
 
-        Jobs are cut by the workers' measured speed, see `penstock.pacing`, and go behind other callers'
+        Jobs are cut by the workers' measured speed, see `penstock.many`, and go behind other callers'
         unless `priority` says otherwise.
 
         Args:
@@ -426,20 +426,20 @@ class AsyncClient:
         Raises:
             PenstockError: see `embed`; jobs behind the one that failed are cancelled.
         """
-        pacer = self._pace(texts, model, timeout_s, options)
+        many = self._many(texts, model, timeout_s, options)
         with progress_bar(texts, progress) as bar:
             try:
-                await pacer.open()
+                await many.look()
                 while True:
-                    while part := pacer.take():
-                        await pacer.send(part)
-                    if not await pacer.wait():
+                    while job_texts := many.cut():
+                        await many.send(job_texts)
+                    if not await many.wait():
                         return
-                    for vectors in pacer.read():
+                    for vectors in many.read():
                         yield vectors
                         bar.update(len(vectors))
             finally:
-                await pacer.close()
+                await many.close()
 
     async def _submit_embed(
         self,
@@ -475,10 +475,10 @@ class AsyncClient:
             wait, attempt, left_s=min(limits, default=None), ask=self._broker.ask_for_retry
         )
 
-    def _pace(
+    def _many(
         self, texts: Iterable[str], model: str, timeout_s: float | None, options: EmbedOptions
-    ) -> Pacer:
-        return Pacer(texts, _Sender(self, model, options), timeout_s)
+    ) -> EmbedMany:
+        return EmbedMany(texts, _Sender(self, model, options), timeout_s)
 
     async def _prepare(self, kind: type[R], task: Task, fields: Mapping[str, Any]) -> tuple[R, Lane]:
         """Check what can be known before anything is sent."""
@@ -610,7 +610,7 @@ class AsyncClient:
 
 
 class _Sender:
-    """Sends the jobs of one `embed_many`; see `pacing.Sender`."""
+    """Sends the jobs of one `embed_many`; see `many.Sender`."""
 
     def __init__(self, client: AsyncClient, model: str, options: EmbedOptions) -> None:
         self._client, self._model = client, model

@@ -28,7 +28,7 @@ from penstock import (
 from penstock.bucket import RETRIES
 from penstock.delay import BATCH_S
 from penstock.keys import DEAD_KEY, MODELS_KEY, WORKERS_KEY
-from penstock.pacing import TEXTS_PER_WORKER, UNREAD
+from penstock.many import TEXTS_PER_WORKER, UNREAD
 from penstock.request import PoolName
 from penstock.scripts import push_arguments, script
 from penstock_workers.delivery.polling import pop_arguments

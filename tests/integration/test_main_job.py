@@ -21,7 +21,7 @@ from penstock import (
     Message,
     ResponseFormat,
 )
-from penstock.pacing import JOBS_PER_WORKER, UNREAD
+from penstock.many import JOBS_PER_WORKER, UNREAD
 from tests.deployment import Server, WorkerProcess
 
 TEXTS = ["A penstock feeds a turbine.", "你好，世界", "", "x" * 5000, "A penstock feeds a turbine."]
@@ -232,7 +232,7 @@ def test_any_number_of_texts_comes_back_in_order(client: Client) -> None:
 
 def test_texts_are_not_read_far_ahead(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """`embed_many` holds a few jobs of texts and vectors, however many come."""
-    monkeypatch.setattr("penstock.pacing.MOST_TEXTS", 300)  # else the machine's speed decides
+    monkeypatch.setattr("penstock.many.MOST_TEXTS", 300)  # else the machine's speed decides
     n_read = n_answered = furthest = 0
 
     def texts() -> Iterator[str]:

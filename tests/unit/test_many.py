@@ -7,7 +7,7 @@ import pytest
 
 from penstock.errors import InvalidTextError
 from penstock.job import AsyncJob
-from penstock.pacing import FEWEST_TEXTS, TEXTS_PER_JOB, Pacer
+from penstock.many import FEWEST_TEXTS, TEXTS_PER_JOB, EmbedMany
 from penstock.registry import ModelInfo, Registry
 from penstock.result import Vectors
 from tests.announced import model, worker
@@ -35,11 +35,11 @@ class Announced:
 
 
 def sizes(texts: Iterable[str], *, n_workers: int, tokens_per_s: float | None = None) -> list[int]:
-    pacer = Pacer(texts, Announced(n_workers, tokens_per_s), None)
-    asyncio.run(pacer.open())
+    many = EmbedMany(texts, Announced(n_workers, tokens_per_s), None)
+    asyncio.run(many.look())
     found = []
-    while part := pacer.take():
-        found.append(len(part))
+    while cut := many.cut():
+        found.append(len(cut))
     return found
 
 
@@ -80,4 +80,4 @@ def test_other_jobs_are_of_one_size(texts: Iterable[str], n_workers: int) -> Non
 def test_one_string_is_no_list_of_texts(texts: Iterable[str]) -> None:
     """A string instead of a list is refused: its characters would be embedded one by one."""
     with pytest.raises(InvalidTextError, match="pass an iterable of strings"):
-        Pacer(texts, Announced(1), None)
+        EmbedMany(texts, Announced(1), None)
