@@ -43,7 +43,7 @@ from penstock.errors import DeadlineExceededError, JobCancelledError, PenstockEr
 from penstock.job import AsyncJob
 from penstock.options import EmbedOptions
 from penstock.result import Vectors
-from penstock.waiting import WaitPolicy
+from penstock.retry import WaitPolicy
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.command.local_redis import free_port
 

@@ -45,8 +45,8 @@ from penstock.errors import (
 from penstock.job import AsyncJob, JobState
 from penstock.registry import ModelInfo
 from penstock.result import Choice, GenerateResult, Logprobs, RerankResult, Timings, TokenLogprob, Usage
+from penstock.retry import WaitPolicy
 from penstock.stream import Piece
-from penstock.waiting import WaitPolicy
 
 __all__ = [
     "AsyncClient",

@@ -314,7 +314,11 @@ class Broker:
             await self._redis.hincrby(load_key(queue), "spilled", n_jobs)
 
     async def ask_for_retry(self, within_s: float) -> float | None:
-        """Take one retry of what all clients and workers share; see `waiting.Ask`."""
+        """Take one retry from the budget that all clients and workers share, if one comes within this time.
+
+        Returns:
+            How long to wait before it, seconds; None if there is none in time.
+        """
         with redis_errors(self.url):
             taken = await take(self._redis, RETRIES.of(1), within_s=within_s)
         return taken.wait_s if taken.is_taken else None

@@ -57,11 +57,11 @@ from penstock.request import (
     new_job_id,
 )
 from penstock.result import GenerateResult, RerankResult, Vectors
+from penstock.retry import WaitPolicy, try_again
 from penstock.stacks import tell_elsewhere, with_password
 from penstock.stream import OnRestart, Piece
 from penstock.urls import checked_url, locate_results, mask_url
 from penstock.validation import is_number
-from penstock.waiting import WaitPolicy, try_again
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
 REGISTRY_TTL_S: Final = 5.0
@@ -471,9 +471,7 @@ class AsyncClient:
         limits = [] if request.deadline is None else [request.deadline - self._broker.clock.now()]
         if call is not None and (left_s := call.left_s()) is not None:
             limits.append(left_s)
-        return await try_again(
-            wait, attempt, left_s=min(limits, default=None), ask=self._broker.ask_for_retry
-        )
+        return await try_again(wait, attempt, left_s=min(limits, default=None), broker=self._broker)
 
     def _many(
         self, texts: Iterable[str], model: str, timeout_s: float | None, options: EmbedOptions

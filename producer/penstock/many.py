@@ -38,7 +38,7 @@ FEWEST_TEXTS: Final = 16
 """Texts of the smallest job near a known end while the workers' speed is unknown."""
 MOST_TEXTS: Final = 4096
 MOST_CHARACTERS: Final = 250_000
-"""Most of one job. Its first text waits until its last is tokenized; fast workers tokenize several at once."""
+"""Most of one job: its first text waits until its last is tokenized. Fast workers tokenize several jobs."""
 MOST_CHARACTERS_IN_FLIGHT: Final = 16_000_000
 
 

@@ -6,8 +6,8 @@ from typing import Any, Final, TypedDict
 from penstock.conversation import Message, ResponseFormat, Tool
 from penstock.errors import InvalidOptionError
 from penstock.request import TENANT, Lane, Mode, Precision, Priority, PriorityName, Truncation
+from penstock.retry import WaitPolicy
 from penstock.validation import is_number
-from penstock.waiting import WaitPolicy
 
 
 class SendOptions(TypedDict, total=False):

@@ -28,8 +28,8 @@ from penstock.conversation import ResponseFormat, Tool, ToolCall
 from penstock.errors import InvalidOptionError, InvalidTextError
 from penstock.request import PriorityName
 from penstock.result import GenerateResult
+from penstock.retry import WaitPolicy, try_again
 from penstock.stream import Piece
-from penstock.waiting import WaitPolicy, try_again
 
 T = TypeVar("T")
 
@@ -153,7 +153,7 @@ async def patiently(
         left_s = None if ends_at is None else max(ends_at - time.monotonic(), _LEAST_S)
         return await call(**asked, timeout_s=left_s, deadline_s=left_s)
 
-    return await try_again(wait, attempt, left_s=min(limits, default=None), ask=client._broker.ask_for_retry)
+    return await try_again(wait, attempt, left_s=min(limits, default=None), broker=client._broker)
 
 
 async def generate(client: AsyncClient, *, tool_choice: object = None, **asked: Any) -> GenerateResult:

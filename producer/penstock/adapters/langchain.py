@@ -27,8 +27,8 @@ from penstock.job import RESULT_TIMEOUT_S
 from penstock.options import EmbedOptions
 from penstock.request import PriorityName
 from penstock.result import GenerateResult, Usage
+from penstock.retry import WaitPolicy
 from penstock.stream import Piece
-from penstock.waiting import WaitPolicy
 
 try:
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun

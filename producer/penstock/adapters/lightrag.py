@@ -33,7 +33,7 @@ from penstock.options import GenerateOptions
 from penstock.registry import ModelInfo
 from penstock.request import PriorityName, Task
 from penstock.result import RerankResult, Vectors
-from penstock.waiting import WaitPolicy
+from penstock.retry import WaitPolicy
 
 try:
     from lightrag import LightRAG

@@ -19,8 +19,8 @@ from penstock.errors import (
 )
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
 from penstock.result import Choice, EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
+from penstock.retry import WaitPolicy
 from penstock.stream import Part
-from penstock.waiting import WaitPolicy
 from penstock_workers.batching.engine import A, Feed, I, Job, Pending, RequeueError, Thought, TryLaterError
 from penstock_workers.batching.work import PATIENCE_S
 from penstock_workers.clock import BROKER_CLOCK

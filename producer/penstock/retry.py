@@ -1,4 +1,7 @@
-"""Trying again: after the server's own delay, with jitter, before the deadline, at a rate that all share."""
+"""Calls that failed for now are made again: after a pause with jitter, before the deadline.
+
+All clients and workers of a broker share one budget of retries.
+"""
 
 import asyncio
 import random
@@ -17,23 +20,22 @@ from tenacity import (
     stop_never,
 )
 
+from penstock.broker import Broker
 from penstock.errors import PenstockError, ResultTimeoutError
 
 T = TypeVar("T")
-Ask = Callable[[float], Awaitable[float | None]]
-"""Takes a retry of the budget, if it comes within so many seconds; returns the wait for it, or None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitPolicy:
-    """How long to try again, where a queue is full or a worker or Redis failed for now.
+    """How to retry a call when a queue is full, or a worker or Redis failed for now.
 
     Attributes:
-        max_wait_s: no attempt begins later than this after the first, seconds, nor after the job's deadline.
-        attempts: at most, the first included; None for any number.
-        base_s: the first pause is drawn up to this, each next one up to twice as much, seconds. It comes on
-            top of what the server asks for (`retry_after_s` of the error).
-        most_s: upper bound of what is drawn, seconds.
+        max_wait_s: latest start of an attempt, seconds after the first. The job's deadline is a limit too.
+        attempts: largest number of attempts, the first included; None for any number.
+        base_s: upper bound of the first random pause, seconds; it doubles with each failure. The pause comes
+            on top of what the server asks for (`retry_after_s` of the error).
+        most_s: upper bound of any random pause, seconds.
     """
 
     max_wait_s: float = 600.0
@@ -42,29 +44,29 @@ class WaitPolicy:
     most_s: float = 30.0
 
     def pause_s(self, n_failures: int, error: BaseException | None) -> float:
-        """Return how long to wait after so many failures, seconds."""
+        """Return how long to wait after this number of failures, seconds."""
         drawn = random.uniform(0, min(self.most_s, self.base_s * 2 ** min(n_failures - 1, 30)))  # noqa: S311  no secret
         return float(getattr(error, "retry_after_s", 0.0)) + drawn
 
 
 def is_transient(error: BaseException) -> bool:
-    """Say whether the same call may succeed later; a job that was not in time is still under way."""
+    """Say whether the same call may succeed later. A job that was not in time still runs."""
     return isinstance(error, PenstockError) and error.retryable and not isinstance(error, ResultTimeoutError)
 
 
 async def try_again(
-    policy: WaitPolicy | None, call: Callable[[], Awaitable[T]], *, left_s: float | None, ask: Ask
+    policy: WaitPolicy | None, call: Callable[[], Awaitable[T]], *, left_s: float | None, broker: Broker
 ) -> T:
-    """Call, and again while it fails for now.
+    """Call, and call again while it fails for now.
 
     Args:
         policy: None calls once.
-        call: what is tried.
-        left_s: no attempt begins later than this from now, seconds; None where there is no deadline.
-        ask: for a share of the budget, before each further attempt.
+        call: one attempt.
+        left_s: latest start of an attempt, seconds from now; None where there is no deadline.
+        broker: holds the budget; each retry is taken from it.
 
     Raises:
-        PenstockError: of the last attempt.
+        PenstockError: the last attempt failed.
     """
     if policy is None:
         return await call()
@@ -75,7 +77,7 @@ async def try_again(
     async def attempt() -> T:
         nonlocal last
         if last is not None:
-            wait_s = await ask(max(0.0, until - time.monotonic()))
+            wait_s = await broker.ask_for_retry(max(0.0, until - time.monotonic()))
             if wait_s is None:
                 raise _BudgetSpentError
             await asyncio.sleep(wait_s)
