@@ -3,7 +3,6 @@
 from penstock.blocking import Client, Job
 from penstock.client import AsyncClient
 from penstock.conversation import Message, ResponseFormat, Tool, ToolCall
-from penstock.delay import Estimate
 from penstock.errors import (
     BrokerRefusedError,
     BrokerUnavailableError,
@@ -46,6 +45,7 @@ from penstock.job import AsyncJob, JobState
 from penstock.registry import ModelInfo
 from penstock.result import Choice, GenerateResult, Logprobs, RerankResult, Timings, TokenLogprob, Usage
 from penstock.retry import WaitPolicy
+from penstock.routing import Estimate
 from penstock.stream import Piece
 
 __all__ = [

@@ -20,13 +20,13 @@ from typing import Any, Final, Generic, Self, TypeVar, Unpack, cast
 from penstock.broker import CONNECT_TIMEOUT_S
 from penstock.calls import CLOSED
 from penstock.client import DEFAULT_URL, AsyncClient, checked_timeout, progress_bar
-from penstock.delay import Estimate
 from penstock.errors import ClientUseError
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, JobState, T
 from penstock.options import EmbedOptions, GenerateOptions, RerankOptions
 from penstock.registry import ModelInfo, Registry
 from penstock.request import PriorityName
 from penstock.result import GenerateResult, RerankResult, Timings, Usage, Vectors
+from penstock.routing import Estimate
 from penstock.running import Running
 from penstock.stream import OnRestart, Piece
 from penstock.urls import checked_url

@@ -308,8 +308,8 @@ class Broker:
         with redis_errors(self.url):
             return cast("list[int]", await self._load(keys=[key]))
 
-    async def count_spilled(self, queue: str, n_jobs: int) -> None:
-        """Count jobs that came here because the wait in the preferred pool was longer."""
+    async def count_overflow(self, queue: str, n_jobs: int) -> None:
+        """Count jobs that came to this queue because the wait in the preferred pool was longer."""
         with redis_errors(self.url):
             await self._redis.hincrby(load_key(queue), "spilled", n_jobs)
 

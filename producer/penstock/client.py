@@ -19,7 +19,6 @@ from penstock.clock import ticks
 from penstock.coalescer import Coalescer
 from penstock.codec import encode_message
 from penstock.conversation import Message
-from penstock.delay import Estimate, Router, count_tokens, predict, queue_limits
 from penstock.envelope import is_clean
 from penstock.errors import (
     BrokerUnavailableError,
@@ -58,6 +57,7 @@ from penstock.request import (
 )
 from penstock.result import GenerateResult, RerankResult, Vectors
 from penstock.retry import WaitPolicy, try_again
+from penstock.routing import Estimate, Router, count_tokens, predict, queue_limits
 from penstock.stacks import tell_elsewhere, with_password
 from penstock.stream import OnRestart, Piece
 from penstock.urls import checked_url, locate_results, mask_url
@@ -532,7 +532,7 @@ class AsyncClient:
                 with contextlib.suppress(
                     TransportError
                 ):  # they are sent, and must not look as if they were not
-                    await self._broker.count_spilled(queue, len(jobs))
+                    await self._broker.count_overflow(queue, len(jobs))
         except (QueueDelayError, RateLimitError):
             if is_recorded:
                 await forget_sent(store.redis, store.url, job_ids)

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
-from penstock.delay import TOKENS_PER_CHARACTER
 from penstock.request import EmbedRequest
+from penstock.routing import TOKENS_PER_CHARACTER
 from penstock.settings import load_settings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens

@@ -26,10 +26,10 @@ from penstock import (
     WaitPolicy,
 )
 from penstock.bucket import RETRIES
-from penstock.delay import BATCH_S
 from penstock.keys import DEAD_KEY, MODELS_KEY, WORKERS_KEY
 from penstock.many import TEXTS_PER_WORKER, UNREAD
 from penstock.request import PoolName
+from penstock.routing import BATCH_S
 from penstock.scripts import push_arguments, script
 from penstock_workers.delivery.polling import pop_arguments
 from penstock_workers.delivery.transport import install
@@ -596,7 +596,7 @@ def test_a_late_job_tells_where_its_time_went(light: LightWorker, own: Server) -
     assert not light.runs()["late"]
 
 
-def test_jobs_spill_where_the_wait_is_shorter(own: Server) -> None:
+def test_jobs_overflow_where_the_wait_is_shorter(own: Server) -> None:
     """The second pool takes what would wait longer in the first, until it would not; it is counted."""
     with redis.Redis.from_url(own.broker_url) as client, Client(own.broker_url) as sender:
         announce(client, tokens_per_s=100.0, pool="gpu", pools=("gpu", "cpu"))

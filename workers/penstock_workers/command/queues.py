@@ -12,7 +12,6 @@ import click
 
 from penstock.broker import connect_sync, redis_errors
 from penstock.codec import encode_failure
-from penstock.delay import predict
 from penstock.envelope import EntryError, open_entry, printable
 from penstock.errors import ConfigError, InvalidMessageError, JobCancelledError, UnknownJobError
 from penstock.keys import (
@@ -31,6 +30,7 @@ from penstock.keys import (
 )
 from penstock.registry import Registry
 from penstock.request import Priority
+from penstock.routing import predict
 from penstock.scripts import script
 from penstock.settings import Settings
 from penstock.store import END_JOB, SENT, end_job_arguments

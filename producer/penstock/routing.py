@@ -1,7 +1,7 @@
-"""How long a job will wait: what it costs, and what a queue has before it.
+"""Which pool a job goes to, how long it will wait there, and what its queue still takes.
 
-Costs are tokens: of the texts, or of the prompt and the expected answer. Senders estimate them from
-characters, by what workers measured; the scripts keep their sums for each queue.
+A job costs tokens: those of its texts, or of its prompt and the expected answer. Senders estimate them from
+characters, by what workers measured; the scripts keep the sums for each queue.
 """
 
 import math
@@ -17,35 +17,39 @@ from penstock.request import EmbedRequest, Lane, PoolName, Request, RerankReques
 from penstock.scripts import Limits
 
 TOKENS_PER_CHARACTER: Final = 0.25
-"""Until a worker has measured it."""
-SPILL_S: Final = 1.0
-"""By how much the wait in the preferred pool has to be longer for jobs to go to the next one, seconds."""
+"""Used until a worker has measured it."""
+OVERFLOW_S: Final = 1.0
+"""Jobs go to the second pool when the wait in the preferred one is longer by this, seconds."""
 LOOK_S: Final = 0.5
 """How often a client looks at the queues of a model in two pools, seconds."""
-PART_TO_WAIT: Final = 0.75
-"""Of the time until a deadline, what a job may take by prediction: those err, and who misses his deadline has
-cost another his place."""
+SHARE_OF_DEADLINE: Final = 0.75
+"""Accept a job only if its predicted finish uses at most this share of the time to its deadline.
+
+Predictions err, and a late job has wasted a slot.
+"""
 BATCH_S: Final = 0.1
-"""So many seconds of the tokens before a job that reads texts, half at most, are no wait: a part of the
-batch under way is computed already, and the job's own batch holds texts of others."""
+"""For embedding jobs, do not count up to this much queued work (at most half of it) as waiting, seconds.
+
+A part of the running batch is computed already, and the job's own batch holds texts of others.
+"""
 MOST_CHOICES: Final = 1000
 ANSWER_TOKENS: Final = 128
-"""Of an answer, until a worker has measured it, unless `max_new_tokens` is less."""
+"""Tokens of an answer until a worker has measured them, unless `max_new_tokens` is less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """How long a job that is sent now will wait.
+    """How long a job would wait if it was sent now.
 
     Attributes:
-        queue: `<pool>.<model>`, where it would wait.
-        predicted_wait_s: seconds until the model gets to it; None if no worker has told its speed.
-        jobs: that wait, or that workers hold.
-        tokens: of these jobs, as their senders estimated them.
-        bytes: of their messages.
-        tokens_ahead: of these tokens, those that are computed before the new job.
-        tokens_per_s: what the ready workers of the queue do together, as measured.
-        workers: that are ready.
+        queue: `<pool>.<model>`, the queue it would wait in.
+        predicted_wait_s: seconds until the model starts on it; None if no worker has told its speed.
+        jobs: number of jobs in the queue, those that workers hold included.
+        tokens: tokens of all jobs in the queue, as their senders estimated them.
+        bytes: size of their messages.
+        tokens_ahead: tokens in the queue that are computed before the new job.
+        tokens_per_s: measured throughput of the queue's ready workers together.
+        workers: number of ready workers.
     """
 
     queue: str
@@ -67,7 +71,7 @@ class Estimate:
 
 
 def predict(queue: str, load: list[int], registry: Registry) -> Estimate:
-    """Return the estimate for a queue from what the script `load` answered."""
+    """Return the estimate for a queue, from the answer of the script `load`."""
     jobs, tokens, n_bytes, ahead = load
     pool, model = split_queue(queue)
     speed = registry.tokens_per_s(model, pool)
@@ -100,13 +104,19 @@ def queue_limits(
     *,
     now_s: float,
 ) -> Limits:
-    """Return what the queue of a model takes of these requests, which cost so many tokens.
+    """Return the limits under which a queue takes these requests.
 
-    `now_s` is by the clock of their deadlines, the broker's.
+    Args:
+        model: what they ask.
+        registry: who serves it.
+        pool: where they go.
+        requests: requests of one send.
+        n_tokens: estimated cost of each of them.
+        now_s: time of the broker's clock, which their deadlines go by.
     """
     speed = median(registry.speeds(model.name, pool) or [math.inf])
     waits = [
-        PART_TO_WAIT * (request.deadline - now_s) - cost / speed
+        SHARE_OF_DEADLINE * (request.deadline - now_s) - cost / speed
         for request, cost in zip(requests, n_tokens, strict=True)
         if request.deadline is not None
     ]
@@ -120,7 +130,7 @@ def queue_limits(
 
 
 def count_tokens(request: Request, registry: Registry, model: ModelInfo) -> int:
-    """Return what a request will cost, tokens, as far as its characters tell."""
+    """Return what a request will cost, tokens, estimated from its characters."""
     ratio = registry.measured(model.name, "tokens_per_character") or TOKENS_PER_CHARACTER
     if isinstance(request, EmbedRequest):
         longest = (model.max_tokens or math.inf) / ratio  # the rest of a text is cut off
@@ -138,21 +148,21 @@ class _Choice:
     """Which pool a model's jobs go to, and why.
 
     Attributes:
-        waits: predicted wait of each pool, seconds, with what was sent since they were looked at.
-        looked_at: when, on this process' monotonic clock.
-        is_spilling: whether the preferred pool is passed by.
+        waits: predicted wait of each pool, seconds; includes what was sent since the last look.
+        looked_at: time of the last look, on this process' monotonic clock.
+        is_overflowing: whether jobs go to the second pool.
     """
 
     waits: dict[PoolName, float]
     looked_at: float
-    is_spilling: bool = False
+    is_overflowing: bool = False
 
 
 class Router:
     """Chooses the pool of each job: the preferred one, or the next where the wait is shorter by a margin.
 
-    A client looks every `LOOK_S` and adds what it sends itself in between, so that it does not send all to
-    one pool until the next look; it goes back at half the margin.
+    It looks at the queues every `LOOK_S` and adds what this client sends in between: else all jobs would go
+    to one pool until the next look. It goes back to the preferred pool at half the margin.
 
     Args:
         estimate: looks at a queue; takes its name and the lane.
@@ -170,23 +180,23 @@ class Router:
         choice = self._choices.get((model.name, lane))
         if choice is None or time.monotonic() - choice.looked_at > LOOK_S:
             choice = await self._look(
-                model, lane, pools, is_spilling=choice is not None and choice.is_spilling
+                model, lane, pools, is_overflowing=choice is not None and choice.is_overflowing
             )
         first, second = (choice.waits.get(pool) for pool in pools[:2])
-        if first is None or second is None:  # nobody has told a speed
+        if first is None or second is None:  # no worker has told its speed
             return pools[0]
-        choice.is_spilling = first > second + (SPILL_S / 2 if choice.is_spilling else SPILL_S)
-        return pools[1] if choice.is_spilling else pools[0]
+        choice.is_overflowing = first > second + (OVERFLOW_S / 2 if choice.is_overflowing else OVERFLOW_S)
+        return pools[1] if choice.is_overflowing else pools[0]
 
     def sent(self, model: ModelInfo, registry: Registry, lane: Lane, pool: PoolName, n_tokens: int) -> None:
-        """Take note of what was sent."""
+        """Add what was sent to the predicted wait."""
         choice = self._choices.get((model.name, lane))
         speed = registry.tokens_per_s(model.name, pool)
         if choice is not None and pool in choice.waits and speed:
             choice.waits[pool] += n_tokens / speed
 
     async def _look(
-        self, model: ModelInfo, lane: Lane, pools: Sequence[PoolName], *, is_spilling: bool
+        self, model: ModelInfo, lane: Lane, pools: Sequence[PoolName], *, is_overflowing: bool
     ) -> _Choice:
         found = {pool: await self._estimate(queue_name(pool, model.name), lane) for pool in pools}
         waits = {
@@ -194,5 +204,5 @@ class Router:
         }
         if len(self._choices) > MOST_CHOICES:  # of tenants that come and go
             self._choices.clear()
-        choice = self._choices[model.name, lane] = _Choice(waits, time.monotonic(), is_spilling)
+        choice = self._choices[model.name, lane] = _Choice(waits, time.monotonic(), is_overflowing)
         return choice
