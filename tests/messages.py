@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from penstock.codec import encode_message
+from penstock.messages import encode_message
 from penstock.request import EmbedRequest, Priority
 
 

@@ -30,7 +30,6 @@ from redis.sentinel import Sentinel
 
 from penstock.bucket import RETRIES, take
 from penstock.clock import Clock, ticks
-from penstock.codec import MAX_RESULT_BYTES
 from penstock.errors import (
     BrokerRefusedError,
     BrokerUnavailableError,
@@ -48,6 +47,7 @@ from penstock.keys import (
     queue_key,
     record_key,
 )
+from penstock.records import MAX_RESULT_BYTES
 from penstock.refusals import attentive
 from penstock.registry import Registry
 from penstock.request import Lane

@@ -17,7 +17,6 @@ from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, forget_sent, rec
 from penstock.calls import CALL_S, CLOSE_S, CLOSING, TAKEN_BACK, Call, Calls
 from penstock.clock import ticks
 from penstock.coalescer import Coalescer
-from penstock.codec import encode_message
 from penstock.conversation import Message
 from penstock.envelope import is_clean
 from penstock.errors import (
@@ -36,6 +35,7 @@ from penstock.inbox import Inbox
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, ResultStore, T
 from penstock.keys import queue_key, queue_name
 from penstock.many import EmbedMany
+from penstock.messages import encode_message
 from penstock.options import (
     OF_SENDING,
     EmbedOptions,

@@ -10,7 +10,6 @@ import redis.asyncio as aioredis
 
 from penstock.broker import Broker, connect_sync, get_large, redis_errors
 from penstock.calls import CALL_S, Calls
-from penstock.codec import Outcome, decode_outcome, encode_failure
 from penstock.errors import (
     BrokerUnavailableError,
     JobCancelledError,
@@ -21,6 +20,7 @@ from penstock.errors import (
 )
 from penstock.inbox import LOOK_AGAIN_S, Inbox
 from penstock.keys import RECORD_TTL_S, record_key, result_key, stream_key
+from penstock.records import Outcome, decode_outcome, encode_failure
 from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
 from penstock.store import END_JOB, SENT, end_job_arguments
 from penstock.stream import OnRestart, Part, Piece, Reader

@@ -1,130 +1,219 @@
-"""Whether records that came from the result store hold what their types say.
+"""Results as bytes, as the result store keeps them: version 1 is described in docs/messages.md.
 
-Annotations are no checks: a store that is broken, or not ours, could put any JSON into any field, and the
-caller would meet it somewhere in his own code.
+A JSON header and raw little-endian buffers; nothing here can run code that came over the wire.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from itertools import islice
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from penstock.errors import ResultDecodeError
-from penstock.result import Choice, EmbedResult, GenerateResult, Logprobs, RerankResult, Timings, Usage
+from penstock.errors import (
+    JobCancelledError,
+    PenstockError,
+    ResultDecodeError,
+    ResultTooLargeError,
+    rebuild_error,
+)
+from penstock.record_fields import RECORDS, build_record, is_timings
+from penstock.result import EmbedResult, RerankResult, Result
 
-_Check = Callable[[Any], bool]
+CONTENT_TYPE = "application/x-penstock-result"
+SERIALIZER = "penstock"
 
-RECORDS: Final[Mapping[str, type]] = {
-    cls.__name__: cls for cls in (Choice, EmbedResult, GenerateResult, Logprobs, RerankResult, Timings, Usage)
-}
-VECTOR_TYPES: Final = ("float32", "float16", "int8", "uint8")
-_MOST: Final = 1 << 63
+MAGIC = b"PNS\x01"
+PREAMBLE = struct.Struct("<4sI")  # magic with the version, length of the header in bytes
+ALIGNMENT = 64  # buffers start at a multiple: numpy and any SIMD code read them in place
+DTYPES: Mapping[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("<f4", "<f2", "<i4", "|i1", "|u1")}
+MAX_RESULT_BYTES = 512 << 20
+"""Redis' own limit of one string: `proto-max-bulk-len`, 512 MB by default."""
 
-
-def is_number(value: object) -> bool:
-    """Tell a number that can be computed with, and printed."""
-    return type(value) is float or (type(value) is int and abs(value) < _MOST)
-
-
-def is_timings(value: object) -> bool:
-    """Tell what errors say of a job's time: seconds by name."""
-    return isinstance(value, dict) and all(map(is_number, value.values()))
+MAX_HEADER_BYTES = 32 << 20
+"""An answer's text is in the header; many times what a context window holds."""
+MAX_STRUCTURE_BYTES = 2 << 20
+"""Of a header, apart from its texts: three bytes of `{},` become sixty in memory, and more."""
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
-def build_record(name: str, fields: Mapping[str, Any]) -> Any:
-    """Return a record of this name.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a job ended: a result, or the error that its caller gets."""
+
+    status: Literal["SUCCESS", "FAILURE", "REVOKED"]
+    result: Result | None = None
+    error: PenstockError | None = None
+
+
+def encode_meta(meta: Any) -> bytes:
+    """Serialize what Celery stores for a job; arrays follow the JSON header as raw buffers.
 
     Raises:
-        KeyError: there is none of this name, or it has no such field.
-        TypeError: a field is missing.
-        ResultDecodeError: a field is of another type.
+        TypeError: an array of a dtype that is not in `DTYPES`, or an object that is not ours.
+        ResultTooLargeError: more bytes than Redis takes in one string.
     """
-    checks = _CHECKS[name]
-    for field, value in fields.items():
-        if not checks[field](value):
-            kind = "no array" if field in ("vectors", "scores") else "of another type"
-            raise ResultDecodeError(f"its {field} are {kind}")
-    record = RECORDS[name](**fields)
-    if isinstance(record, Logprobs) and not _fit(record):
-        raise ResultDecodeError("its log-probabilities lack tokens")
-    return record
+    arrays: list[NDArray[Any]] = []
+
+    def default(value: object) -> object:
+        if isinstance(value, np.ndarray):
+            little = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
+            if little.dtype.str not in DTYPES:
+                raise TypeError(
+                    f"arrays of dtype {value.dtype} are not sent, only float32, float16, int32, int8, uint8"
+                )
+            arrays.append(little)
+            return {"__array__": len(arrays) - 1, "dtype": little.dtype.str, "shape": list(little.shape)}
+        if type(value).__name__ in RECORDS:
+            record = {field.name: getattr(value, field.name) for field in fields(value)}  # type: ignore[arg-type]  # a dataclass: it is in RECORDS
+            # None is what came after version 1 was first written: clients of then read all but that.
+            present = {name: item for name, item in record.items() if item is not None}
+            return {"__record__": type(value).__name__, **present}
+        raise TypeError(f"{type(value).__name__} objects are not sent")
+
+    # A lone surrogate, in what an error quotes, must not cost the caller his error.
+    text = json.dumps(meta, default=default, ensure_ascii=False, separators=(",", ":"))
+    header = text.encode(errors="replace")
+    header += b" " * (-(PREAMBLE.size + len(header)) % ALIGNMENT)
+    if len(header) > MAX_HEADER_BYTES:
+        raise ResultTooLargeError(len(header), MAX_HEADER_BYTES)
+    n_bytes = PREAMBLE.size + len(header) + sum(_padded(array.nbytes) for array in arrays)
+    if n_bytes > MAX_RESULT_BYTES:
+        raise ResultTooLargeError(n_bytes, MAX_RESULT_BYTES)
+    parts: list[bytes | memoryview] = [PREAMBLE.pack(MAGIC, len(header)), header]
+    for array in arrays:
+        parts += [array.reshape(-1).view(np.uint8).data, bytes(_padded(array.nbytes) - array.nbytes)]
+    return b"".join(parts)
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < _MOST
+def decode_meta(payload: bytes | memoryview) -> Any:
+    """Read what `encode_meta` wrote; arrays are read-only views of `payload`.
+
+    Every size is checked against the payload before an array is made.
+
+    Raises:
+        ResultDecodeError: not a result, another version, or sizes that do not fit.
+    """
+    if len(payload) < PREAMBLE.size or payload[:3] != MAGIC[:3]:
+        raise ResultDecodeError("it does not begin with the mark of a Penstock result")
+    magic, header_bytes = PREAMBLE.unpack_from(payload)
+    if magic != MAGIC:
+        raise ResultDecodeError(f"version {magic[3]}; version {MAGIC[3]} is read here")
+    start = PREAMBLE.size + header_bytes
+    if start > len(payload):
+        raise ResultDecodeError(f"header of {header_bytes} bytes in a payload of {len(payload)}")
+    header = bytes(payload[PREAMBLE.size : start])
+    if header_bytes > MAX_STRUCTURE_BYTES:
+        _check_structure(header)
+    expected = 0
+
+    def build(record: dict[str, Any]) -> Any:
+        nonlocal start, expected
+        if "__array__" in record:
+            if record["__array__"] != expected:
+                raise ResultDecodeError("arrays out of order")
+            array = _view(payload, start, record)
+            start, expected = start + _padded(array.nbytes), expected + 1
+            return array
+        if (name := record.pop("__record__", None)) is not None:
+            return build_record(name, record)
+        return record
+
+    try:
+        # Objects are built innermost first and in the order of the text, which is the arrays' order.
+        meta = json.loads(header, object_hook=build)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ResultDecodeError(f"{type(error).__name__} in its header") from error
+    if start != len(payload):
+        raise ResultDecodeError(f"{len(payload)} bytes, its header describes {start}")
+    return meta
 
 
-def _is_text(value: object) -> bool:
-    return type(value) is str
+def decode_outcome(job_id: str, payload: bytes | memoryview) -> Outcome:
+    """Read a stored result record.
+
+    Raises:
+        ResultDecodeError: see `decode_meta`; whatever else the store holds.
+    """
+    try:
+        return _read_outcome(job_id, payload)
+    except PenstockError:
+        raise
+    except Exception as error:
+        raise ResultDecodeError(f"{type(error).__name__} in its record") from error
 
 
-def _is_finish(value: object) -> bool:
-    return value in ("stop", "length")
+def _read_outcome(job_id: str, payload: bytes | memoryview) -> Outcome:
+    meta = decode_meta(payload)
+    if not isinstance(meta, dict) or "status" not in meta:
+        raise ResultDecodeError("it holds no result record")
+    if meta["status"] == "SUCCESS":
+        result = meta.get("result")
+        if not isinstance(result, Result):
+            raise ResultDecodeError("the result is of another task")
+        if isinstance(result, EmbedResult) and not isinstance(result.vectors, np.ndarray):
+            raise ResultDecodeError("its vectors are no array")
+        if isinstance(result, RerankResult) and not isinstance(result.scores, np.ndarray):
+            raise ResultDecodeError("its scores are no array")
+        return Outcome(status="SUCCESS", result=result)
+    failure = meta.get("result")
+    if meta["status"] == "REVOKED":
+        told = failure.get("exc_message") if isinstance(failure, dict) else None
+        timings = told[1:] if isinstance(told, list) else []  # others tell it in words of their own
+        known = timings[0] if timings and is_timings(timings[0]) else None
+        return Outcome(status="REVOKED", error=JobCancelledError(job_id, known))
+    if not isinstance(failure, dict) or "exc_type" not in failure:
+        raise ResultDecodeError(f"status {repr(meta['status'])[:80]} without an error")
+    message = failure.get("exc_message")
+    args = message if isinstance(message, list) else [message]
+    return Outcome(status="FAILURE", error=rebuild_error(str(failure["exc_type"]), args))
 
 
-def _optional(check: _Check) -> _Check:
-    return lambda value: value is None or check(value)
-
-
-def _list_of(check: _Check) -> _Check:
-    return lambda value: type(value) is list and all(map(check, value))
-
-
-def _array(n_axes: int, *types: str) -> _Check:
-    return lambda value: type(value) is np.ndarray and value.ndim == n_axes and value.dtype.name in types
-
-
-def _record(cls: type) -> _Check:
-    return lambda value: type(value) is cls
-
-
-def _is_bytes_by_id(value: object) -> bool:
-    return type(value) is dict and all(type(text) is str and _is_latin(text) for text in value.values())
-
-
-def _is_latin(text: str) -> bool:
-    return text.isascii() or max(text) <= "\xff"
-
-
-def _is_call(value: object) -> bool:
-    if type(value) is not dict:
-        return False
-    function = value.get("function")
-    return (
-        type(function) is dict
-        and type(function.get("name")) is str
-        and type(function.get("arguments")) in (str, dict)
+def encode_failure(job_id: str, error: PenstockError) -> bytes:
+    """Serialize an error as Celery's backend would store it."""
+    return encode_meta(
+        {
+            "status": "REVOKED" if isinstance(error, JobCancelledError) else "FAILURE",
+            "result": {
+                "exc_type": type(error).__name__,
+                "exc_message": list(error.args),
+                "exc_module": type(error).__module__,
+            },
+            "traceback": None,
+            "children": [],
+            "task_id": job_id,
+        }
     )
 
 
-def _fit(found: Logprobs) -> bool:
-    """Tell whether every place has a token that was chosen, and every token its bytes."""
-    ids = found.ids
-    if ids.shape != found.values.shape or not ids.shape[1]:
-        return False
-    return bool((ids[:, 0] >= 0).all()) and all(
-        str(token) in found.tokens for token in np.unique(ids[ids >= 0]).tolist()
-    )
+def _check_structure(header: bytes) -> None:
+    """Refuse a long header that is not long for its texts."""
+    n_bytes = len(header)
+    if n_bytes <= MAX_HEADER_BYTES:
+        # So many texts are too much structure by their quotes alone.
+        texts = islice(_TEXT.finditer(header), MAX_STRUCTURE_BYTES // 2 + 1)
+        n_bytes -= sum(max(0, text.end() - text.start() - 2) for text in texts)
+    if n_bytes > MAX_STRUCTURE_BYTES:
+        raise ResultDecodeError(f"header of {n_bytes} bytes besides texts; limit {MAX_STRUCTURE_BYTES}")
 
 
-_USAGE: Final[dict[str, _Check]] = {"usage": _record(Usage), "timings": _record(Timings), "model": _is_text}
-_ANSWER: Final[dict[str, _Check]] = {
-    "text": _is_text,
-    "finish_reason": _is_finish,
-    "reasoning": _optional(_is_text),
-    "tool_calls": _optional(_list_of(_is_call)),
-    "logprobs": _optional(_record(Logprobs)),
-}
-_CHECKS: Final[Mapping[str, Mapping[str, _Check]]] = {
-    "Timings": dict.fromkeys(("queued_s", "prepared_s", "batched_s", "computed_s"), is_number),
-    "Usage": {
-        "prompt_tokens": _is_count,
-        "completion_tokens": _is_count,
-        "cut_tokens": _optional(_is_count),
-    },
-    "EmbedResult": {**_USAGE, "vectors": _array(2, *VECTOR_TYPES)},
-    "Logprobs": {"ids": _array(2, "int32"), "values": _array(2, "float32"), "tokens": _is_bytes_by_id},
-    "Choice": {**_ANSWER, "index": _is_count},
-    "GenerateResult": {**_USAGE, **_ANSWER, "others": _optional(_list_of(_record(Choice)))},
-    "RerankResult": {**_USAGE, "scores": _array(1, "float32"), "order": _list_of(_is_count)},
-}
+def _view(payload: bytes | memoryview, start: int, record: Mapping[str, Any]) -> NDArray[Any]:
+    dtype, shape = DTYPES.get(record.get("dtype", "")), record.get("shape")
+    if dtype is None:
+        raise ResultDecodeError(f"dtype {repr(record.get('dtype'))[:80]}; {', '.join(DTYPES)} are read here")
+    if not isinstance(shape, list) or len(shape) > 4 or not all(type(n) is int and n >= 0 for n in shape):
+        raise ResultDecodeError(f"shape {str(shape)[:80]}")
+    count = math.prod(shape)
+    if start + count * dtype.itemsize > len(payload):
+        raise ResultDecodeError(f"array of {count * dtype.itemsize} bytes, {len(payload) - start} are left")
+    array: NDArray[Any] = np.frombuffer(payload, dtype=dtype, count=count, offset=start)
+    return array.reshape(shape)
+
+
+def _padded(n_bytes: int) -> int:
+    return n_bytes + -n_bytes % ALIGNMENT

@@ -2,7 +2,7 @@
 
 | key | type | holds | written by |
 | --- | --- | --- | --- |
-| `celery-task-meta-<id>` | string | the result record of `codec.encode_meta` | worker, `Job.cancel` |
+| `celery-task-meta-<id>` | string | the result record of `records.encode_meta` | worker, `Job.cancel` |
 | `penstock:job:<id>` | string | `sent`, or the status the job ended with | sender, worker, `Job.cancel` |
 | `penstock:reply:<client>` | channel | ids of jobs that ended, small results behind | worker, `Job.cancel` |
 | `penstock:stream:<id>` | stream | pieces of text: see `penstock.stream` | worker |

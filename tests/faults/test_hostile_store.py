@@ -14,8 +14,8 @@ import redis
 
 from penstock import AsyncClient, Client, PenstockError, ResultDecodeError
 from penstock.broker import connect_sync, get_large
-from penstock.codec import MAGIC, PREAMBLE, decode_meta
 from penstock.keys import record_key, reply_channel, result_key, stream_key
+from penstock.records import MAGIC, PREAMBLE, decode_meta
 from tests.deployment import Server
 from tests.faults.light import MODEL, LightWorker
 

@@ -15,10 +15,10 @@ import pytest
 import redis
 
 from penstock.broker import Broker, connect, connect_sync, get_large
-from penstock.codec import decode_meta
 from penstock.errors import BrokerUnavailableError
 from penstock.inbox import Inbox
 from penstock.keys import result_key
+from penstock.records import decode_meta
 from penstock.registry import locate_results
 from penstock.request import Lane, Priority
 from penstock.scripts import NO_LIMITS

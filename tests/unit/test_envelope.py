@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.codec import encode_message
 from penstock.envelope import MAX_ENTRY_BYTES, EntryError, Sender, is_clean, open_entry, printable
 from penstock.errors import RequestTooLargeError
+from penstock.messages import encode_message
 from penstock.request import MAX_REQUEST_BYTES, EmbedRequest, Priority
 from penstock.validation import describe
 from tests.messages import message

@@ -11,7 +11,6 @@ from typing import Any, Final
 import click
 
 from penstock.broker import connect_sync, redis_errors
-from penstock.codec import encode_failure
 from penstock.envelope import EntryError, open_entry, printable
 from penstock.errors import ConfigError, InvalidMessageError, JobCancelledError, UnknownJobError
 from penstock.keys import (
@@ -28,6 +27,7 @@ from penstock.keys import (
     record_key,
     result_key,
 )
+from penstock.records import encode_failure
 from penstock.registry import Registry
 from penstock.request import Priority
 from penstock.routing import predict

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from penstock.codec import TASK_NAMES
+from penstock.messages import TASK_NAMES
 
 MAX_SIGNATURES: Final = 32
 """Of one message, nested ones counted: each becomes a message at most."""

@@ -18,9 +18,9 @@ from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.request import Request as CeleryRequest
 from kombu.exceptions import ContentDisallowed
 
-from penstock.codec import TASK_NAMES
 from penstock.envelope import printable, problem_of_headers, sender_of
 from penstock.errors import InvalidMessageError, UpstreamError
+from penstock.messages import TASK_NAMES
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.delivery.callbacks import EMBEDDED, CallbackError, awaited_ids
 from penstock_workers.delivery.control import replace_commands
