@@ -17,9 +17,9 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar, Unpack, cast
 
-from penstock.broker import CONNECT_TIMEOUT_S
 from penstock.calls import CLOSED
-from penstock.client import DEFAULT_URL, AsyncClient, checked_timeout, progress_bar
+from penstock.client import DEFAULT_URL, AsyncClient, progress_bar
+from penstock.connections import CONNECT_TIMEOUT_S, checked_connect_timeout
 from penstock.errors import ClientUseError
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, JobState, T
 from penstock.options import EmbedOptions, GenerateOptions, RerankOptions
@@ -112,7 +112,7 @@ class Client:
     ) -> None:
         self._url = checked_url("url", url)
         self._results_url = None if results_url is None else checked_url("results_url", results_url)
-        self._connect_timeout_s = checked_timeout(connect_timeout_s)
+        self._connect_timeout_s = checked_connect_timeout(connect_timeout_s)
         self._lock = threading.RLock()  # a signal's handler may use the client that it interrupts
         self._running: Running | None = None
         self._is_closed = False

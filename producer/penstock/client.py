@@ -13,15 +13,15 @@ from typing import Any, Final, NoReturn, Self, TypeVar, Unpack
 
 from tqdm import tqdm
 
-from penstock.broker import CONNECT_TIMEOUT_S, Broker, connect, forget_sent, record_sent
+from penstock.broker import Broker
 from penstock.calls import CALL_S, CLOSE_S, CLOSING, TAKEN_BACK, Call, Calls
 from penstock.clock import ticks
 from penstock.coalescer import Coalescer
+from penstock.connections import CONNECT_TIMEOUT_S, checked_connect_timeout, connect
 from penstock.conversation import Message
 from penstock.envelope import is_clean
 from penstock.errors import (
     BrokerUnavailableError,
-    ConfigError,
     InvalidOptionError,
     PenstockError,
     QueueDelayError,
@@ -32,7 +32,7 @@ from penstock.errors import (
     WrongTaskError,
 )
 from penstock.inbox import Inbox
-from penstock.job import RESULT_TIMEOUT_S, AsyncJob, ResultStore, T
+from penstock.job import RESULT_TIMEOUT_S, AsyncJob, T
 from penstock.keys import queue_key, queue_name
 from penstock.many import EmbedMany
 from penstock.messages import encode_message
@@ -56,16 +56,15 @@ from penstock.request import (
     new_job_id,
 )
 from penstock.result import GenerateResult, RerankResult, Vectors
+from penstock.result_store import ResultStore
 from penstock.retry import WaitPolicy, try_again
 from penstock.routing import Estimate, Router, count_tokens, predict, queue_limits
 from penstock.stacks import tell_elsewhere, with_password
 from penstock.stream import OnRestart, Piece
 from penstock.urls import checked_url, locate_results, mask_url
-from penstock.validation import is_number
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
 REGISTRY_TTL_S: Final = 5.0
-MOST_CONNECT_S: Final = 600.0
 
 # A forked child keeps what it inherits here.
 _INHERITED: Final[list[object]] = []
@@ -96,7 +95,7 @@ class AsyncClient:
     ) -> None:
         self._url = with_password(checked_url("url", url))
         self._results_url = None if results_url is None else checked_url("results_url", results_url)
-        self._connect_timeout_s = checked_timeout(connect_timeout_s)
+        self._connect_timeout_s = checked_connect_timeout(connect_timeout_s)
         self._begin()
 
     def _begin(self) -> None:
@@ -524,7 +523,7 @@ class AsyncClient:
         limits = queue_limits(model, registry, pool, requests, n_tokens, now_s=self._broker.clock.now())
         job_ids = [job.id for job in jobs]
         if is_recorded:
-            await record_sent(store.redis, store.url, job_ids)
+            await store.record_sent(job_ids)
         try:
             await self._broker.push(queue, lane, *messages, limits=limits)
             self._router.sent(model, registry, lane, pool, sum(n_tokens))
@@ -535,7 +534,7 @@ class AsyncClient:
                     await self._broker.count_overflow(queue, len(jobs))
         except (QueueDelayError, RateLimitError):
             if is_recorded:
-                await forget_sent(store.redis, store.url, job_ids)
+                await store.forget_sent(job_ids)
             raise
         except BrokerUnavailableError:
             store.calls.later(_end(jobs))  # they may have arrived, and nobody will hear their ids
@@ -641,18 +640,6 @@ async def _end(jobs: Sequence[AsyncJob[Any]]) -> None:
 def _submit_s(wait: WaitPolicy | None) -> float:
     """Return the most that sending may take, with the time that its caller gave it."""
     return RESULT_TIMEOUT_S + (wait.max_wait_s if wait else 0.0)
-
-
-def checked_timeout(connect_timeout_s: object) -> float:
-    """Return the limit of time for connecting.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if not (is_number(connect_timeout_s) and 0 < connect_timeout_s <= MOST_CONNECT_S):
-        told = repr(connect_timeout_s)[:80]
-        raise ConfigError([f"connect_timeout_s is {told}; seconds above 0, up to {MOST_CONNECT_S:g}"])
-    return float(connect_timeout_s)
 
 
 def _embed_fields(texts: Sequence[str], model: str, options: EmbedOptions) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
-from penstock.broker import redis_errors
+from penstock.connections import redis_errors
 from penstock.keys import reply_channel, result_key
 
 logger = logging.getLogger(__name__)

@@ -6,34 +6,25 @@ from collections.abc import AsyncIterator
 from enum import StrEnum
 from typing import Final, Generic, NoReturn, TypeVar, cast, get_args
 
-import redis.asyncio as aioredis
-
-from penstock.broker import Broker, connect_sync, get_large, redis_errors
-from penstock.calls import CALL_S, Calls
+from penstock.broker import Broker
+from penstock.calls import CALL_S
 from penstock.errors import (
     BrokerUnavailableError,
     JobCancelledError,
-    PenstockError,
     ResultDecodeError,
     ResultExpiredError,
     UnknownJobError,
 )
-from penstock.inbox import LOOK_AGAIN_S, Inbox
-from penstock.keys import RECORD_TTL_S, record_key, result_key, stream_key
-from penstock.records import Outcome, decode_outcome, encode_failure
+from penstock.inbox import LOOK_AGAIN_S
+from penstock.records import Outcome, decode_outcome
 from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
-from penstock.store import END_JOB, SENT, end_job_arguments
+from penstock.result_store import SENT, Entry, ResultStore
 from penstock.stream import OnRestart, Part, Piece, Reader
-from penstock.threads import Threads
 
 T = TypeVar("T")
 
 RESULT_TIMEOUT_S: Final = 600.0
 """How long `result` waits unless told otherwise: OpenAI's client waits as long."""
-FORGET_EVERY_S: Final = 1.0
-PIECES_AT_ONCE: Final = 1000
-LATE_DELIVERY_S: Final = 600
-LARGE_BYTES: Final = 1 << 16
 
 
 class JobState(StrEnum):
@@ -48,94 +39,11 @@ class JobState(StrEnum):
     UNKNOWN = "unknown"
 
 
-_ENDED = {"SUCCESS": JobState.SUCCEEDED, "FAILURE": JobState.FAILED, "REVOKED": JobState.CANCELLED}
-
-
-class ResultStore:
-    """The Redis that holds results, as one client sees it.
-
-    Large results come through blocking connections, in threads: asyncio would hold the loop for megabytes.
-    """
-
-    def __init__(self, redis: aioredis.Redis, url: str, inbox: Inbox, calls: Calls) -> None:
-        self.redis, self.url, self.inbox, self.calls = redis, url, inbox, calls
-        self._threads = Threads()
-        self._blocking = connect_sync(url)
-        self._unwanted: list[str] = []
-        self._clearing: asyncio.Task[None] | None = None
-
-    async def look(self, job_id: str) -> tuple[Outcome | None, str | None]:
-        """Return how the job ended, if it has, and its record."""
-        with redis_errors(self.url):
-            async with self.redis.pipeline(transaction=False) as pipe:
-                pipe.getrange(result_key(job_id), 0, LARGE_BYTES - 1)
-                pipe.get(record_key(job_id))
-                head, record = cast("tuple[bytes | None, bytes | None]", await pipe.execute())
-            payload: bytes | memoryview | None = head
-            known = record.decode(errors="replace") if record else None
-            if head and len(head) == LARGE_BYTES:
-                loop, key = asyncio.get_running_loop(), result_key(job_id)
-                payload = await loop.run_in_executor(self._threads, get_large, self._blocking, key)
-        # A retry in between is stored too, with a status that is not the end.
-        outcome = decode_outcome(job_id, payload) if payload and known in _ENDED else None
-        return outcome, known
-
-    async def read_stream(self, job_id: str, after: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        """Return the entries of a job's stream behind the one of this id, in their order."""
-        with redis_errors(self.url):
-            return cast(
-                "list[tuple[bytes, dict[bytes, bytes]]]",
-                await self.redis.xrange(stream_key(job_id), after, "+", count=PIECES_AT_ONCE),
-            )
-
-    async def end(self, job_id: str, error: JobCancelledError, *, must_be_sent: bool) -> bool:
-        """End a job that was sent and has not ended; False if it has, or is unknown and must be known."""
-        keys, arguments = end_job_arguments(
-            job_id=job_id,
-            payload=encode_failure(job_id, error),
-            status="REVOKED",
-            is_final=True,
-            is_cancel=True,
-            must_be_sent=must_be_sent,
-            result_ttl_s=RECORD_TTL_S,
-            reply_to=self.inbox.reply_to,
-        )
-        with redis_errors(self.url):
-            return bool(await self.redis.eval(END_JOB, len(keys), *keys, *arguments))
-
-    async def forget(self, job_id: str) -> None:
-        """Delete the result; the record stays, so that a later look hears "expired"."""
-        with redis_errors(self.url):
-            await self.redis.delete(result_key(job_id))
-
-    def forget_soon(self, job_id: str) -> None:
-        """Delete the result of a job that nobody can ask for again, together with others of the moment."""
-        self._unwanted.append(job_id)
-        if self._clearing is None or self._clearing.done():
-            self._clearing = asyncio.create_task(self._clear(), name="penstock-forget")
-
-    async def _clear(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):  # by `close`: there is no time left to wait
-            await asyncio.sleep(FORGET_EVERY_S)
-        ids, self._unwanted = self._unwanted, []
-        with contextlib.suppress(PenstockError), redis_errors(self.url):  # else they expire by themselves
-            async with self.redis.pipeline(transaction=False) as pipe:
-                pipe.delete(*map(result_key, ids))
-                for job_id in ids:
-                    # For as long as a second delivery may come, the record says that it need not be computed.
-                    pipe.set(record_key(job_id), "SUCCESS", ex=LATE_DELIVERY_S, xx=True)
-                await pipe.execute()
-
-    async def close(self) -> None:
-        """Stop listening and close all connections."""
-        if self._clearing is not None:
-            self._clearing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._clearing
-        await self.inbox.close()
-        await self.redis.aclose()
-        self._blocking.close()
-        self._threads.shutdown()
+_ENDED: Final = {
+    "SUCCESS": JobState.SUCCEEDED,
+    "FAILURE": JobState.FAILED,
+    "REVOKED": JobState.CANCELLED,
+}
 
 
 class AsyncJob(Generic[T]):
@@ -203,7 +111,7 @@ class AsyncJob(Generic[T]):
 
     async def _next_entries(
         self, last_id: str, timeout_s: float | None
-    ) -> tuple[list[tuple[bytes, dict[bytes, bytes]]], Outcome | None]:
+    ) -> tuple[list[Entry], Outcome | None]:
         """Wait for pieces behind the last one, or for the end of the job."""
         async with self._store.calls.limited(timeout_s, self.id):
             while True:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Final, Generic, TypeVar
 
-from penstock.broker import redis_errors
 from penstock.calls import CLOSE_S, CLOSED, TAKE_BACK_S
 from penstock.client import AsyncClient
+from penstock.connections import redis_errors
 from penstock.errors import BrokerUnavailableError, ClientUseError
 from penstock.job import AsyncJob
 from penstock.threads import Threads

@@ -10,7 +10,8 @@ import pytest
 import redis
 
 from penstock import BrokerUnavailableError
-from penstock.broker import Broker, connect, connect_sync, get_large, redis_errors
+from penstock.broker import Broker
+from penstock.connections import connect, connect_sync, get_large, redis_errors
 from tests.deployment import Server
 from tests.faults.proxy import Proxy
 
@@ -20,7 +21,7 @@ ANSWER_S = 1.0
 
 def test_a_dropped_network_costs_one_error(own: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a silent drop the first caller waits in vain; idle connections of that time are not tried."""
-    monkeypatch.setattr("penstock.broker.ANSWER_TIMEOUT_S", ANSWER_S)
+    monkeypatch.setattr("penstock.connections.ANSWER_TIMEOUT_S", ANSWER_S)
 
     async def run(link: Proxy) -> float:
         broker = Broker(f"redis://127.0.0.1:{link.port}/0")
@@ -63,7 +64,7 @@ def test_a_large_reply_may_take_longer_than_the_limit(
     own: Server, monkeypatch: pytest.MonkeyPatch, get: Callable[[str], bytes | memoryview | None]
 ) -> None:
     """The time limit is one of silence: a reply that flows for three times as long arrives."""
-    monkeypatch.setattr("penstock.broker.ANSWER_TIMEOUT_S", ANSWER_S)
+    monkeypatch.setattr("penstock.connections.ANSWER_TIMEOUT_S", ANSWER_S)
     payload = large(own, 3_000_000)
 
     with Proxy(own.port, bytes_per_s=1_000_000).running() as link:

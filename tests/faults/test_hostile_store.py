@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from penstock import AsyncClient, Client, PenstockError, ResultDecodeError
-from penstock.broker import connect_sync, get_large
+from penstock.connections import connect_sync, get_large
 from penstock.keys import record_key, reply_channel, result_key, stream_key
 from penstock.records import MAGIC, PREAMBLE, decode_meta
 from tests.deployment import Server

@@ -15,7 +15,7 @@ import redis
 from penstock import AsyncClient, BrokerUnavailableError, Client, ConfigError, JobState
 from penstock.adapters.langchain import PenstockEmbeddings
 from penstock.adapters.llama_index import PenstockEmbedding
-from penstock.broker import ANSWER_TIMEOUT_S
+from penstock.connections import ANSWER_TIMEOUT_S
 from penstock.inbox import LOOK_AGAIN_S
 from penstock.keys import record_key
 from penstock_workers.command.local_redis import free_port

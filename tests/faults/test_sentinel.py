@@ -14,7 +14,8 @@ from typing import Any, Self, cast
 import pytest
 import redis
 
-from penstock.broker import Broker, connect, connect_sync, get_large
+from penstock.broker import Broker
+from penstock.connections import connect, connect_sync, get_large
 from penstock.errors import BrokerUnavailableError
 from penstock.inbox import Inbox
 from penstock.keys import result_key

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 from penstock import Client
-from penstock.broker import connect_sync, get_large
+from penstock.connections import connect_sync, get_large
 from penstock_workers.command.local_redis import free_port, wait_until_ready
 from tests.deployment import Server, server_command
 from tests.faults.light import MODEL, LightWorker

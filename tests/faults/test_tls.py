@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from penstock import BrokerUnavailableError, Client
-from penstock.broker import connect_sync, get_large
+from penstock.connections import connect_sync, get_large
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.faults.light import MODEL, LightWorker

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 import pytest
 import redis.asyncio as aioredis
 
-from penstock.broker import connect
 from penstock.bucket import Bucket, read_taken, take, take_arguments
+from penstock.connections import connect
 from penstock.keys import BUCKET_PREFIX
 from penstock.request import new_job_id
 from penstock.scripts import script

@@ -7,7 +7,7 @@ import redis
 
 from penstock import Client
 from penstock.keys import CANCELLED_KEY, record_key, stream_key
-from penstock.store import MAX_CANCELLED, SENT
+from penstock.result_store import MAX_CANCELLED, SENT
 from penstock_workers.delivery.cancelled import Cancelled
 from penstock_workers.serving.streams import Streams
 from tests.deployment import Server, WorkerProcess

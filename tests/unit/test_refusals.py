@@ -4,7 +4,7 @@ import pytest
 import redis
 from redis._parsers.base import BaseParser
 
-from penstock.broker import redis_errors
+from penstock.connections import redis_errors
 from penstock.errors import BrokerRefusedError, BrokerUnavailableError
 from penstock.refusals import OutageError, attentive, code_of, is_for_now, is_outage
 

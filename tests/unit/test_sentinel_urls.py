@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from kombu import Connection
 
-from penstock.broker import connect, connect_sync
+from penstock.connections import connect, connect_sync
 from penstock.errors import ConfigError
 from penstock.registry import announce_results, locate_results, mask_url
 from penstock.sentinel import SentinelUrl

@@ -7,7 +7,7 @@ import pytest
 from redis.connection import parse_url
 
 from penstock import AsyncClient, Client, ConfigError
-from penstock.broker import connect, connect_sync
+from penstock.connections import connect, connect_sync
 from penstock.settings import load_settings
 from penstock.urls import mask_url, plain_url
 from penstock_workers.serving.app import build_app

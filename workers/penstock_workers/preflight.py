@@ -5,7 +5,7 @@ from typing import Any, Final
 import redis
 from redis.exceptions import ResponseError
 
-from penstock.broker import connect_sync
+from penstock.connections import connect_sync
 from penstock.errors import ConfigError
 from penstock.refusals import UnsuitableServerError, in_words
 from penstock.settings import Settings

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import click
 
-from penstock.broker import connect_sync, redis_errors
+from penstock.connections import connect_sync, redis_errors
 from penstock.envelope import EntryError, open_entry, printable
 from penstock.errors import ConfigError, InvalidMessageError, JobCancelledError, UnknownJobError
 from penstock.keys import (
@@ -30,10 +30,10 @@ from penstock.keys import (
 from penstock.records import encode_failure
 from penstock.registry import Registry
 from penstock.request import Priority
+from penstock.result_store import END_JOB, SENT, end_job_arguments
 from penstock.routing import predict
 from penstock.scripts import script
 from penstock.settings import Settings
-from penstock.store import END_JOB, SENT, end_job_arguments
 from penstock_workers.command.deployment import Deployment, deployment_options
 from penstock_workers.delivery.leases import LEASE_S
 from penstock_workers.delivery.purge import purge

@@ -26,7 +26,7 @@ from penstock.errors import JobCancelledError, ResultTooLargeError
 from penstock.keys import record_key
 from penstock.records import MAX_RESULT_BYTES, encode_failure
 from penstock.refusals import OutageError, attentive, is_for_now
-from penstock.store import END_JOB, end_job_arguments
+from penstock.result_store import END_JOB, end_job_arguments
 from penstock_workers.background import Background
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ _HANGUPS: Final = 3  # on one result, by a server that answers: no accident any 
 
 
 class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no types
-    """Stores results with `penstock.store.END_JOB`, those of all threads together."""
+    """Stores results with `penstock.result_store.END_JOB`, those of all threads together."""
 
     connection_class: type = redis.Connection
 

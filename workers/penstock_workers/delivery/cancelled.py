@@ -8,12 +8,12 @@ from typing import Any, Final, cast
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
 
-from penstock.broker import connect_sync
+from penstock.connections import connect_sync
 from penstock.envelope import is_clean
 from penstock.inbox import RENEW_S
 from penstock.keys import CANCELLED_KEY
 from penstock.refusals import in_words
-from penstock.store import MAX_CANCELLED
+from penstock.result_store import MAX_CANCELLED
 from penstock_workers.background import Background
 
 logger = logging.getLogger(__name__)

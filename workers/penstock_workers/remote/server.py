@@ -16,7 +16,7 @@ import httpx2
 import openai
 import redis
 
-from penstock.broker import connect
+from penstock.connections import connect
 from penstock.errors import ModelLoadError
 from penstock.settings import ModelSettings, RemoteSettings, is_loopback
 from penstock_workers.remote.backlog import Limits

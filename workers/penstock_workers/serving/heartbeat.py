@@ -14,8 +14,8 @@ from typing import Any, Final, NoReturn
 import redis
 from celery.signals import worker_ready, worker_shutting_down
 
-from penstock.broker import connect_sync
 from penstock.clock import ticks
+from penstock.connections import connect_sync
 from penstock.identity import process_name
 from penstock.keys import WORKERS_KEY, queue_name
 from penstock.refusals import in_words

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import redis
 
-from penstock.broker import connect_sync
+from penstock.connections import connect_sync
 from penstock.keys import STREAM_TTL_S, is_reply_channel, stream_key
 from penstock.refusals import in_words
 from penstock.stream import APPEND, MAX_PIECES, Part

@@ -28,7 +28,7 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 
-from penstock.broker import connect_sync
+from penstock.connections import connect_sync
 from penstock.keys import VECTORS_KEY
 from penstock.scripts import script
 from penstock.settings import CacheSettings
