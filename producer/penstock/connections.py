@@ -34,7 +34,7 @@ from redis.sentinel import Sentinel
 from penstock.errors import BrokerRefusedError, BrokerUnavailableError, ConfigError, ResultDecodeError
 from penstock.records import MAX_RESULT_BYTES
 from penstock.refusals import attentive
-from penstock.sentinel import SentinelUrl, is_sentinel
+from penstock.sentinel_urls import SentinelUrl, is_sentinel
 from penstock.urls import mask_url
 from penstock.validation import is_number
 

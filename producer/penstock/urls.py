@@ -12,7 +12,7 @@ from typing import Final, Literal, Self
 from urllib.parse import parse_qsl, quote, unquote
 
 from penstock.errors import ConfigError
-from penstock.sentinel import SentinelUrl, is_sentinel
+from penstock.sentinel_urls import SentinelUrl, is_sentinel
 
 EXAMPLE: Final = "a URL like redis://HOST:6379/0 or rediss://HOST:6379/0"
 DEFAULT_PORT: Final = 6379
