@@ -18,10 +18,11 @@ from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar, Unpack, cast
 
 from penstock.calls import CLOSED
-from penstock.client import DEFAULT_URL, AsyncClient, progress_bar
+from penstock.client import DEFAULT_URL, AsyncClient
 from penstock.connections import CONNECT_TIMEOUT_S, checked_connect_timeout
 from penstock.errors import ClientUseError
 from penstock.job import RESULT_TIMEOUT_S, AsyncJob, JobState, T
+from penstock.many import EmbedMany, progress_bar
 from penstock.options import EmbedOptions, GenerateOptions, RerankOptions
 from penstock.registry import ModelInfo, Registry
 from penstock.request import PriorityName
@@ -245,7 +246,7 @@ class Client:
     ) -> Iterator[Vectors]:
         """See `AsyncClient.embed_many`; `texts` is read in the calling thread, shape (n, dim) at a time."""
         running = self._running_here()
-        many = running.client._many(texts, model, timeout_s, options)
+        many = EmbedMany(texts, running.client._sender, model, options, timeout_s)
         with progress_bar(texts, progress) as bar:
             try:
                 running.run(many.look())

@@ -2,76 +2,39 @@
 
 import asyncio
 import contextlib
-import math
-import os
-import secrets
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self, TypeVar, Unpack
+from typing import Final, Self, Unpack
 
-from tqdm import tqdm
-
-from penstock.broker import Broker
 from penstock.calls import CALL_S, CLOSE_S, CLOSING, TAKEN_BACK, Call, Calls
-from penstock.clock import ticks
 from penstock.coalescer import Coalescer
-from penstock.connections import CONNECT_TIMEOUT_S, checked_connect_timeout, connect
-from penstock.conversation import Message
+from penstock.connections import CONNECT_TIMEOUT_S, checked_connect_timeout
 from penstock.envelope import is_clean
-from penstock.errors import (
-    BrokerUnavailableError,
-    InvalidOptionError,
-    PenstockError,
-    QueueDelayError,
-    RateLimitError,
-    TooManyTextsError,
-    TransportError,
-    UnknownModelError,
-    WrongTaskError,
-)
-from penstock.inbox import Inbox
-from penstock.job import RESULT_TIMEOUT_S, AsyncJob, T
-from penstock.keys import queue_key, queue_name
-from penstock.many import EmbedMany
-from penstock.messages import encode_message
+from penstock.errors import InvalidOptionError, PenstockError
+from penstock.job import RESULT_TIMEOUT_S, AsyncJob
+from penstock.many import EmbedMany, progress_bar
 from penstock.options import (
-    OF_SENDING,
     EmbedOptions,
     GenerateOptions,
     RerankOptions,
-    read_deadline_s,
-    read_lane,
+    embed_fields,
+    generate_fields,
+    rerank_fields,
 )
-from penstock.registry import HEARTBEAT_S, ModelInfo, Registry
-from penstock.request import (
-    EmbedRequest,
-    GenerateRequest,
-    Lane,
-    PriorityName,
-    Request,
-    RerankRequest,
-    Task,
-    new_job_id,
-)
+from penstock.registry import ModelInfo, Registry
+from penstock.request import EmbedRequest, GenerateRequest, PriorityName, RerankRequest
 from penstock.result import GenerateResult, RerankResult, Vectors
-from penstock.result_store import ResultStore
-from penstock.retry import WaitPolicy, try_again
-from penstock.routing import Estimate, Router, count_tokens, predict, queue_limits
-from penstock.stacks import tell_elsewhere, with_password
+from penstock.routing import Estimate
+from penstock.sender import Sender, submit_limit_s
+from penstock.stacks import with_password
 from penstock.stream import OnRestart, Piece
-from penstock.urls import checked_url, locate_results, mask_url
+from penstock.urls import checked_url
 
 DEFAULT_URL: Final = "redis://127.0.0.1:6379/0"
-REGISTRY_TTL_S: Final = 5.0
 
 # A forked child keeps what it inherits here.
 _INHERITED: Final[list[object]] = []
-_LOOK_AGAIN_S: Final = 0.25
-
-R = TypeVar("R", EmbedRequest, GenerateRequest, RerankRequest)
-S = TypeVar("S")
 
 
 class AsyncClient:
@@ -101,18 +64,10 @@ class AsyncClient:
     def _begin(self) -> None:
         """Have no connections yet, in whatever loop the first call comes from."""
         self._calls = Calls()
-        self._broker = Broker(self._url, connect_timeout_s=self._connect_timeout_s)
-        self._id = new_job_id()
-        self._origin = f"penstock-{os.getpid()}@{socket.gethostname()}"
-        self._store: ResultStore | None = None
-        self._is_guessed = True  # where results are
-        self._opening = asyncio.Lock()
-        self._registry: Registry | None = None
-        self._registry_read_at = 0.0
-        self._known: set[str] = set()  # models that were ever served here
-        self._reading: asyncio.Task[Registry] | None = None
-        self._router = Router(self._estimate)
-        self._coalescer = Coalescer(self._send_unrecorded, self._n_workers, self._max_texts)
+        self._sender = Sender(
+            self._url, self._results_url, self._calls, connect_timeout_s=self._connect_timeout_s
+        )
+        self._coalescer = Coalescer(self._sender)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle what it was made with, its password too; it connects anew where it is unpickled."""
@@ -135,28 +90,26 @@ class AsyncClient:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_S):
                 await self._coalescer.close()
-                if self._store is not None:
-                    await self._store.close()
-                await self._broker.close()
+                await self._sender.close()
 
     def _call(self, timeout_s: float | None = CALL_S, *, closing: PenstockError = CLOSING) -> Call:
         """Return the block that a public call is made in."""
         if self._calls.is_over and not self._calls.is_closed:
             if self._calls.is_inherited:
                 # Collecting the parent's connections would change what both processes wait on.
-                _INHERITED.append((self._broker, self._store, self._coalescer, self._reading))
+                _INHERITED.append((self._sender, self._coalescer))
             self._begin()
         return self._calls.limited(timeout_s, closing=closing)
 
     async def models(self) -> Mapping[str, ModelInfo]:
         """Return the models that workers announced, by name."""
         async with self._call():
-            return (await self._read_registry(max_age_s=0)).models
+            return (await self._sender.discovery.registry(max_age_s=0)).models
 
     async def registry(self) -> Registry:
         """Return models and workers as they are now."""
         async with self._call():
-            return await self._read_registry(max_age_s=0)
+            return await self._sender.discovery.registry(max_age_s=0)
 
     async def estimate(
         self, model: str, *, priority: PriorityName = "default", tenant: str | None = None
@@ -167,14 +120,7 @@ class AsyncClient:
             UnknownModelError: no worker ever announced it.
         """
         async with self._call():
-            info = await self._find_model(model)
-            registry, lane = await self._read_registry(), read_lane(priority, tenant)
-            pool = await self._router.choose(info, registry, lane)
-            return await self._estimate(queue_name(pool, model), lane)
-
-    async def _estimate(self, queue: str, lane: Lane) -> Estimate:
-        load = await self._broker.load(queue_key(queue, *lane))
-        return predict(queue, load, await self._read_registry())
+            return await self._sender.estimate(model, priority, tenant)
 
     async def embed(
         self,
@@ -206,10 +152,12 @@ class AsyncClient:
             WorkerError: the model failed on these texts.
         """
         async with self._call(timeout_s, closing=TAKEN_BACK) as call:
-            request, lane = await self._prepare(EmbedRequest, "embed", _embed_fields(texts, model, options))
-            return await self._again(
-                options.get("wait"), lambda: self._coalescer.embed(request, lane, call), request, call
-            )
+            request, lane = await self._sender.check(EmbedRequest, embed_fields(texts, model, options))
+
+            async def attempt() -> Vectors:
+                return await self._coalescer.embed(request, lane, call)
+
+            return await self._sender.retry(options.get("wait"), attempt, request, call)
 
     async def submit_embed(
         self, texts: Sequence[str], *, model: str, **options: Unpack[EmbedOptions]
@@ -222,8 +170,8 @@ class AsyncClient:
         self, lists_of_texts: Iterable[Sequence[str]], *, model: str, **options: Unpack[EmbedOptions]
     ) -> list[AsyncJob[Vectors]]:
         """Send an embedding job for each list of texts: all together or none, at the price of one."""
-        async with self._call(_submit_s(options.get("wait"))):
-            return await self._submit_embed(lists_of_texts, model, options, is_recorded=True)
+        async with self._call(submit_limit_s(options.get("wait"))):
+            return await self._sender.submit_texts(lists_of_texts, model, options)
 
     async def generate(
         self,
@@ -251,16 +199,24 @@ class AsyncClient:
             WorkerError: the model failed on this prompt.
         """
         async with self._call(timeout_s, closing=TAKEN_BACK) as call:
-            request, lane = await self._prepare_generate(prompt, model, options, is_stream=False)
-            result: GenerateResult = await self._answer(request, lane, options.get("wait"), call)
-            return result
+            request, lane = await self._sender.check(GenerateRequest, generate_fields(prompt, model, options))
+
+            async def attempt() -> GenerateResult:
+                jobs: list[AsyncJob[GenerateResult]] = await self._sender.send([request], lane)
+                return await jobs[0].answer(call)
+
+            return await self._sender.retry(options.get("wait"), attempt, request, call)
 
     async def submit_generate(
         self, prompt: str | None, *, model: str, **options: Unpack[GenerateOptions]
     ) -> AsyncJob[GenerateResult]:
         """Send a generation job and return at once; see `generate`."""
-        async with self._call(_submit_s(options.get("wait"))):
-            return await self._submit_generate(prompt, model, options, is_stream=False)
+        wait = options.get("wait")
+        async with self._call(submit_limit_s(wait)):
+            fields = generate_fields(prompt, model, options)
+            request, lane = await self._sender.check(GenerateRequest, fields)
+            jobs: list[AsyncJob[GenerateResult]] = await self._sender.submit([request], lane, wait)
+            return jobs[0]
 
     async def stream(
         self,
@@ -292,40 +248,19 @@ class AsyncClient:
             StreamRestartedError: a restart was to be hidden, and the text is another.
             PenstockError: see `generate`.
         """
+        wait = options.get("wait")
         async with self._call(timeout_s):
-            job = await self._submit_generate(prompt, model, options, is_stream=True)
+            fields = generate_fields(prompt, model, options, is_stream=True)
+            request, lane = await self._sender.check(GenerateRequest, fields)
+            jobs: list[AsyncJob[GenerateResult]] = await self._sender.submit([request], lane, wait)
         is_over = False
         try:
-            async for piece in job.pieces(on_restart=on_restart, timeout_s=timeout_s):
+            async for piece in jobs[0].pieces(on_restart=on_restart, timeout_s=timeout_s):
                 is_over = piece.finish_reason is not None
                 yield piece
         finally:
             if not is_over:
-                await job.take_back()
-
-    async def _submit_generate(
-        self, prompt: str | None, model: str, options: GenerateOptions, *, is_stream: bool
-    ) -> AsyncJob[GenerateResult]:
-        request, lane = await self._prepare_generate(prompt, model, options, is_stream=is_stream)
-        jobs: list[AsyncJob[GenerateResult]] = await self._again(
-            options.get("wait"), lambda: self._send([request], lane, is_recorded=True), request
-        )
-        return jobs[0]
-
-    async def _prepare_generate(
-        self, prompt: str | None, model: str, options: GenerateOptions, *, is_stream: bool
-    ) -> tuple[GenerateRequest, Lane]:
-        fields: dict[str, Any] = {**options, "model": model, "prompt": prompt, "stream": is_stream}
-        turns = fields.pop("history", None)
-        if isinstance(turns, Iterable) and not isinstance(turns, str | bytes | Mapping):
-            turns = [t.model_dump(exclude_none=True) if isinstance(t, Message) else t for t in turns]
-        if turns is not None:
-            fields["history"] = turns
-        if isinstance(fields.get("tools"), tuple):
-            fields["tools"] = list(fields["tools"])
-        if is_stream and fields.get("seed") is None:
-            fields["seed"] = secrets.randbits(63)
-        return await self._prepare(GenerateRequest, "generate", fields)
+                await jobs[0].take_back()
 
     async def rerank(
         self,
@@ -353,50 +288,32 @@ class AsyncClient:
             PenstockError: see `embed`.
         """
         async with self._call(timeout_s, closing=TAKEN_BACK) as call:
-            request, lane = await self._prepare_rerank(query, documents, model, options)
-            result: RerankResult = await self._answer(request, lane, options.get("wait"), call)
-            return result
+            fields = rerank_fields(query, documents, model, options)
+            request, lane = await self._sender.check(RerankRequest, fields)
+
+            async def attempt() -> RerankResult:
+                jobs: list[AsyncJob[RerankResult]] = await self._sender.send([request], lane)
+                return await jobs[0].answer(call)
+
+            return await self._sender.retry(options.get("wait"), attempt, request, call)
 
     async def submit_rerank(
         self, query: str, documents: Sequence[str], *, model: str, **options: Unpack[RerankOptions]
     ) -> AsyncJob[RerankResult]:
         """Send a reranking job and return at once; see `rerank`."""
-        async with self._call(_submit_s(options.get("wait"))):
-            request, lane = await self._prepare_rerank(query, documents, model, options)
-            jobs: list[AsyncJob[RerankResult]] = await self._again(
-                options.get("wait"), lambda: self._send([request], lane, is_recorded=True), request
-            )
+        wait = options.get("wait")
+        async with self._call(submit_limit_s(wait)):
+            fields = rerank_fields(query, documents, model, options)
+            request, lane = await self._sender.check(RerankRequest, fields)
+            jobs: list[AsyncJob[RerankResult]] = await self._sender.submit([request], lane, wait)
             return jobs[0]
-
-    async def _prepare_rerank(
-        self, query: str, documents: Sequence[str], model: str, options: RerankOptions
-    ) -> tuple[RerankRequest, Lane]:
-        listed = list(documents) if isinstance(documents, tuple) else documents
-        fields = {**options, "model": model, "query": query, "documents": listed}
-        return await self._prepare(RerankRequest, "rerank", fields)
-
-    async def _answer(self, request: Request, lane: Lane, wait: WaitPolicy | None, call: Call) -> Any:
-        """Send a job whose id nobody is told, and wait for its result."""
-
-        async def answer() -> Any:
-            job: AsyncJob[Any]
-            (job,) = await self._send([request], lane, is_recorded=True)
-            call.job_id = job.id
-            try:
-                return await job.wait()
-            except asyncio.CancelledError:
-                if not call.is_late:  # else its id is told, and it can be asked for
-                    await job.take_back()
-                raise
-
-        return await self._again(wait, answer, request, call)
 
     async def job(self, job_id: str) -> AsyncJob[Vectors | GenerateResult | RerankResult]:
         """Return a job that any client sent, by its id; whether it exists shows when it is asked."""
         if not is_clean(job_id):
             raise InvalidOptionError("job_id", repr(job_id)[:80], "up to 256 printable characters")
         async with self._call():
-            return AsyncJob(job_id, self._broker, await self._open_store(), is_ours=False)
+            return await self._sender.job(job_id)
 
     async def embed_many(
         self,
@@ -425,7 +342,8 @@ class AsyncClient:
         Raises:
             PenstockError: see `embed`; jobs behind the one that failed are cancelled.
         """
-        many = self._many(texts, model, timeout_s, options)
+        async with self._call():  # begins anew where the loop of earlier calls has ended
+            many = EmbedMany(texts, self._sender, model, options, timeout_s)
         with progress_bar(texts, progress) as bar:
             try:
                 await many.look()
@@ -439,214 +357,3 @@ class AsyncClient:
                         bar.update(len(vectors))
             finally:
                 await many.close()
-
-    async def _submit_embed(
-        self,
-        lists_of_texts: Iterable[Sequence[str]],
-        model: str,
-        options: EmbedOptions,
-        *,
-        is_recorded: bool,
-    ) -> list[AsyncJob[Vectors]]:
-        fields = [_embed_fields(texts, model, options) for texts in lists_of_texts]
-        prepared = [await self._prepare(EmbedRequest, "embed", each) for each in fields]
-        if not prepared:
-            return []
-        requests, (lane, *_) = zip(*prepared, strict=True)
-        return await self._again(
-            options.get("wait"),
-            lambda: self._send(requests, lane, is_recorded=is_recorded),
-            min(requests, key=lambda request: request.deadline or math.inf),
-        )
-
-    async def _again(
-        self,
-        wait: WaitPolicy | None,
-        attempt: Callable[[], Awaitable[S]],
-        request: Request,
-        call: Call | None = None,
-    ) -> S:
-        """Try, and again as `wait` says until the request's deadline, or the end of the call's time."""
-        limits = [] if request.deadline is None else [request.deadline - self._broker.clock.now()]
-        if call is not None and (left_s := call.left_s()) is not None:
-            limits.append(left_s)
-        return await try_again(wait, attempt, left_s=min(limits, default=None), broker=self._broker)
-
-    def _many(
-        self, texts: Iterable[str], model: str, timeout_s: float | None, options: EmbedOptions
-    ) -> EmbedMany:
-        return EmbedMany(texts, _Sender(self, model, options), timeout_s)
-
-    async def _prepare(self, kind: type[R], task: Task, fields: Mapping[str, Any]) -> tuple[R, Lane]:
-        """Check what can be known before anything is sent."""
-        plain = {name: value for name, value in fields.items() if name not in OF_SENDING}
-        lane = read_lane(fields.get("priority", "default"), fields.get("tenant"))
-        within_s = read_deadline_s(fields.get("deadline_s"))
-        request = kind.parse(plain)
-        model = await self._find_model(request.model, task)
-        n_texts = _n_texts(request)
-        if n_texts > model.max_texts:
-            raise TooManyTextsError(n_texts, model.max_texts)
-        # By the broker's clock, which workers go by too: this machine's may be minutes off.
-        now, within_s = self._broker.clock.now(), model.deadline_s if within_s is None else within_s
-        deadline = None if within_s is None else now + within_s
-        return request.model_copy(update={"sent_at": now, "deadline": deadline}), lane
-
-    async def _send(self, requests: Sequence[Request], lane: Lane, *, is_recorded: bool) -> list[AsyncJob[T]]:
-        """Queue requests of one model, all together or none.
-
-        A job whose id the caller is told is recorded, and before it is queued: an error then means that
-        nothing runs. Where nobody can ask, that round trip is saved.
-        """
-        model = await self._find_model(requests[0].model)
-        store, registry = await self._open_store(), await self._read_registry()
-        pool = await self._router.choose(model, registry, lane)
-        queue = queue_name(pool, model.name)
-        n_tokens = [count_tokens(request, registry, model) for request in requests]
-        jobs: list[AsyncJob[T]] = [
-            AsyncJob(new_job_id(), self._broker, store, is_ours=True, is_recorded=is_recorded)
-            for _ in requests
-        ]
-        messages = [
-            encode_message(
-                request,
-                job_id=job.id,
-                queue=queue,
-                priority=lane.priority,
-                tenant=lane.tenant,
-                reply_to=store.inbox.reply_to,
-                origin=self._origin,
-                n_tokens=cost,
-            )
-            for request, job, cost in zip(requests, jobs, n_tokens, strict=True)
-        ]
-        limits = queue_limits(model, registry, pool, requests, n_tokens, now_s=self._broker.clock.now())
-        job_ids = [job.id for job in jobs]
-        if is_recorded:
-            await store.record_sent(job_ids)
-        try:
-            await self._broker.push(queue, lane, *messages, limits=limits)
-            self._router.sent(model, registry, lane, pool, sum(n_tokens))
-            if pool != registry.choose_pool(model):
-                with contextlib.suppress(
-                    TransportError
-                ):  # they are sent, and must not look as if they were not
-                    await self._broker.count_overflow(queue, len(jobs))
-        except (QueueDelayError, RateLimitError):
-            if is_recorded:
-                await store.forget_sent(job_ids)
-            raise
-        except BrokerUnavailableError:
-            store.calls.later(_end(jobs))  # they may have arrived, and nobody will hear their ids
-            raise
-        except asyncio.CancelledError:
-            await store.calls.settle(_end(jobs))
-            raise
-        return jobs
-
-    async def _send_unrecorded(self, request: EmbedRequest, lane: Lane) -> AsyncJob[Vectors]:
-        jobs: list[AsyncJob[Vectors]] = await self._send([request], lane, is_recorded=False)
-        return jobs[0]
-
-    def _n_workers(self, name: str) -> int:
-        registry = self._registry
-        model = registry.models.get(name) if registry else None
-        return registry.ready_workers(name, registry.choose_pool(model)) if registry and model else 0
-
-    def _max_texts(self, name: str) -> int:
-        model = self._registry.models.get(name) if self._registry else None
-        return model.max_texts if model else 1
-
-    async def _find_model(self, name: str, task: Task | None = None) -> ModelInfo:
-        registry = await self._read_registry()
-        if name not in registry.models:
-            registry = await self._read_registry(max_age_s=0)
-        ends_at = ticks() + 2 * HEARTBEAT_S
-        while name not in registry.models and name in self._known and ticks() < ends_at:
-            # The server has lost it, and the next heartbeat of its workers tells it again.
-            await asyncio.sleep(_LOOK_AGAIN_S)
-            registry = await self._read_registry(max_age_s=0)
-        model = registry.models.get(name)
-        if model is None:
-            elsewhere = "" if registry.models else tell_elsewhere(self._url)
-            raise UnknownModelError(name, sorted(registry.models), mask_url(self._url), elsewhere)
-        if task is not None and model.task != task:
-            raise WrongTaskError(name, model.task, task)
-        return model
-
-    async def _read_registry(self, *, max_age_s: float = REGISTRY_TTL_S) -> Registry:
-        if self._registry is None or ticks() - self._registry_read_at > max_age_s:
-            # One reading for all who want one now: they also go on together, and may share a job.
-            if self._reading is None or self._reading.done():
-                self._reading = asyncio.create_task(self._broker.registry(), name="penstock-registry")
-            self._registry = await asyncio.shield(self._reading)
-            self._registry_read_at = ticks()
-            self._known |= self._registry.models.keys()
-        return self._registry
-
-    async def _open_store(self) -> ResultStore:
-        async with self._opening:
-            if self._is_guessed or self._store is None:
-                # Before the first worker, or after a loss, nobody says where: then it is looked up again.
-                announced = (await self._read_registry()).results
-                url = self._results_url or locate_results(self._url, announced or "/1")
-                self._is_guessed = announced is None and self._results_url is None
-                if self._store is not None and self._store.url != url:
-                    await self._store.close()
-                    self._store = None
-            if self._store is None:
-                results = connect(url, connect_timeout_s=self._connect_timeout_s)
-                store = ResultStore(results, url, Inbox(results, url, self._id), self._calls)
-                try:
-                    await store.inbox.open()
-                except BaseException:
-                    self._calls.later(store.close())
-                    raise
-                self._store = store
-            return self._store
-
-
-class _Sender:
-    """Sends the jobs of one `embed_many`; see `many.Sender`."""
-
-    def __init__(self, client: AsyncClient, model: str, options: EmbedOptions) -> None:
-        self._client, self._model = client, model
-        # A full queue is what so many texts lead to, and no reason to stop.
-        self._options = EmbedOptions(wait=WaitPolicy(attempts=None), priority="batch")
-        self._options.update(options)
-
-    async def look(self) -> tuple[Registry, ModelInfo]:
-        async with self._client._call():
-            model = await self._client._find_model(self._model, "embed")
-            return await self._client._read_registry(), model
-
-    async def send(self, part: list[str]) -> AsyncJob[Vectors]:
-        async with self._client._call(_submit_s(self._options.get("wait"))):
-            (job,) = await self._client._submit_embed([part], self._model, self._options, is_recorded=False)
-            return job
-
-
-def progress_bar(texts: Iterable[str], progress: bool) -> "tqdm[NoReturn]":
-    """Return a bar that counts texts; it shows if `progress` is wanted and standard error is a terminal."""
-    total = len(texts) if isinstance(texts, Sized) else None
-    return tqdm(total=total, unit=" texts", disable=None if progress else True)
-
-
-async def _end(jobs: Sequence[AsyncJob[Any]]) -> None:
-    """Take jobs back whose ids nobody was told."""
-    await asyncio.gather(*(job.end() for job in jobs), return_exceptions=True)
-
-
-def _submit_s(wait: WaitPolicy | None) -> float:
-    """Return the most that sending may take, with the time that its caller gave it."""
-    return RESULT_TIMEOUT_S + (wait.max_wait_s if wait else 0.0)
-
-
-def _embed_fields(texts: Sequence[str], model: str, options: EmbedOptions) -> dict[str, Any]:
-    return {**options, "model": model, "texts": list(texts) if isinstance(texts, tuple) else texts}
-
-
-def _n_texts(request: Request) -> int:
-    if isinstance(request, EmbedRequest):
-        return len(request.texts)
-    return len(request.documents) if isinstance(request, RerankRequest) else 0

@@ -1,12 +1,12 @@
 """Small calls of `embed` that come at the same time, with the same options, share a job.
 
 A lone call is sent at once. While its job is in flight, later calls wait for each other: 2 ms at most, or
-until its result is there. Knows what a call is; not how a job is sent.
+until its result is there. Its jobs are recorded nowhere: nobody is told their ids.
 """
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -23,6 +23,7 @@ from penstock.errors import (
 from penstock.job import AsyncJob
 from penstock.request import EmbedRequest, Lane
 from penstock.result import Vectors
+from penstock.sender import Sender
 
 WINDOW_S: Final = 0.002
 """How long a call waits for others while a job is in flight, seconds."""
@@ -37,9 +38,6 @@ TEXTS_PER_WORKER: Final = 8
 _OPTIONS: Final = tuple(EmbedRequest.model_fields.keys() - {"texts", "sent_at", "deadline"})
 # Errors that one text may have caused. Any other error would come again for each call.
 _OF_ONE_TEXT: Final = (InvalidTextError, InputTooLongError, RequestTooLargeError, WorkerError)
-
-Send = Callable[[EmbedRequest, Lane], Awaitable[AsyncJob[Vectors]]]
-"""Sends a job; its id stays with who called this."""
 
 
 @dataclass(eq=False, slots=True)
@@ -74,16 +72,10 @@ class _Group:
 
 
 class Coalescer:
-    """Sends calls of `embed`, and gives each its own rows, its own error and its own time limit.
+    """Sends calls of `embed`, and gives each its own rows, its own error and its own time limit."""
 
-    Args:
-        send: sends a request as a job.
-        n_workers: counts the live workers of a model.
-        max_texts: says how many texts a job of a model may have.
-    """
-
-    def __init__(self, send: Send, n_workers: Callable[[str], int], max_texts: Callable[[str], int]) -> None:
-        self._send, self._n_workers, self._max_texts = send, n_workers, max_texts
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
         self._groups: dict[tuple[object, ...], _Group] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -137,10 +129,11 @@ class Coalescer:
         calls = [call for call in group.waiting if not call.answer.done()]
         group.waiting = []
         if calls:
+            model, discovery = calls[0].request.model, self._sender.discovery
             n_texts = sum(len(call.request.texts) for call in calls)
-            n_jobs = max(1, min(self._n_workers(calls[0].request.model), n_texts // TEXTS_PER_WORKER))
+            n_jobs = max(1, min(discovery.n_workers(model), n_texts // TEXTS_PER_WORKER))
             # One by one: of jobs that arrive together, the first idle worker takes all.
-            most = self._max_texts(calls[0].request.model)
+            most = discovery.max_texts(model)
             for those in chain.from_iterable(_cut(calls[start::n_jobs], most) for start in range(n_jobs)):
                 group.n_in_flight += 1
                 task = self._start(those, group.lane)
@@ -163,7 +156,8 @@ class Coalescer:
     async def _carry_out(self, calls: Sequence[_Call], lane: Lane) -> None:
         """Send one job for these calls, and answer each of them."""
         try:
-            await self._answer(calls, await self._send(_merge(calls), lane), lane)
+            jobs: list[AsyncJob[Vectors]] = await self._sender.send([_merge(calls)], lane, is_recorded=False)
+            await self._answer(calls, jobs[0], lane)
         except asyncio.CancelledError:
             _fail(calls, TAKEN_BACK)
             raise

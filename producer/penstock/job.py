@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Final, Generic, NoReturn, TypeVar, cast, get_args
 
 from penstock.broker import Broker
-from penstock.calls import CALL_S
+from penstock.calls import CALL_S, Call
 from penstock.errors import (
     BrokerUnavailableError,
     JobCancelledError,
@@ -91,6 +91,16 @@ class AsyncJob(Generic[T]):
             raise type(self._outcome.error)(*self._outcome.error.args)
         result = self._outcome.result
         return result.vectors if isinstance(result, EmbedResult) else result  # type: ignore[return-value]  # T is the task's
+
+    async def answer(self, call: Call) -> T:
+        """Wait within a call whose caller is not told the id: a call that is cancelled takes its job back."""
+        call.job_id = self.id
+        try:
+            return await self.wait()
+        except asyncio.CancelledError:
+            if not call.is_late:  # else its id is told, and it can be asked for
+                await self.take_back()
+            raise
 
     async def pieces(
         self, *, on_restart: OnRestart = "hide", timeout_s: float | None = RESULT_TIMEOUT_S

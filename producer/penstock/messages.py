@@ -5,17 +5,16 @@ Messages follow Celery's protocol 2 in kombu's Redis envelope, so any Celery pro
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from penstock.envelope import MAX_ENTRY_BYTES
 from penstock.errors import InvalidMessageError, RequestTooLargeError
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
 
-TASK_NAMES: Mapping[type, str] = {
-    EmbedRequest: "penstock.embed",
-    GenerateRequest: "penstock.generate",
-    RerankRequest: "penstock.rerank",
+TASK_NAMES: Final[Mapping[type[Request], str]] = {
+    kind: f"penstock.{kind.task}" for kind in (EmbedRequest, GenerateRequest, RerankRequest)
 }
+"""Celery's name of the task that serves each kind of request."""
 
 
 def encode_message(

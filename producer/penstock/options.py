@@ -1,6 +1,7 @@
-"""Options of the client's calls: their names and types, and the checks of those that every job has."""
+"""Options of the client's calls: their names and types, what requests they make, and how jobs are sent."""
 
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, TypedDict
 
 from penstock.conversation import Message, ResponseFormat, Tool
@@ -70,6 +71,36 @@ class RerankOptions(SendOptions, total=False):
     """Options of a reranking job; `penstock.request.RerankRequest` explains them."""
 
     top_n: int | None
+
+
+def embed_fields(texts: Sequence[str], model: str, options: EmbedOptions) -> dict[str, object]:
+    """Return the fields of an `EmbedRequest`, and the options of sending it."""
+    return {**options, "model": model, "texts": list(texts) if isinstance(texts, tuple) else texts}
+
+
+def generate_fields(
+    prompt: str | None, model: str, options: GenerateOptions, *, is_stream: bool = False
+) -> dict[str, object]:
+    """Return the fields of a `GenerateRequest`, and the options of sending it."""
+    fields: dict[str, object] = {**options, "model": model, "prompt": prompt, "stream": is_stream}
+    turns = fields.pop("history", None)
+    if isinstance(turns, Iterable) and not isinstance(turns, str | bytes | Mapping):
+        turns = [turn.model_dump(exclude_none=True) if isinstance(turn, Message) else turn for turn in turns]
+    if turns is not None:
+        fields["history"] = turns
+    if isinstance(tools := fields.get("tools"), tuple):
+        fields["tools"] = list(tools)
+    if is_stream and fields.get("seed") is None:
+        fields["seed"] = secrets.randbits(63)  # a run that begins anew says the same
+    return fields
+
+
+def rerank_fields(
+    query: str, documents: Sequence[str], model: str, options: RerankOptions
+) -> dict[str, object]:
+    """Return the fields of a `RerankRequest`, and the options of sending it."""
+    listed = list(documents) if isinstance(documents, tuple) else documents
+    return {**options, "model": model, "query": query, "documents": listed}
 
 
 def read_lane(priority: object, tenant: object) -> Lane:

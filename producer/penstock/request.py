@@ -8,7 +8,7 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Annotated, Any, Final, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -40,6 +40,7 @@ MAX_CHOICES = 16
 """Answers to one request: as many as a batch has by default."""
 
 Task = Literal["embed", "generate", "rerank"]
+"""What a model does."""
 PoolName = Literal["gpu", "cpu"]
 Precision = Literal["float32", "float16", "int8", "binary", "ubinary"]
 Truncation = Literal["error", "oldest_turns", "middle"]
@@ -170,6 +171,8 @@ class EmbedRequest(_Request):
         deadline: after this the request is not worth computing, Unix seconds on the broker's clock.
     """
 
+    task: ClassVar[Task] = "embed"
+
     texts: list[str]
     prompt_name: str | None = None
     prompt: str | None = None
@@ -220,6 +223,8 @@ class GenerateRequest(_Request, GenerationOptions):
         sent_at: when the request left its sender, Unix seconds on the broker's clock.
         deadline: after this the request is not worth computing, Unix seconds on the broker's clock.
     """
+
+    task: ClassVar[Task] = "generate"
 
     prompt: str | None = Field(default=None, min_length=1)
     system_prompt: str | None = None
@@ -324,6 +329,8 @@ class RerankRequest(_Request):
         sent_at: when the request left its sender, Unix seconds on the broker's clock.
         deadline: after this the request is not worth computing, Unix seconds on the broker's clock.
     """
+
+    task: ClassVar[Task] = "rerank"
 
     query: str = Field(min_length=1)
     documents: list[str]

@@ -6,12 +6,14 @@ characters, by what workers measured; the scripts keep the sums for each queue.
 
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Final
 
-from penstock.keys import queue_name, split_queue
+from penstock.broker import Broker
+from penstock.discovery import Discovery
+from penstock.keys import queue_key, queue_name, split_queue
 from penstock.registry import ModelInfo, Registry
 from penstock.request import EmbedRequest, Lane, PoolName, Request, RerankRequest
 from penstock.scripts import Limits
@@ -163,14 +165,16 @@ class Router:
 
     It looks at the queues every `LOOK_S` and adds what this client sends in between: else all jobs would go
     to one pool until the next look. It goes back to the preferred pool at half the margin.
-
-    Args:
-        estimate: looks at a queue; takes its name and the lane.
     """
 
-    def __init__(self, estimate: Callable[[str, Lane], Awaitable[Estimate]]) -> None:
-        self._estimate = estimate
+    def __init__(self, broker: Broker, discovery: Discovery) -> None:
+        self._broker, self._discovery = broker, discovery
         self._choices: dict[tuple[str, Lane], _Choice] = {}
+
+    async def estimate(self, queue: str, lane: Lane) -> Estimate:
+        """Look at a queue."""
+        load = await self._broker.load(queue_key(queue, *lane))
+        return predict(queue, load, await self._discovery.registry())
 
     async def choose(self, model: ModelInfo, registry: Registry, lane: Lane) -> PoolName:
         """Return the pool for the next job of `model`."""
@@ -198,7 +202,7 @@ class Router:
     async def _look(
         self, model: ModelInfo, lane: Lane, pools: Sequence[PoolName], *, is_overflowing: bool
     ) -> _Choice:
-        found = {pool: await self._estimate(queue_name(pool, model.name), lane) for pool in pools}
+        found = {pool: await self.estimate(queue_name(pool, model.name), lane) for pool in pools}
         waits = {
             pool: each.predicted_wait_s for pool, each in found.items() if each.predicted_wait_s is not None
         }

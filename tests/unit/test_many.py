@@ -1,44 +1,31 @@
 """How many texts each job of `embed_many` has."""
 
-import asyncio
 from collections.abc import Iterable
 
 import pytest
 
 from penstock.errors import InvalidTextError
-from penstock.job import AsyncJob
-from penstock.many import FEWEST_TEXTS, TEXTS_PER_JOB, EmbedMany
-from penstock.registry import ModelInfo, Registry
-from penstock.result import Vectors
+from penstock.many import FEWEST_TEXTS, TEXTS_PER_JOB, Cutter
+from penstock.registry import Registry
 from tests.announced import model, worker
 
 MODEL = model("m", dim=4, max_tokens=8)
 
 
-class Announced:
-    """A model that some workers serve; nothing is sent."""
-
-    def __init__(self, n_workers: int, tokens_per_s: float | None = None) -> None:
-        speed = {} if tokens_per_s is None else {"m": tokens_per_s}
-        workers = tuple(
-            (worker(f"w{pid}", pid=pid, models=("m",), units_per_s=speed), 0.0) for pid in range(n_workers)
-        )
-        self._registry = Registry(models={"m": MODEL}, workers=workers, results=None)
-
-    async def look(self) -> tuple[Registry, ModelInfo]:
-        """Return both."""
-        return self._registry, MODEL
-
-    async def send(self, part: list[str]) -> AsyncJob[Vectors]:
-        """Fail."""
-        raise AssertionError(part)
+def served(n_workers: int, tokens_per_s: float | None = None) -> Registry:
+    """Return what clients see where this many workers serve the model."""
+    speed = {} if tokens_per_s is None else {"m": tokens_per_s}
+    workers = tuple(
+        (worker(f"w{pid}", pid=pid, models=("m",), units_per_s=speed), 0.0) for pid in range(n_workers)
+    )
+    return Registry(models={"m": MODEL}, workers=workers, results=None)
 
 
 def sizes(texts: Iterable[str], *, n_workers: int, tokens_per_s: float | None = None) -> list[int]:
-    many = EmbedMany(texts, Announced(n_workers, tokens_per_s), None)
-    asyncio.run(many.look())
+    cutter = Cutter(texts)
+    cutter.learn_workers(served(n_workers, tokens_per_s), MODEL)
     found = []
-    while cut := many.cut():
+    while cut := cutter.cut():
         found.append(len(cut))
     return found
 
@@ -80,4 +67,4 @@ def test_other_jobs_are_of_one_size(texts: Iterable[str], n_workers: int) -> Non
 def test_one_string_is_no_list_of_texts(texts: Iterable[str]) -> None:
     """A string instead of a list is refused: its characters would be embedded one by one."""
     with pytest.raises(InvalidTextError, match="pass an iterable of strings"):
-        EmbedMany(texts, Announced(1), None)
+        Cutter(texts)

@@ -153,7 +153,7 @@ async def patiently(
         left_s = None if ends_at is None else max(ends_at - time.monotonic(), _LEAST_S)
         return await call(**asked, timeout_s=left_s, deadline_s=left_s)
 
-    return await try_again(wait, attempt, left_s=min(limits, default=None), broker=client._broker)
+    return await try_again(wait, attempt, left_s=min(limits, default=None), broker=client._sender.broker)
 
 
 async def generate(client: AsyncClient, *, tool_choice: object = None, **asked: Any) -> GenerateResult:
