@@ -101,7 +101,7 @@ class Client:
     Args:
         url: Redis that holds the queues.
         results_url: Redis that holds the results; None takes what the workers announced.
-        connect_timeout_s: after this, seconds, an unreachable Redis is `BrokerUnavailableError`.
+        connect_timeout_s: seconds after which an unreachable Redis is a `BrokerUnavailableError`.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Client:
         _CLIENTS.add(self)
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle what it was made with, its password too; it connects anew where it is unpickled."""
+        """Pickle its arguments, the password too; the copy connects anew where it is unpickled."""
         made = partial(type(self), results_url=self._results_url, connect_timeout_s=self._connect_timeout_s)
         return made, (self._url,)
 
@@ -267,7 +267,7 @@ class Client:
                 raise ClientUseError(CLOSED)
             if self._running is None or self._running.is_inherited:  # a fork leaves the thread behind
                 self._running = Running(self._make)
-                # Who is dropped without `close` leaves neither a thread nor connections.
+                # A client that is dropped without `close` leaves neither a thread nor connections.
                 weakref.finalize(self, self._running.abandon).atexit = False
             return self._running
 

@@ -16,7 +16,7 @@ class Broker:
     """The Redis that holds the queues and the registry.
 
     Attributes:
-        clock: of this server, as each look at the registry tells it.
+        clock: clock of this server; each look at the registry sets it.
     """
 
     def __init__(self, url: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:

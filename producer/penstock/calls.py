@@ -1,4 +1,4 @@
-"""The calls of one client that are under way: each has one limit of time, and ends when the client closes."""
+"""The calls of one client: each has one time limit, and ends when the client closes."""
 
 import asyncio
 import contextlib
@@ -18,16 +18,16 @@ from penstock.errors import (
 from penstock.validation import is_number
 
 CALL_S: Final = 60.0
-"""Most that a call may take which has no limit of its own, such as a look at what is served."""
+"""Time limit of calls that have none of their own, such as a look at what is served, seconds."""
 TAKE_BACK_S: Final = 0.5
-"""How long a call that is left waits to see its job taken back; after that it is tried without it."""
+"""How long a cancelled call waits until its job is cancelled too, seconds; after that it does not wait."""
 CLOSE_S: Final = 5.0
-_TURNS: Final = 20  # of the loop, in which a call that is left tells the job that it shares
+_TURNS: Final = 20  # of the loop, in which a cancelled call tells the job that it shares
 
 CLOSED: Final = "it was closed; make a new one"
 CLOSING: Final = ClientUseError(CLOSED)
 TAKEN_BACK: Final = JobCancelledError("of a client that was closed")
-"""What a caller gets whose job is taken back because the client closes."""
+"""Error of a call whose job is cancelled because the client closes."""
 _NO_LOOP: Final = "AsyncClient needs a running asyncio event loop, and here is none; Client needs none"
 _OTHER_LOOP: Final = (
     "it belongs to another event loop, which still runs; make one for each loop, or a Client for all"
@@ -35,10 +35,10 @@ _OTHER_LOOP: Final = (
 
 
 class Calls:
-    """Of one client, in one event loop of one process.
+    """Calls of one client, in one event loop of one process.
 
     Attributes:
-        is_closed: whether no call can be made any more.
+        is_closed: True once no more calls can be made.
     """
 
     def __init__(self) -> None:
@@ -52,21 +52,21 @@ class Calls:
 
     @property
     def is_inherited(self) -> bool:
-        """Whether a fork has left all that is here with the parent."""
+        """True in a forked child: all that is here belongs to the parent."""
         return self._pid != os.getpid()
 
     @property
     def is_over(self) -> bool:
-        """Whether the loop has ended, or belongs to the parent process: whoever goes on begins anew."""
+        """True if the loop has ended, or belongs to the parent process: the client then begins anew."""
         if self._loop is None:
             return self.is_inherited
         return self.is_inherited or self._loop.is_closed()
 
     def check(self) -> None:
-        """Say whether a call can be made here.
+        """Check that a call can be made here.
 
         Raises:
-            ClientUseError: it cannot; tells why.
+            ClientUseError: no call can be made; the error tells why.
         """
         if self.is_closed:
             raise ClientUseError(CLOSED)
@@ -85,19 +85,19 @@ class Calls:
         """Return a block for one call; it ends after so many seconds, or with `closing` as the client does.
 
         Raises:
-            InvalidOptionError: that is no time.
+            InvalidOptionError: `timeout_s` is no time.
         """
         if timeout_s is not None and not (is_number(timeout_s) and timeout_s >= 0):
             raise InvalidOptionError("timeout_s", repr(timeout_s)[:80], "seconds from 0 on, or None")
         return Call(self, None if timeout_s is None or timeout_s == math.inf else timeout_s, job_id, closing)
 
     async def settle(self, work: Coroutine[Any, Any, object]) -> None:
-        """Do what a call that was left has to put in order; goes on by itself if that takes long."""
+        """Do what a cancelled call has to clean up; goes on in the background if that takes long."""
         task = self.later(work)
         await asyncio.wait([task], timeout=TAKE_BACK_S)
 
     def later(self, work: Coroutine[Any, Any, object]) -> "asyncio.Task[None]":
-        """Do it beside what goes on; its errors are nobody's."""
+        """Do it in the background; its errors are dropped."""
 
         async def carry_out() -> None:
             with contextlib.suppress(PenstockError, TimeoutError):
@@ -110,14 +110,14 @@ class Calls:
         return task
 
     async def settled(self) -> None:
-        """Wait a moment for what calls that were left put in order."""
+        """Wait a moment for what cancelled calls clean up."""
         for _ in range(_TURNS):
             await asyncio.sleep(0)
         if self._behind:
             await asyncio.wait(list(self._behind), timeout=TAKE_BACK_S)
 
     async def close(self) -> None:
-        """End all calls, and wait a moment for what they put in order."""
+        """End all calls, and wait a moment for what they clean up."""
         self.is_closed = True
         own = asyncio.current_task()
         self._is_empty.clear()
@@ -139,11 +139,11 @@ class Calls:
 
 
 class Call:
-    """One call; see `Calls.limited`. What cancels it is told as what it was.
+    """One call, as a block; see `Calls.limited`. Its error says what ended it.
 
     Attributes:
-        job_id: named by the error of a call that took too long.
-        task: in which it is made.
+        job_id: job that the error of a call which took too long names.
+        task: the task that makes it.
     """
 
     task: asyncio.Task[Any] | None
@@ -163,11 +163,11 @@ class Call:
 
     @property
     def is_late(self) -> bool:
-        """Whether its time is over."""
+        """True if its time is over."""
         return self._timeout.expired()
 
     def left_s(self) -> float | None:
-        """Return how much of its time is left."""
+        """Return how much of its time is left, seconds; None if it has no limit."""
         when = self._timeout.when()
         return None if when is None else max(0.0, when - asyncio.get_running_loop().time())
 

@@ -46,7 +46,7 @@ class AsyncClient:
     Args:
         url: Redis that holds the queues.
         results_url: Redis that holds the results; None takes what the workers announced.
-        connect_timeout_s: after this, seconds, an unreachable Redis is `BrokerUnavailableError`.
+        connect_timeout_s: seconds after which an unreachable Redis is a `BrokerUnavailableError`.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class AsyncClient:
         self._begin()
 
     def _begin(self) -> None:
-        """Have no connections yet, in whatever loop the first call comes from."""
+        """Begin without connections; the loop of the first call is the one that they will belong to."""
         self._calls = Calls()
         self._sender = Sender(
             self._url, self._results_url, self._calls, connect_timeout_s=self._connect_timeout_s
@@ -70,7 +70,7 @@ class AsyncClient:
         self._coalescer = Coalescer(self._sender)
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle what it was made with, its password too; it connects anew where it is unpickled."""
+        """Pickle its arguments, the password too; the copy connects anew where it is unpickled."""
         made = partial(type(self), results_url=self._results_url, connect_timeout_s=self._connect_timeout_s)
         return made, (self._url,)
 
@@ -93,7 +93,7 @@ class AsyncClient:
                 await self._sender.close()
 
     def _call(self, timeout_s: float | None = CALL_S, *, closing: PenstockError = CLOSING) -> Call:
-        """Return the block that a public call is made in."""
+        """Return the block in which a public call runs; begins anew where the earlier loop has ended."""
         if self._calls.is_over and not self._calls.is_closed:
             if self._calls.is_inherited:
                 # Collecting the parent's connections would change what both processes wait on.
@@ -132,13 +132,13 @@ class AsyncClient:
     ) -> Vectors:
         """Embed `texts`, keeping their order.
 
-        Calls of a few texts each that are made at the same time go as common jobs; see `penstock.coalescer`.
+        Calls of a few texts each that are made at the same time share jobs; see `penstock.coalescer`.
 
         Args:
             texts: up to the model's `max_texts`; `embed_many` takes any number.
             model: name it is served under.
-            timeout_s: how long the call may take, seconds; None waits for as long as it takes. Texts
-                that nobody waits for any more are not computed, if no worker has begun.
+            timeout_s: time limit of the call, seconds; None waits for as long as it takes. Texts that nobody
+                waits for any more are not computed, if no worker has begun.
             **options: see `EmbedOptions`.
 
         Returns:
@@ -187,8 +187,8 @@ class AsyncClient:
             prompt: the user's turn; None answers the last turn of `history`, such as a tool's. With
                 `mode="complete"` the text to go on with.
             model: name it is served under.
-            timeout_s: how long the call may take, seconds; None waits for as long as it takes. A call
-                that is cancelled takes its job back.
+            timeout_s: time limit of the call, seconds; None waits for as long as it takes. If the call is
+                cancelled, its job is too.
             **options: see `GenerateOptions`.
 
         Raises:
@@ -236,9 +236,9 @@ class AsyncClient:
             prompt: the user's turn; None answers the last turn of `history`, such as a tool's. With
                 `mode="complete"` the text to go on with.
             model: name it is served under.
-            on_restart: when a job begins again, `hide` leaves out what it repeats, and `show` yields a piece
-                with `is_restart` and the text from its beginning.
-            timeout_s: how long to wait for the next piece, seconds; None waits for as long as it takes.
+            on_restart: behaviour when a job begins again: `hide` leaves out what it repeats, `show`
+                yields a piece with `is_restart` and the text from its beginning.
+            timeout_s: longest wait for the next piece, seconds; None waits for as long as it takes.
             **options: see `GenerateOptions`.
 
         Yields:
@@ -274,11 +274,11 @@ class AsyncClient:
         """Score how well each document answers `query`, with a cross-encoder.
 
         Args:
-            query: what is asked.
+            query: the question.
             documents: up to the model's `max_texts`.
             model: name it is served under.
-            timeout_s: how long the call may take, seconds; None waits for as long as it takes. A call
-                that is cancelled takes its job back.
+            timeout_s: time limit of the call, seconds; None waits for as long as it takes. If the call is
+                cancelled, its job is too.
             **options: see `RerankOptions`.
 
         Returns:
@@ -333,7 +333,7 @@ class AsyncClient:
             texts: read as needed, never all at once.
             model: name it is served under.
             progress: show a bar on standard error, where that is a terminal.
-            timeout_s: how long to wait until the next of the jobs under way ends, seconds.
+            timeout_s: longest wait for the next job to end, seconds.
             **options: see `EmbedOptions`.
 
         Yields:

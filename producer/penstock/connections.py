@@ -43,7 +43,7 @@ MOST_CONNECT_S: Final = 600.0
 ANSWER_TIMEOUT_S: Final = 10.0
 MAX_CONNECTIONS: Final = 8
 HEALTH_CHECK_S: Final = 25
-"""A connection that lay idle for so long is asked before it is used."""
+"""A connection that was idle for this long is checked before it is used, seconds."""
 
 _HEAD_BYTES: Final = 1 << 12
 _MOST_DIGITS: Final = 12
@@ -56,7 +56,7 @@ def checked_connect_timeout(connect_timeout_s: object) -> float:
     """Return the time limit of connecting that a caller gave, seconds.
 
     Raises:
-        ConfigError: it is no time, or too long.
+        ConfigError: the value is no time, or too long.
     """
     if not (is_number(connect_timeout_s) and 0 < connect_timeout_s <= MOST_CONNECT_S):
         told = repr(connect_timeout_s)[:80]
@@ -94,9 +94,9 @@ def connect_sync(url: str, *, answer_timeout_s: float = ANSWER_TIMEOUT_S, n_retr
     """Return a client that does not await; see `connect`.
 
     Args:
-        url: of the server.
-        answer_timeout_s: how long to wait for the next bytes of an answer, seconds.
-        n_retries: where a connection broke. None where that has to be known: redis-py hides it.
+        url: URL of the server.
+        answer_timeout_s: longest wait for the next bytes of an answer, seconds.
+        n_retries: retries after a connection broke; 0 where that must be known: redis-py hides it.
     """
     options: dict[str, Any] = {
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
@@ -127,7 +127,7 @@ def get_large(client: redis.Redis, key: str) -> bytes | memoryview | None:
     Raises:
         OSError: silence for longer than the client's limit.
         redis.RedisError: see `client.get`.
-        ResultDecodeError: it is larger than a result can be.
+        ResultDecodeError: the value is larger than a result can be.
     """
     pool = client.connection_pool
     connection: Any = pool.get_connection()
@@ -184,7 +184,7 @@ class _Pool(aioredis.BlockingConnectionPool):
     async def release(self, connection: AbstractConnection) -> None:
         """Take a connection back; one that broke casts doubt on all that lie idle.
 
-        A network that dropped its connections tells nobody: each would cost one more caller his time limit.
+        A network that dropped its connections tells nobody: each would cost one more caller their time limit.
         """
         await super().release(connection)
         if not connection.is_connected:
@@ -240,8 +240,8 @@ def redis_errors(url: str) -> Iterator[None]:
     """Turn what redis-py raises into our errors; `url` is named in them without its password.
 
     Raises:
-        BrokerRefusedError: it answered and refused, or sent what is no answer of Redis.
-        BrokerUnavailableError: it did not answer in time.
+        BrokerRefusedError: the server refused, or sent what is no answer of Redis.
+        BrokerUnavailableError: the server did not answer in time.
     """
     try:
         yield

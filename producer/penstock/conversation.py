@@ -1,4 +1,4 @@
-"""What a conversation is made of, in OpenAI's form: turns, tools, calls of tools, and response formats."""
+"""Conversations in OpenAI's form: turns, tools, calls of tools, and response formats."""
 
 import contextlib
 import json
@@ -48,7 +48,7 @@ class CalledFunction(TypedDict):
 
 @_exact
 class ToolCall(TypedDict):
-    """What an assistant's turn asks of a tool, in OpenAI's form."""
+    """A call of a tool in an assistant's turn, in OpenAI's form."""
 
     function: CalledFunction
     type: NotRequired[Literal["function"]]
@@ -59,12 +59,12 @@ class Message(BaseModel):
     """One turn of a conversation, in OpenAI's form.
 
     Attributes:
-        role: who speaks; `tool` is a function that answers a call of the assistant.
-        content: what is said; a message may leave it out beside `tool_calls`.
-        reasoning: what the assistant thought before; many templates leave it out of older turns.
-        tool_calls: the assistant's.
-        tool_call_id: which call a tool's turn answers.
-        name: of the function whose turn it is.
+        role: the speaker; `tool` is a function that answers a call of the assistant.
+        content: the text; a message may leave it out beside `tool_calls`.
+        reasoning: the assistant's thoughts before the text; many templates leave them out of older turns.
+        tool_calls: calls that the assistant makes.
+        tool_call_id: id of the call that a tool's turn answers.
+        name: name of the function whose turn it is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -158,8 +158,8 @@ def check_json(name: str, wanted: object, limit: int) -> None:
     """Check what is passed on as JSON.
 
     Raises:
-        InvalidOptionError: it is not plain JSON, or nested too deep.
-        RequestTooLargeError: it has more than `limit` bytes in UTF-8.
+        InvalidOptionError: the value is not plain JSON, or is nested too deep.
+        RequestTooLargeError: the value has more than `limit` bytes in UTF-8.
     """
     too_deep = InvalidOptionError(name, "too deep", f"at most {MAX_FORMAT_DEPTH} levels")
     try:

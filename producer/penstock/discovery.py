@@ -51,7 +51,7 @@ class Discovery:
 
         Raises:
             UnknownModelError: no worker announced it.
-            WrongTaskError: it does not do this task.
+            WrongTaskError: the model does not do this task.
         """
         registry = await self.registry()
         if name not in registry.models:
@@ -114,7 +114,7 @@ class StoreFinder:
         """Return the store, connected, and with its inbox open.
 
         Raises:
-            TransportError: it cannot be reached, or refuses.
+            TransportError: the store cannot be reached, or refuses.
             ConfigError: results are at another server, which the client was not told.
         """
         async with self._opening:

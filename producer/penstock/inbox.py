@@ -32,7 +32,7 @@ class Note(asyncio.Event):
     """Set when a job may have ended.
 
     Attributes:
-        payload: its result record, if that came along.
+        payload: result record of the job, if that came along.
     """
 
     payload: bytes | None = None

@@ -28,7 +28,7 @@ RESULT_TIMEOUT_S: Final = 600.0
 
 
 class JobState(StrEnum):
-    """Where a job is."""
+    """State of a job."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -50,7 +50,7 @@ class AsyncJob(Generic[T]):
     """A job that was sent. Made by `AsyncClient.submit_embed`, `submit_generate` and `job`.
 
     Attributes:
-        id: whoever knows it can read the result.
+        id: id of the job. Whoever knows it can read the result.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class AsyncJob(Generic[T]):
         """Wait for the result; can be called again, until it expires.
 
         Args:
-            timeout_s: how long to wait, seconds; None waits for as long as it takes.
+            timeout_s: longest wait, seconds; None waits for as long as it takes.
 
         Returns:
             Vectors, see `penstock.result.Vectors`, of an embedding job; else the answer.
 
         Raises:
-            ResultTimeoutError: it did not come in time; the job goes on.
+            ResultTimeoutError: the result did not come in time; the job goes on.
             ResultExpiredError: the job ended, and its result is no longer kept.
             UnknownJobError: no job of this id was sent.
             PenstockError: whatever the worker raised.
@@ -145,7 +145,7 @@ class AsyncJob(Generic[T]):
             return _ENDED[record] if outcome else JobState.EXPIRED
 
     async def cancel(self) -> bool:
-        """Take the job back; whoever waits for it gets `JobCancelledError`.
+        """Cancel the job; whoever waits for it gets `JobCancelledError`.
 
         Returns:
             True if it had not ended. A job that still waits is then never computed; of what a worker has
@@ -159,7 +159,7 @@ class AsyncJob(Generic[T]):
         return await self._store.end(self.id, JobCancelledError(self.id), must_be_sent=self._is_recorded)
 
     async def take_back(self) -> None:
-        """Cancel it for a caller who has left; what keeps that from happening is nobody's error."""
+        """Cancel it for a caller who has left; errors of that are dropped."""
         if not self._store.calls.is_over:
             await self._store.calls.settle(self.end())
 
@@ -175,7 +175,7 @@ class AsyncJob(Generic[T]):
         )
 
     def know(self, earlier: "AsyncJob[T]") -> None:
-        """Take over how the job ended from an earlier object of it."""
+        """Take over the end of the job from an earlier object of it."""
         self._outcome = self._outcome or earlier._outcome
 
     @property
@@ -210,7 +210,7 @@ class AsyncJob(Generic[T]):
 
     def _told(self) -> Outcome | None:
         payload, self._note.payload = self._note.payload, None  # it may be forgotten before the next look
-        # Anyone may publish on a channel whose name he knows; only what is stored is an answer, or an error.
+        # Anyone who knows a channel's name may publish there; only what is stored is an answer, or an error.
         with contextlib.suppress(ResultDecodeError):
             return decode_outcome(self.id, payload) if payload else None
         return None

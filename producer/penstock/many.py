@@ -56,8 +56,8 @@ class _Sent:
         job: the job itself.
         answer: task that waits for its vectors, shape (n_texts, dim).
         n_texts: number of its texts.
-        n_characters: their characters.
-        is_ended: whether it was seen to have ended.
+        n_characters: number of characters in these.
+        is_ended: True once its end was seen.
     """
 
     job: AsyncJob[Vectors]
@@ -136,7 +136,7 @@ class EmbedMany:
         model: name it is served under.
         options: options of the call. Without `wait` it waits for room in the queue: a full one is what so
             many texts lead to.
-        timeout_s: how long to wait until the next job ends, seconds.
+        timeout_s: longest wait for the next job to end, seconds.
     """
 
     def __init__(

@@ -28,9 +28,9 @@ def encode_message(
     origin: str,
     n_tokens: int | None = None,
 ) -> bytes:
-    """Return what is pushed onto the queue's list.
+    """Return a message as it is pushed onto the queue's list.
 
-    With `n_tokens`, what it is expected to cost, it has to be pushed by the script `push`, which counts it.
+    With `n_tokens`, its estimated cost, only the script `push` may push it: that one counts it.
 
     Raises:
         RequestTooLargeError: escaped as JSON it has more bytes than a worker would take.
@@ -85,7 +85,7 @@ def decode_request(task: str, args: tuple[object, ...], kwargs: Mapping[str, Any
     """Read a message's arguments.
 
     Raises:
-        RequestError: which field, its value, and what is allowed.
+        RequestError: a field is wrong; the error tells which, its value, and what is allowed.
     """
     if args:
         raise InvalidMessageError(f"{len(args)} positional arguments; all fields are keyword arguments")

@@ -1,7 +1,7 @@
-"""Whether records that came from the result store hold what their types say.
+"""Checks that records from the result store hold what their types say.
 
-Annotations are no checks: a store that is broken, or not ours, could put any JSON into any field, and the
-caller would meet it somewhere in his own code.
+Annotations are no checks: a store that is broken, or not ours, could put any JSON into any field, and
+callers would meet it somewhere in their own code.
 """
 
 from collections.abc import Callable, Mapping

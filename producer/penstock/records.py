@@ -36,15 +36,15 @@ MAX_RESULT_BYTES = 512 << 20
 """Redis' own limit of one string: `proto-max-bulk-len`, 512 MB by default."""
 
 MAX_HEADER_BYTES = 32 << 20
-"""An answer's text is in the header; many times what a context window holds."""
+"""Limit of a header, which holds an answer's text: many times what a context window holds."""
 MAX_STRUCTURE_BYTES = 2 << 20
-"""Of a header, apart from its texts: three bytes of `{},` become sixty in memory, and more."""
+"""Limit of a header without its texts: three bytes of `{},` become sixty in memory, and more."""
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a job ended: a result, or the error that its caller gets."""
+    """The end of a job: a result, or the error that its caller gets."""
 
     status: Literal["SUCCESS", "FAILURE", "REVOKED"]
     result: Result | None = None
@@ -76,7 +76,7 @@ def encode_meta(meta: Any) -> bytes:
             return {"__record__": type(value).__name__, **present}
         raise TypeError(f"{type(value).__name__} objects are not sent")
 
-    # A lone surrogate, in what an error quotes, must not cost the caller his error.
+    # A lone surrogate, in what an error quotes, must not cost the caller the error.
     text = json.dumps(meta, default=default, ensure_ascii=False, separators=(",", ":"))
     header = text.encode(errors="replace")
     header += b" " * (-(PREAMBLE.size + len(header)) % ALIGNMENT)

@@ -1,4 +1,4 @@
-"""Which models are served, by which workers: workers announce, clients discover.
+"""The registry of models and workers: workers announce, clients discover.
 
 | key (broker's Redis) | type | holds |
 | --- | --- | --- |
@@ -28,7 +28,7 @@ from penstock.urls import mask_url as mask_url
 
 HEARTBEAT_S: Final = 2.0
 ALIVE_S: Final = 15.0
-"""A worker that was silent for longer counts as gone."""
+"""A worker that is silent for longer counts as gone, seconds."""
 
 _UNREADABLE: Final = (AttributeError, RecursionError, TypeError, ValueError)
 
@@ -40,26 +40,26 @@ BEAT: Final = script("beat")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What clients must know of a model.
+    """A model, as clients know it.
 
     Attributes:
         name: the name it is served under.
-        task: what it does.
+        task: kind of work that it does.
         pools: pools that serve it, the preferred one first.
         dim: width of its vectors; None for a generation model.
         max_tokens: length limit of a text, or the context window, tokens.
         max_texts: texts in one job.
         deadline_s: deadline of jobs that name none, seconds after they were sent.
         dtype: number format that it computes in; `remote` where another server does.
-        batching: how texts or requests share forward passes, as the engine calls it: `packed` end to end or
-            `padded` to the longest, by torch or `padded, OpenVINO`; for generation see
+        batching: way in which texts or requests share forward passes, in the engine's words: `packed` end to
+            end or `padded` to the longest, by torch or `padded, OpenVINO`; for generation see
             `generation.batch_mode.BatchMode`.
         int8_ranges: lowest and highest values behind its int8 vectors, for each dimension, or one for all; an
             int8 v stands for lowest + (v + 128.5) * (highest - lowest) / 255. The latter are for vectors of
             unit length, and sqrt(dim / truncate_dim) times as wide for those that were cut and normalised.
-        max_waiting_jobs: of one queue, those that workers hold included; None is no limit.
-        max_waiting_tokens: of these jobs.
-        max_waiting_bytes: of their messages.
+        max_waiting_jobs: most jobs of one queue, those that workers hold included; None is no limit.
+        max_waiting_tokens: most tokens of these jobs; None is no limit.
+        max_waiting_bytes: most bytes of their messages; None is no limit.
     """
 
     name: str
@@ -92,22 +92,22 @@ class WorkerInfo:
 
     Attributes:
         id: unique to the process.
-        host: its machine.
-        pid: its process id there.
-        pool: what hardware it works on.
+        host: name of the machine.
+        pid: process id on that machine.
+        pool: kind of hardware that it works on.
         device: the device in torch's words.
         state: `ready` takes jobs; `stalled` has a forward pass without end, or lost a background thread.
         models: names it serves.
         started_at: Unix seconds on the broker's clock.
-        load_s: how long each model took to load, seconds.
+        load_s: load time of each model, seconds.
         memory_bytes: resident memory of the process.
-        units_per_s: measured speed by model: tokens of texts, or of prompts and answers, per second.
-        tokens_per_character: measured by model: prompt tokens in a character of what was sent.
-        answer_tokens: measured by model: tokens of an answer.
-        cache_hits: texts by model that were answered without computing, where vectors are cached.
-        cache_misses: texts by model that were computed, where vectors are cached.
-        upstreams: what is wrong with the servers of remote models, by model; without those that are well.
-        note: why it is not ready, else empty.
+        units_per_s: measured speed by model, tokens of texts, or of prompts and answers, per second.
+        tokens_per_character: measured prompt tokens per character of what was sent, by model.
+        answer_tokens: measured tokens of an answer, by model.
+        cache_hits: texts that the cache of vectors answered, by model.
+        cache_misses: texts that had to be computed where vectors are cached, by model.
+        upstreams: problems of the servers of remote models, by model; without those that are well.
+        note: reason why it is not ready, else empty.
     """
 
     id: str
@@ -135,12 +135,12 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
-    """What one worker knows of all that is told once.
+    """The part of a heartbeat that is told once: what a worker knows besides itself.
 
     Attributes:
-        values: by entry, as the script `BEAT` names them: `results`, `model:<name>`, `tenant:<name>`.
-        others: models of its settings that it does not serve.
-        queues: that it takes jobs from.
+        values: entries by their names in the script `BEAT`: `results`, `model:<name>`, `tenant:<name>`.
+        others: models of the worker's settings that it does not serve.
+        queues: queues that it takes jobs from.
     """
 
     values: Mapping[str, str]
@@ -167,9 +167,9 @@ class Registry:
     """One look at what is served.
 
     Attributes:
-        models: by name, also those whose workers are gone.
-        workers: all that announced themselves, with the seconds since their last heartbeat.
-        results: where results are kept, see `urls.locate_results`; None before the first worker.
+        models: models by name; those whose workers are gone too.
+        workers: workers that announced themselves, each with the seconds since its last heartbeat.
+        results: place of the results, see `urls.locate_results`; None before the first worker.
     """
 
     models: Mapping[str, ModelInfo]
@@ -211,9 +211,9 @@ class Registry:
         return next(filter(None, told), "")
 
     def tokens_per_s(self, model: str, pool: str) -> float | None:
-        """Return what the ready workers of a model do together; None before the first has measured itself.
+        """Return the speed of a model's ready workers together; None before the first has measured itself.
 
-        One that has not is taken for like the others.
+        Unmeasured workers count with the average.
         """
         speeds = self.speeds(model, pool)
         return fmean(speeds) * self.ready_workers(model, pool) if speeds else None

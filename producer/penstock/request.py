@@ -1,4 +1,4 @@
-"""What a caller asks: the fields of a request, their ranges, and what is refused before it is sent.
+"""Requests: their fields, the ranges of these, and what is refused before it is sent.
 
 pydantic models, not dataclasses: the same classes read keyword arguments, queue messages and the
 configuration file, and each range stands in one place.
@@ -40,7 +40,7 @@ MAX_CHOICES = 16
 """Answers to one request: as many as a batch has by default."""
 
 Task = Literal["embed", "generate", "rerank"]
-"""What a model does."""
+"""Kind of work that a model does."""
 PoolName = Literal["gpu", "cpu"]
 Precision = Literal["float32", "float16", "int8", "binary", "ubinary"]
 Truncation = Literal["error", "oldest_turns", "middle"]
@@ -48,7 +48,7 @@ Mode = Literal["chat", "complete"]
 
 
 class Priority(IntEnum):
-    """Which waiting jobs go first; the number is the one that Celery and kombu use on Redis."""
+    """Order of waiting jobs, urgent ones first; the numbers are those of Celery and kombu on Redis."""
 
     INTERACTIVE = 0
     DEFAULT = 3
@@ -57,11 +57,11 @@ class Priority(IntEnum):
 
 PriorityName = Literal["interactive", "default", "batch"]
 TENANT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
-"""What a tenant may be called."""
+"""Names that a tenant may have."""
 
 
 class Lane(NamedTuple):
-    """Where in a queue a job waits."""
+    """Place of a job in a queue: its priority, and its tenant."""
 
     priority: Priority
     tenant: str = ""
@@ -82,13 +82,13 @@ class GenerationOptions(BaseModel):
         min_p: drop tokens below this share of the likeliest one's probability.
         repetition_penalty: 1 is none; Keskar et al. 2019, arXiv:1909.05858, section 4.1.
         presence_penalty: taken from the logits of tokens that the answer already has; 0 is none.
-        seed: makes sampling repeatable, alone and in company.
+        seed: makes sampling repeatable, whatever else is in the batch.
         stop: the answer ends before the first of these; at most 16, at most 256 characters each.
         stop_token_ids: tokens that end the answer, besides the model's own; at most 64.
-        truncation: what to do with a prompt that leaves no room for the answer: `oldest_turns` leaves turns
+        truncation: way to shorten a prompt that leaves no room for the answer: `oldest_turns` leaves turns
             out, `middle` the middle of the longest one of user or tool. The system prompt and the end of
             the last turn always stay.
-        enable_thinking: whether the model thinks before it answers, where its chat template has a switch.
+        enable_thinking: let the model think before it answers, where its chat template has a switch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -143,7 +143,7 @@ class _Request(BaseModel):
         """Check the fields of a call or of a message.
 
         Raises:
-            RequestError: which field, its value, and what is allowed.
+            RequestError: a field is wrong; the error tells which, its value, and what is allowed.
         """
         try:
             return cls.model_validate(fields)
@@ -167,8 +167,8 @@ class EmbedRequest(_Request):
         precision: `float32`, `float16`; `int8`: each dimension in 256 steps of the model's range
             (`ModelInfo.int8_ranges`); `ubinary`: signs, eight dimensions in each uint8, the first in the
             highest bit; `binary`: the same less 128, int8. Cut and normalised before.
-        sent_at: when the request left its sender, Unix seconds on the broker's clock.
-        deadline: after this the request is not worth computing, Unix seconds on the broker's clock.
+        sent_at: time at which the request left its sender, Unix seconds on the broker's clock.
+        deadline: time after which the request is not worth computing, Unix seconds on the broker's clock.
     """
 
     task: ClassVar[Task] = "embed"
@@ -194,7 +194,7 @@ class EmbedRequest(_Request):
 
     @property
     def n_characters(self) -> int:
-        """Of all texts."""
+        """Number of characters of all texts."""
         return sum(map(len, self.texts))
 
     def summary(self) -> str:
@@ -207,21 +207,21 @@ class GenerateRequest(_Request, GenerationOptions):
 
     Attributes:
         prompt: the user's turn to answer; None answers the last turn of `history`.
-        system_prompt: how to answer.
+        system_prompt: instructions on how to answer.
         history: earlier turns, oldest first.
         tools: functions that the model may ask for.
         mode: `complete` goes on with the prompt as it is: no chat template, and control tokens that it holds
             are control tokens.
         stream: the text can be read while it is generated.
-        n: how many answers, each drawn with a seed of its own that follows from `seed`, the first with `seed`
-            itself; all are equal where `temperature` is 0. A stream has one.
+        n: number of answers. Each is drawn with a seed of its own that follows from `seed`, the first with
+            `seed` itself; all are equal where `temperature` is 0. A stream has one.
         logprobs: tell the log-probability of each token of the answer: the model's own, before penalties,
             formats and temperature.
-        top_logprobs: also those of this many of the likeliest tokens at each place; needs `logprobs`.
-        response_format: what the answer has to be; it alone then says where the answer ends, so a call that
-            sets `stop` or `stop_token_ids` too is refused. What the model thinks before is not bound by it.
-        sent_at: when the request left its sender, Unix seconds on the broker's clock.
-        deadline: after this the request is not worth computing, Unix seconds on the broker's clock.
+        top_logprobs: number of the likeliest tokens at each place to tell them of too; needs `logprobs`.
+        response_format: form that the answer has to have. It alone then says where the answer ends, so a call
+            that sets `stop` or `stop_token_ids` too is refused. The model's thoughts before it are free.
+        sent_at: time at which the request left its sender, Unix seconds on the broker's clock.
+        deadline: time after which the request is not worth computing, Unix seconds on the broker's clock.
     """
 
     task: ClassVar[Task] = "generate"
@@ -311,7 +311,7 @@ class GenerateRequest(_Request, GenerationOptions):
 
     @property
     def n_characters(self) -> int:
-        """Of all turns."""
+        """Number of characters of all turns."""
         return sum(len(turn.content) for turn in self.messages())
 
     def summary(self) -> str:
@@ -323,11 +323,11 @@ class RerankRequest(_Request):
     """Documents to bring into order by how well they answer a query, with a cross-encoder.
 
     Attributes:
-        query: what is asked.
+        query: the question.
         documents: any number up to the model's limit.
-        top_n: how many of the best are in the order; None takes all.
-        sent_at: when the request left its sender, Unix seconds on the broker's clock.
-        deadline: after this the request is not worth computing, Unix seconds on the broker's clock.
+        top_n: number of documents in the order, the best ones; None takes all.
+        sent_at: time at which the request left its sender, Unix seconds on the broker's clock.
+        deadline: time after which the request is not worth computing, Unix seconds on the broker's clock.
     """
 
     task: ClassVar[Task] = "rerank"
@@ -343,7 +343,7 @@ class RerankRequest(_Request):
 
     @property
     def n_characters(self) -> int:
-        """Of all documents, each with the query before it."""
+        """Number of characters of all documents, each with the query before it."""
         return sum(map(len, self.documents)) + len(self.documents) * len(self.query)
 
     def summary(self) -> str:

@@ -1,4 +1,4 @@
-"""What comes back from a job."""
+"""Results of jobs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +19,11 @@ class Timings:
     """Where a job's time went, seconds.
 
     Attributes:
-        queued_s: from the sender's clock to the worker's: in the queue, and any difference of the clocks.
-        prepared_s: checking and tokenizing; with a cache of vectors, asking it, and waiting for other jobs.
-        batched_s: waiting for a place in a batch.
-        computed_s: from the first forward pass that held a part of the job to the last one's end.
+        queued_s: time in the queue, from the sender's clock to the worker's, with any difference of the two.
+        prepared_s: time of checking and tokenizing; with a cache of vectors, of asking it, and of waiting for
+            other jobs.
+        batched_s: time of waiting for a place in a batch.
+        computed_s: time from the first forward pass that held a part of the job to the end of the last one.
     """
 
     queued_s: float
@@ -33,12 +34,12 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What a job cost, in tokens of its model.
+    """Cost of a job, in tokens of its model.
 
     Attributes:
-        prompt_tokens: computed for the prompt.
-        completion_tokens: of the answer, reasoning included.
-        cut_tokens: of the conversation that `truncation` left out; None: nothing was.
+        prompt_tokens: tokens that were computed for the prompt.
+        completion_tokens: tokens of the answer, reasoning included.
+        cut_tokens: tokens of the conversation that `truncation` left out; None if it left nothing out.
     """
 
     prompt_tokens: int
@@ -60,7 +61,7 @@ class EmbedResult:
         vectors: see `Vectors`; rows in the order of the texts.
         usage: tokens after truncation to the model's length limit, special tokens included; those of texts
             whose vectors were in the worker's cache count as if they had been computed.
-        timings: where the time went.
+        timings: the job's time, by what it went into.
     """
 
     model: str
@@ -78,8 +79,8 @@ class TokenLogprob:
     """A token and how likely the model found it.
 
     Attributes:
-        token: its text; what is no whole character is replaced.
-        bytes: what it stands for in UTF-8; those of all tokens of an answer, put together, are its text.
+        token: text of the token; what is no whole character is replaced.
+        bytes: UTF-8 bytes of the token; those of all tokens of an answer, put together, are its text.
         logprob: natural logarithm of its probability.
         top: the likeliest tokens at its place, likeliest first, as many as the request asked for.
     """
@@ -97,10 +98,10 @@ class Logprobs(Sequence[TokenLogprob]):
     They are the model's own, before penalties, formats and temperature.
 
     Attributes:
-        ids: at each place the token that was chosen, then the likeliest ones; int32, shape
+        ids: ids of the token that was chosen at each place, then of the likeliest ones; int32, shape
             (n_tokens, 1 + top_logprobs). Of a remote model, numbers in the order of their first places; -1
             where its server told fewer.
-        values: their log-probabilities, float32, of the same shape; -inf where there is none.
+        values: log-probabilities of these tokens, float32, of the same shape; -inf where there is none.
         tokens: token id, in digits -> its bytes, as characters of the same numbers (Latin-1).
     """
 
@@ -159,12 +160,12 @@ class GenerateResult:
         text: the new text alone; stop strings are left out.
         finish_reason: `stop` if the model or a stop string ended it, `length` if a limit did.
         usage: tokens of prompt and answers; the prompt's once.
-        timings: where the time went.
-        reasoning: what the model thought before the text, where its chat template marks that; else None.
-        tool_calls: those in the text, in OpenAI's form, ready for `history`; only where `tools` were given
-            and the model's tokenizer says how to read its calls (`response_template`), else None. The text
-            has them too, as the model wrote them; not that of a remote model, whose server reads them.
-        logprobs: of its tokens, those of its reasoning among them, if the request asked for them.
+        timings: the job's time, by what it went into.
+        reasoning: thoughts of the model before the text, where its chat template marks them; else None.
+        tool_calls: calls of tools in the text, in OpenAI's form, ready for `history`; only where `tools` were
+            given and the model's tokenizer says how to read its calls (`response_template`), else None. The
+            text has them too, as the model wrote them; not that of a remote model, whose server reads them.
+        logprobs: log-probabilities of its tokens, of the reasoning too, if the request asked for them.
         others: the answers after the first; `choices` has all.
     """
 
@@ -205,7 +206,7 @@ class RerankResult:
         scores: float32, shape (n_documents,), in the order of the request; higher is better.
         order: places of documents in the request, the best first, as many as `top_n` asked for.
         usage: tokens of the pairs of query and document, after truncation, special tokens included.
-        timings: where the time went.
+        timings: the job's time, by what it went into.
     """
 
     model: str

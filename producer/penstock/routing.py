@@ -1,4 +1,4 @@
-"""Which pool a job goes to, how long it will wait there, and what its queue still takes.
+"""The choice of a pool: how long a job will wait there, and what its queue still takes.
 
 A job costs tokens: those of its texts, or of its prompt and the expected answer. Senders estimate them from
 characters, by what workers measured; the scripts keep the sums for each queue.
@@ -109,9 +109,9 @@ def queue_limits(
     """Return the limits under which a queue takes these requests.
 
     Args:
-        model: what they ask.
-        registry: who serves it.
-        pool: where they go.
+        model: model that they ask.
+        registry: workers that serve it.
+        pool: pool that they go to.
         requests: requests of one send.
         n_tokens: estimated cost of each of them.
         now_s: time of the broker's clock, which their deadlines go by.
@@ -147,12 +147,12 @@ def count_tokens(request: Request, registry: Registry, model: ModelInfo) -> int:
 
 @dataclass(slots=True)
 class _Choice:
-    """Which pool a model's jobs go to, and why.
+    """The choice between a model's pools, and its reasons.
 
     Attributes:
         waits: predicted wait of each pool, seconds; includes what was sent since the last look.
         looked_at: time of the last look, on this process' monotonic clock.
-        is_overflowing: whether jobs go to the second pool.
+        is_overflowing: True while jobs go to the second pool.
     """
 
     waits: dict[PoolName, float]

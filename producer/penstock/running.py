@@ -74,7 +74,7 @@ class Running:
         make: makes the client.
 
     Attributes:
-        client: whose methods `run` runs.
+        client: the client whose methods `run` runs.
     """
 
     def __init__(self, make: Callable[[], AsyncClient]) -> None:
@@ -89,14 +89,14 @@ class Running:
 
     @property
     def is_inherited(self) -> bool:
-        """Whether a fork has left its thread with the parent."""
+        """True in a forked child: its thread stayed with the parent."""
         return self._pid != os.getpid()
 
     def run(self, work: Coroutine[Any, Any, S]) -> S:
         """Return what `work` returns; whoever leaves before, by any exception, cancels it.
 
         Raises:
-            ClientUseError: it cannot be run here; tells why.
+            ClientUseError: it cannot run here; the error tells why.
         """
         carried = self._carry(work)
         try:
@@ -109,7 +109,7 @@ class Running:
             raise
 
     async def wait(self, work: Coroutine[Any, Any, S]) -> S:
-        """Return what `work` returns; it runs in this loop, the caller waits in his own."""
+        """Return what `work` returns; it runs in this loop, the caller waits in their own."""
         carried = self._carry(work)
         answer = asyncio.wrap_future(carried.future)
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # its caller may be gone
@@ -244,7 +244,7 @@ def _home() -> _Home:
 
     Raises:
         OSError: the process can open no more files.
-        RuntimeError: it can start no more threads.
+        RuntimeError: the process can start no more threads.
         ClientUseError: no event loop can run in this process.
     """
     gevent = sys.modules.get("gevent.monkey")

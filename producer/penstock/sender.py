@@ -71,7 +71,7 @@ class Sender:
         Everything that can be known before sending is checked here.
 
         Args:
-            kind: what is asked.
+            kind: kind of the request.
             fields: fields of the request, and options of sending.
 
         Raises:
@@ -97,7 +97,7 @@ class Sender:
 
         Args:
             requests: checked requests.
-            lane: where in the queue they go.
+            lane: their place in the queue.
             is_recorded: note that they are sent, before they are queued: an error then means that nothing
                 runs. Needed where a caller is told the id; else this round trip is saved.
 

@@ -20,15 +20,15 @@ _OPTIONS: Final = {"master_name", "sentinel_password"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SentinelUrl:
-    """What a `sentinel://` URL says.
+    """The parts of a `sentinel://` URL.
 
     Attributes:
-        sentinels: Host and port of each; the first that answers names the server.
-        master_name: The sentinels' name for the server.
-        db: Database number.
-        username: User name at the server.
-        password: Password at the server.
-        sentinel_password: Password at the sentinels themselves.
+        sentinels: host and port of each; the first that answers names the server.
+        master_name: the sentinels' name of the server.
+        db: database number.
+        username: user at the server.
+        password: password at the server.
+        sentinel_password: password at the sentinels themselves.
     """
 
     sentinels: tuple[tuple[str, int], ...]
@@ -43,7 +43,7 @@ class SentinelUrl:
         """Read a URL.
 
         Raises:
-            ValueError: it is none that any connection could use; tells how one looks.
+            ValueError: no connection could use it; the error tells how one looks.
         """
         try:
             parts = urlsplit(url)
@@ -86,12 +86,12 @@ class SentinelUrl:
 
     @property
     def server(self) -> tuple[object, ...]:
-        """What tells this server from others, however the sentinels are ordered."""
+        """Identity of this server: what tells it from others, however the sentinels are ordered."""
         return (frozenset(self.sentinels), self.master_name)
 
     @property
     def sentinel_options(self) -> Mapping[str, object]:
-        """What connections to the sentinels themselves are made with, by redis-py, kombu and Celery."""
+        """Options of connections to the sentinels themselves, for redis-py, kombu and Celery."""
         # Not asked twice: the next one is there for that. `None` says so to sync and async clients alike.
         options = {
             "retry": None,

@@ -32,13 +32,13 @@ class RunningStack:
     """A stack, as its file tells.
 
     Attributes:
-        pid: of its `penstock up`.
-        folder: where that was started.
-        broker_url: its Redis, without a password.
-        results_url: likewise.
-        password: of the Redis that it started itself; none where it did not.
-        models: that it serves.
-        is_alive: whether it still runs.
+        pid: process id of `penstock up`.
+        folder: working folder of that process.
+        broker_url: Redis that holds the queues, without a password.
+        results_url: Redis that holds the results, without a password.
+        password: password of the Redis that the stack started itself; None where it did not.
+        models: names of the models that are served.
+        is_alive: True while it runs.
     """
 
     pid: int
@@ -54,7 +54,7 @@ class RunningStack:
         """Read a file's content.
 
         Raises:
-            ValueError: it is another program's.
+            ValueError: the file is another program's.
         """
         told: dict[str, Any] = json.loads(text)
         known = {one.name: told.get(one.name, one.default) for one in fields(cls)}
@@ -216,7 +216,7 @@ def check_private(path: Path) -> None:
     """Refuse what others could have written, or can read.
 
     Raises:
-        OSError: it is not ours alone.
+        OSError: the folder is not ours alone.
     """
     status = path.lstat()
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077 or stat.S_ISLNK(status.st_mode):

@@ -1,8 +1,8 @@
 """Text that is read while it is generated.
 
-A worker appends what is new to a Redis stream of the job and notes it on the reply channel of its sender, who
-takes what he has not seen. The stored result closes the stream: it holds the whole text, so a
-reader that missed pieces (they are few and expire) gets them from there.
+A worker appends new text to a Redis stream of the job, and notes it on the reply channel of the sender, who
+takes what they have not seen. The stored result closes the stream. It holds the whole text, so readers that
+missed pieces (those are few, and expire) get them from there.
 """
 
 from collections.abc import Sequence
@@ -29,16 +29,16 @@ class Piece:
     """A part of an answer, in the order of the text.
 
     Attributes:
-        text: what is new, whole characters; may be empty on the last piece, where a run begins again, and
+        text: new text, in whole characters. May be empty on the last piece, where a run begins again, and
             where the piece is of the reasoning.
-        reasoning: what is new of what the model thinks before its text; comes before all text.
+        reasoning: new thoughts of the model; they come before all text.
         is_restart: the worker was lost and another one begins again: what came before is void. Only where
             the caller asked to see it.
-        finish_reason: on the last piece, else None: `stop` if the model or a stop string ended it, `length`
-            if a limit did.
-        usage: on the last piece, else None: tokens of prompt and answer.
-        tool_calls: on the last piece; see `GenerateResult`.
-        logprobs: on the last piece, of the whole answer, if the request asked for them.
+        finish_reason: reason of the end, on the last piece, else None: `stop` if the model or a stop string
+            ended it, `length` if a limit did.
+        usage: tokens of prompt and answer, on the last piece, else None.
+        tool_calls: calls of tools, on the last piece; see `GenerateResult`.
+        logprobs: log-probabilities of the whole answer, on the last piece, if the request asked for them.
     """
 
     text: str
@@ -57,7 +57,7 @@ class Reader:
     that was thought dead may write on beside the one that took over: an earlier run is not read again.
 
     Args:
-        job_id: for errors.
+        job_id: id that errors name.
         on_restart: `hide` leaves out what a later run repeats; `show` tells of the restart.
     """
 
@@ -90,7 +90,7 @@ class Reader:
         """Return what the stored result adds: the rest of the text, finish reason and usage.
 
         Raises:
-            StreamRestartedError: as `take`.
+            StreamRestartedError: see `take`.
         """
         found = []
         whole: dict[Part, str] = {"reasoning": result.reasoning or "", "text": result.text}

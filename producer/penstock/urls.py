@@ -1,4 +1,4 @@
-"""What a Redis URL says: read in one place, for clients, workers, settings and results alike.
+"""URLs of Redis, read in one place for clients, workers, settings and results alike.
 
 A URL means what redis-py's users mean by it, or is refused before anything connects. No sentence here quotes
 any part of a URL that is refused: where a password was not percent-encoded, any part may be of it.
@@ -54,13 +54,13 @@ _SERVER: Final = re.compile(r"(\[[0-9a-zA-Z:.%]+\]|[\w.%-]*)(:\d{0,5})?", re.ASC
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerUrl:
-    """What a `redis://`, `rediss://` or `unix://` URL says.
+    """The parts of a `redis://`, `rediss://` or `unix://` URL.
 
     Attributes:
         scheme: `redis`, `rediss` over TLS, or `unix` for a socket in the file system.
         host: name or address; empty for `unix`.
         port: None for Redis' own.
-        path: of the socket; empty unless `unix`.
+        path: path of the socket; empty unless `unix`.
         db: database number.
         username: None where the URL names none.
         password: None where the URL names none.
@@ -132,7 +132,7 @@ class ServerUrl:
 
     @property
     def server(self) -> tuple[object, ...]:
-        """What tells this server from others."""
+        """Identity of this server: what tells it from others."""
         return (self.path,) if self.scheme == "unix" else (self.host.lower(), self.port or DEFAULT_PORT)
 
 
@@ -158,7 +158,7 @@ def checked_url(name: str, url: object) -> str:
     """Return the URL that a caller gave as `name` in the form that all libraries read alike.
 
     Raises:
-        ConfigError: what is wrong with it.
+        ConfigError: no connection could use it; the error tells what is wrong.
     """
     if not isinstance(url, str):
         raise ConfigError([f"{name} is of type {type(url).__name__}: {EXAMPLE}"])

@@ -1,7 +1,4 @@
-"""What is wrong with a value, said as our errors say it.
-
-They quote numbers and names of options, never a text.
-"""
+"""Complaints of pydantic as our errors: they quote numbers and names of options, never a text."""
 
 import re
 from typing import Final, TypeGuard
@@ -18,8 +15,8 @@ def explain(detail: ErrorDetails, *, version: int) -> PenstockError:
     """Turn a complaint of pydantic about a request into the error that its caller gets.
 
     Args:
-        detail: what pydantic says of one field.
-        version: of the messages that are read here.
+        detail: pydantic's complaint of one field.
+        version: version of the messages that are read here.
     """
     name, *rest = [_path_part(part) for part in detail["loc"]] or ["request"]
     kind = detail["type"]
@@ -73,5 +70,5 @@ def describe(value: object) -> str:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Tell numbers from what is none; a bool, which Python takes for one, is none."""
+    """Tell numbers from other values; a bool, which is an int in Python, is none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
