@@ -109,9 +109,8 @@ def announced(stack: RunningStack) -> Iterator[None]:
             if (left := _read(file)) is None or not left.is_alive:
                 file.unlink(missing_ok=True)
         file = folder / f"{stack.pid}-{token_hex(4)}.json"  # containers may share the folder, not their pids
-        unseen = file.with_suffix(
-            ".new"
-        )  # until it is locked, or another start would take it for a killed one's
+        # Under another name until it is locked: another start would take it for a killed one's.
+        unseen = file.with_suffix(".new")
         number = os.open(unseen, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
         problem = f"{error.strerror}: a stack needs a file there that is its user's alone"

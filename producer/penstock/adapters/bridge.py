@@ -34,9 +34,9 @@ from penstock.stream import Piece
 T = TypeVar("T")
 
 UNTIL_LATE: Final = WaitPolicy(max_wait_s=math.inf, attempts=None)
-"""Tries again for as long as the call has time: what the frameworks themselves would try knows no queue."""
+"""Tries again for as long as the call has time: the frameworks' own retries know no queue."""
 CALLS_IN_TEXT: Final = "calls_in_text"
-"""Marks a message of ours with calls: its text may have them too, as the model wrote them."""
+"""Marks a message of ours whose text may have its calls too, as the model wrote them."""
 _LEAST_S: Final = 0.001
 
 
@@ -97,14 +97,14 @@ def shared(url: str, results_url: str | None = None) -> Bridge:
 
 
 class Sending(BaseModel):
-    """What models of frameworks that build on pydantic have in common.
+    """Common part of the models for frameworks that build on pydantic.
 
     Attributes:
         url: Redis that holds the queues.
         results_url: Redis that holds the results, where that is another server.
-        priority: which waiting jobs go first.
-        tenant: whose jobs they are; tenants take turns.
-        wait: how to try again what may pass, all within the time of one call; None tries once.
+        priority: order among waiting jobs.
+        tenant: tenant that the jobs belong to; tenants take turns.
+        wait: retries of what may pass, all within the time of one call; None tries once.
     """
 
     url: str = Field(default=DEFAULT_URL, repr=False, exclude=True)  # it may hold a password
@@ -136,15 +136,15 @@ async def patiently(
     call. The client's own `wait` would give `timeout_s` to each attempt, and none to finding the model.
 
     Args:
-        client: whose method it is.
-        call: the method.
+        client: client that has the method.
+        call: method of the client.
         wait: None calls once.
-        timeout_s: for all attempts; None waits for as long as it takes.
-        deadline_s: the same; the shorter of the two counts.
-        **asked: its other arguments.
+        timeout_s: time limit of all attempts together; None waits for as long as it takes.
+        deadline_s: another such limit; the shorter of the two counts.
+        **asked: other arguments of the method.
 
     Raises:
-        PenstockError: of the last attempt.
+        PenstockError: the last attempt failed.
     """
     limits = [limit_s for limit_s in (timeout_s, deadline_s) if limit_s is not None]
     ends_at = time.monotonic() + min(limits) if limits else None
@@ -160,8 +160,8 @@ async def generate(client: AsyncClient, *, tool_choice: object = None, **asked: 
     """Return what the client's `generate` returns; see `patiently`.
 
     Args:
-        client: that is asked.
-        tool_choice: as OpenAI has it; where a call is required, the answer is that and has no text.
+        client: client that is asked.
+        tool_choice: OpenAI's option. Where it requires a call, the answer is that call, without text.
         **asked: arguments of `generate` and `patiently`.
     """
     asked, is_forced = _choose(asked, tool_choice)
@@ -192,7 +192,7 @@ def conversation(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return what `generate` takes of a conversation.
 
     Args:
-        turns: in OpenAI's form, oldest first; the last one is answered.
+        turns: turns in OpenAI's form, oldest first; the last one is answered.
 
     Raises:
         InvalidTextError: the last turn is neither the user's nor a tool's, so there is nothing to answer.

@@ -82,10 +82,10 @@ class PenstockEmbeddings(Embeddings):
         results_url: Redis that holds the results, where that is another server.
         query_prompt_name: prompt of the model that goes before queries.
         document_prompt_name: prompt that goes before documents.
-        priority: of documents; queries are interactive.
-        tenant: whose jobs they are; tenants take turns.
-        wait: how to try again what may pass, within `timeout`; None tries once.
-        timeout: how long to wait for a query or for each job of documents, seconds.
+        priority: priority of documents; queries are interactive.
+        tenant: tenant that the jobs belong to; tenants take turns.
+        wait: retries of what may pass, within `timeout`; None tries once.
+        timeout: longest wait for a query, or for each job of documents, seconds.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class ChatPenstock(Sending, BaseChatModel):
         temperature: 0 is greedy; None leaves it to the deployment, as for the other options.
         max_tokens: upper bound of the answer, tokens.
         stop: the answer ends before the first of these.
-        timeout: how long to wait for an answer, or for the next piece of one, seconds.
+        timeout: longest wait for an answer, or for the next piece of one, seconds.
     """
 
     model: str
@@ -239,7 +239,7 @@ class ChatPenstock(Sending, BaseChatModel):
         """Return a model that may ask for tools, where its chat template and tokenizer know them.
 
         Args:
-            tools: what may be called.
+            tools: tools that the model may call.
             tool_choice: None or `auto` lets the model choose; `any`, `required` or True makes it call one, a
                 name this one: the tokens are then constrained by the schemas of the arguments, and there is
                 one call. `none` allows no call.
@@ -265,7 +265,7 @@ class ChatPenstock(Sending, BaseChatModel):
             include_raw: give a dict of `raw`, `parsed` and `parsing_error` instead.
             method: `json_schema` constrains the tokens by the schema, and `function_calling` is the same;
                 `json_mode` constrains them to any JSON object.
-            strict: without effect: a schema is always followed.
+            strict: has no effect; a schema is always followed.
             **kwargs: none is known.
         """
         del strict

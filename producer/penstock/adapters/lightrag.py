@@ -44,9 +44,9 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 CANCELLED_AT: Final = 2
-"""LightRAG cancels a call after so many times its timeout (`priority_limit_async_func_call`)."""
+"""LightRAG cancels a call after this many times its timeout (`priority_limit_async_func_call`)."""
 BUDGET_SHARE: Final = 0.9
-"""How much of that time a call takes at most, all its attempts together."""
+"""Share of that time that a call takes at most, all its attempts together."""
 
 KEYWORDS: Final[ResponseFormat] = {
     "type": "json_schema",
@@ -63,7 +63,7 @@ KEYWORDS: Final[ResponseFormat] = {
         },
     },
 }
-"""What LightRAG reads of a query; bounded, so that any model comes to an end."""
+"""Format of the keywords that LightRAG reads of a query; bounded, so that any model comes to an end."""
 
 _RENAMED: Final = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 _PASSED_ON: Final = frozenset(GenerateOptions.__annotations__) - {
@@ -92,12 +92,12 @@ class LightRAGModels(Bridge):
     ```
 
     Attributes:
-        llm_model_func: for LightRAG's argument of this name; answers with text, or with an async iterator of
+        llm_model_func: LightRAG's argument of this name; answers with text, or with an async iterator of
             text where it is called with `stream=True`. An answer cut by its length limit is a
             `TruncatedResponse`, which LightRAG uses and does not cache.
-        embedding_func: for LightRAG's argument of this name; float32, shape (n_texts, dim). Queries go before
+        embedding_func: LightRAG's argument of this name; float32, shape (n_texts, dim). Queries go before
             other texts.
-        rerank_model_func: for LightRAG's argument of this name; the best first. None without `rerank`.
+        rerank_model_func: LightRAG's argument of this name; the best first. None without `rerank`.
 
     Args:
         url: Redis that holds the queues; the models must have been announced by workers.
@@ -105,15 +105,16 @@ class LightRAGModels(Bridge):
         llm: model that generates.
         embedding: model that embeds.
         rerank: cross-encoder; None leaves the order of what was found.
-        llm_options: of each generation that does not set its own.
-        tenant: whose jobs all of these are; tenants take turns.
-        wait: how to try again what may pass, within LightRAG's time; None tries once.
+        llm_options: options of each generation that does not set its own.
+        tenant: tenant that all these jobs belong to; tenants take turns.
+        wait: retries of what may pass, within LightRAG's time; None tries once.
         query_prompt_name: prompt of the embedding model that goes before queries.
         document_prompt_name: prompt that goes before other texts.
-        llm_timeout_s: what LightRAG has as `default_llm_timeout`, seconds; None asks the calling instance.
-        embedding_timeout_s: what it has as `default_embedding_timeout`; None takes LightRAG's own default,
-            which `EMBEDDING_TIMEOUT` sets.
-        rerank_timeout_s: the same for `default_rerank_timeout` and `RERANK_TIMEOUT`.
+        llm_timeout_s: LightRAG's `default_llm_timeout`, seconds; None asks the calling instance.
+        embedding_timeout_s: LightRAG's `default_embedding_timeout`, seconds; None takes LightRAG's own, which
+            `EMBEDDING_TIMEOUT` sets.
+        rerank_timeout_s: LightRAG's `default_rerank_timeout`, seconds; None takes LightRAG's own, which
+            `RERANK_TIMEOUT` sets.
 
     Raises:
         UnknownModelError: no worker has announced one of the models.

@@ -69,7 +69,7 @@ class PenstockEmbedding(_Timed, BaseEmbedding):
         query_prompt_name: prompt of the model that goes before queries.
         text_prompt_name: prompt that goes before texts.
         embed_batch_size: texts that LlamaIndex hands over at a time, and so of one job.
-        timeout_s: how long to wait for an answer, seconds.
+        timeout_s: longest wait for an answer, seconds.
     """
 
     query_prompt_name: str | None = None
@@ -128,7 +128,7 @@ class PenstockLLM(_Timed, FunctionCallingLLM):
         max_tokens: upper bound of the answer, tokens; None leaves it to the deployment.
         is_function_calling_model: tells LlamaIndex to use tools by calls; the model's chat template and
             tokenizer have to know them.
-        timeout_s: how long to wait for an answer, or for the next piece of one, seconds.
+        timeout_s: longest wait for an answer, or for the next piece of one, seconds.
     """
 
     model: str
@@ -277,7 +277,7 @@ class PenstockLLM(_Timed, FunctionCallingLLM):
         """Return the calls of an answer.
 
         Raises:
-            ValueError: it has none, and has to.
+            ValueError: there is none, and there has to be one.
         """
         del kwargs
         calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
