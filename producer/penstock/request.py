@@ -21,12 +21,7 @@ from penstock.conversation import (
     ToolCall,
     check_json,
 )
-from penstock.errors import (
-    InvalidMessageError,
-    InvalidOptionError,
-    InvalidTextError,
-    RequestTooLargeError,
-)
+from penstock.errors import InvalidMessageError, InvalidOptionError, InvalidTextError, RequestTooLargeError
 from penstock.validation import explain
 
 VERSION = 1

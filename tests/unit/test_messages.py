@@ -4,11 +4,7 @@ from typing import Any
 import pytest
 
 from penstock.conversation import Message
-from penstock.errors import (
-    InvalidMessageError,
-    InvalidOptionError,
-    InvalidTextError,
-)
+from penstock.errors import InvalidMessageError, InvalidOptionError, InvalidTextError
 from penstock.keys import queue_key, queue_name
 from penstock.messages import TASK_NAMES, decode_request, encode_message
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request

@@ -10,12 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from penstock import codec
-from penstock.errors import (
-    EngineError,
-    JobCancelledError,
-    ResultDecodeError,
-    ResultTooLargeError,
-)
+from penstock.errors import EngineError, JobCancelledError, ResultDecodeError, ResultTooLargeError
 from penstock.records import (
     ALIGNMENT,
     MAGIC,
