@@ -1,4 +1,4 @@
-"""Requests as messages of a queue: version 1 is described in docs/messages.md.
+"""Requests as messages of a queue: version 1 is described in docs/reference/messages.md.
 
 Messages follow Celery's protocol 2 in kombu's Redis envelope, so any Celery producer can send them.
 """
@@ -11,7 +11,7 @@ from penstock.envelope import MAX_ENTRY_BYTES
 from penstock.errors import InvalidMessageError, RequestTooLargeError
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
 
-TASK_NAMES: Final[Mapping[type[Request], str]] = {
+TASK_NAMES: Final[Mapping[type, str]] = {
     kind: f"penstock.{kind.task}" for kind in (EmbedRequest, GenerateRequest, RerankRequest)
 }
 """Celery's name of the task that serves each kind of request."""

@@ -1,4 +1,4 @@
-"""Results as bytes, as the result store keeps them: version 1 is described in docs/messages.md.
+"""Results as bytes, as the result store keeps them: version 1 is described in docs/reference/messages.md.
 
 A JSON header and raw little-endian buffers; nothing here can run code that came over the wire.
 """

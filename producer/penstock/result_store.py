@@ -1,7 +1,7 @@
 """The Redis that holds results: the script that ends a job, and a client's view of the store.
 
-docs/delivery.md tells what each key holds. A job whose id nobody was told has no record until it ends: its
-sender is the only one who can ask.
+docs/reference/keys.md tells what each key holds. A job whose id nobody was told has no record until it
+ends: its sender is the only one who can ask.
 """
 
 import asyncio

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 import redis
-from penstock_workers.local_redis import free_port
 
 from penstock.keys import MODELS_KEY
 from penstock.registry import ModelInfo
+from penstock_workers.command.local_redis import free_port
 from tests.deployment import ROOT, Server
 
 ABSENT = ("amqp", "billiard", "celery", "kombu", "packaging", "vine")
