@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-if TYPE_CHECKING:  # the tasks import this file, and transformers loads with the first model
+if TYPE_CHECKING:  # no more than a tokenizer's methods are used: tests have others, and load no torch
     from transformers import PreTrainedTokenizerBase
 
 HALF_CHARACTER: Final = "\ufffd"

@@ -7,7 +7,7 @@ from penstock_workers.batching.engine import Thought
 from penstock_workers.generation.detokenizer import HALF_CHARACTER, Detokenizer
 from penstock_workers.generation.stop_strings import TextStream
 
-if TYPE_CHECKING:  # the tasks import this file, and transformers loads with the first model
+if TYPE_CHECKING:  # no more than a tokenizer's methods are used: tests have others, and load no torch
     from transformers import PreTrainedTokenizerBase
 
 # Source: the chat templates of DeepSeek-R1, QwQ, Qwen3 and SmolLM3. In older turns they leave out line breaks
