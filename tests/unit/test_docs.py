@@ -121,3 +121,11 @@ def test_every_error_is_told() -> None:
         assert re.findall(r"`(\w+)`", fields) == names, error
         assert again in ("", "yes" if error.retryable else "no"), error
         assert depths[error.__name__] == max(0, len(error.__mro__) - 5), error
+
+
+def test_the_journey_is_in_the_tree() -> None:
+    """Each file that CONTRIBUTING leads to exists; one that was moved is named here."""
+    files = re.findall(r"`((?:producer|workers)/[\w/]+\.\w+)`", (ROOT / "CONTRIBUTING.md").read_text())
+
+    assert len(files) >= 12
+    assert [file for file in files if not (ROOT / file).is_file()] == []
