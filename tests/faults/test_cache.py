@@ -16,7 +16,8 @@ from penstock import Client, InvalidOptionError, JobState
 from penstock.keys import VECTORS_KEY
 from penstock.settings import CacheSettings, ModelSettings
 from penstock_workers.bundled import bundled_folder
-from penstock_workers.embedding.embedder import _fingerprint, _load
+from penstock_workers.embedding.embedder import _load
+from penstock_workers.embedding.fingerprint import hash_model
 from penstock_workers.serving.vector_cache import Embedded, VectorCache
 from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.eventually import eventually
@@ -160,16 +161,16 @@ def test_models_and_formats_do_not_meet(own: Server, tmp_path: Path) -> None:
     shutil.copytree(bundled_folder("minilm"), folder)
     settings = ModelSettings(task="embed", source=str(folder))
     model, _ = _load("m", settings, torch.device("cpu"))
-    prints = [_fingerprint(model, settings)]
-    prints += [_fingerprint(model, settings.model_copy(update={"revision": "b"}))]
+    prints = [hash_model(model, settings)]
+    prints += [hash_model(model, settings.model_copy(update={"revision": "b"}))]
     model.max_seq_length = 100
-    prints += [_fingerprint(model, settings)]
+    prints += [hash_model(model, settings)]
     with torch.no_grad():
         next(model.parameters()).view(-1)[-1] += 1
-    prints += [_fingerprint(model, settings)]
+    prints += [hash_model(model, settings)]
 
     assert len(set(prints)) == 4
-    assert _fingerprint(_load("m", settings, torch.device("cpu"))[0], settings) == prints[0]
+    assert hash_model(_load("m", settings, torch.device("cpu"))[0], settings) == prints[0]
     for fingerprint in prints:
         assert ask(open_cache(own, fingerprint), ["a"]) == ["a"]
     assert ask(open_cache(own, prints[0], dtype="float16"), ["a"]) == ["a"]

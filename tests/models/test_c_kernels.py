@@ -15,19 +15,26 @@ from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
 from penstock_workers.embedding.attention import _attend, packed
 from penstock_workers.embedding.bert_c import BertC
-from penstock_workers.embedding.bfloat16 import use_bfloat16
+from penstock_workers.embedding.bfloat16 import Bfloat16, use_bfloat16
 from penstock_workers.embedding.c_kernels import Kernels, compiled_path, find_kernels
-from penstock_workers.embedding.embedder import MIN_COSINE, Embedder
+from penstock_workers.embedding.embedder import Embedder
+from penstock_workers.embedding.packed import PackedBert
+from penstock_workers.embedding.probe import MIN_COSINE
 from penstock_workers.embedding.row import RowLayout
 from penstock_workers.hardware.machine import cpu_flags
 from tests.models.test_embedding import cosines
-from tests.models.test_packed import CPU, LENGTHS, PACKED, build, embed, load, texts_of
+from tests.models.test_packed import CPU, LENGTHS, PACKED, build, embed, load, packed_way, texts_of, ways
 
 FUSED = ("bert", "bert-cls", "roberta", "xlm-roberta")
 
 needs_processor = pytest.mark.skipif(
     "avx512_bf16" not in cpu_flags(), reason="the processor has no AVX-512 BF16"
 )
+
+
+def in_c(engine: Embedder, kernels: Kernels) -> PackedBert:
+    """Have a model that is packed by torch computed in C."""
+    return PackedBert(packed_way(engine), partial(BertC, kernels=kernels))
 
 
 @needs_processor
@@ -124,14 +131,12 @@ def test_the_bundled_model_keeps_its_directions(kernels: Kernels) -> None:
     """With all of it in use, vectors are those of the model in float32."""
     settings = ModelSettings(task="embed", source="bundled:minilm", engine="torch", dtype="float32")
     quick, plain = (Embedder.load("minilm", settings, CPU) for _ in range(2))
-    assert quick._packed is not None
-    quick._packed.fuse(partial(BertC, kernels=kernels))
+    quick._way = in_c(quick, kernels)
     request = EmbedRequest(model="minilm", texts=[*texts_of(LENGTHS), "a", "1 2 3", "naïve café " * 90])
 
     vectors = [np.stack([v for _, v in sorted(e.run(e.prepare(request)))]) for e in (quick, plain)]
 
-    assert quick._packed is not None
-    assert quick._packed._fused is not None
+    assert quick.dtype == "bfloat16"
     assert cosines(*vectors).min() >= MIN_COSINE
 
 
@@ -140,17 +145,18 @@ def test_a_fused_encoder_gives_what_its_modules_give(tmp_path: Path, kernels: Ke
     """The BERT family without its modules: the same vectors, positions and types included."""
     build(tmp_path, kind)
     engine, texts = load(tmp_path), texts_of(LENGTHS)
-    assert engine._packed is not None
+    packed_by_torch = engine._way
     expected = embed(engine, texts)
 
-    undo = engine._packed.fuse(partial(BertC, kernels=kernels))
+    engine._way = in_c(engine, kernels)
 
     found = embed(engine, texts)
     assert cosines(found, expected).min() >= MIN_COSINE
     assert not np.array_equal(found, expected)  # bfloat16
     for i, text in enumerate(texts):
         assert np.array_equal(embed(engine, [text])[0], found[i])
-    undo()
+    engine._way.close()
+    engine._way = packed_by_torch
     assert np.array_equal(embed(engine, texts), expected)
 
 
@@ -159,11 +165,10 @@ def test_every_number_of_tokens_has_its_vectors(tmp_path: Path, kernels: Kernels
     """Products are computed for some tokens at once; what is left over is computed too."""
     build(tmp_path, "bert")
     engine = load(tmp_path)
-    assert engine._packed is not None
     texts = texts_of([1 + i % 17 for i in range(n_texts)])
     expected = embed(engine, texts)
 
-    engine._packed.fuse(partial(BertC, kernels=kernels))
+    engine._way = in_c(engine, kernels)
 
     assert cosines(embed(engine, texts), expected).min() >= MIN_COSINE
 
@@ -172,12 +177,11 @@ def test_activations_of_any_size_are_gelu(tmp_path: Path, kernels: Kernels) -> N
     """Far from zero, where the polynomial ends, GELU is 0 or the number itself."""
     build(tmp_path, "bert")
     engine, texts = load(tmp_path), texts_of(LENGTHS)
-    assert engine._packed is not None
-    for layer in engine._packed._transformer.encoder.layer:
+    for layer in packed_way(engine).transformer.encoder.layer:
         layer.intermediate.dense.weight.data.mul_(100)
     expected = embed(engine, texts)
 
-    engine._packed.fuse(partial(BertC, kernels=kernels))
+    engine._way = in_c(engine, kernels)
 
     assert cosines(embed(engine, texts), expected).min() >= MIN_COSINE
 
@@ -190,8 +194,7 @@ def test_what_is_in_no_table_is_an_error(
     """It is not looked up in somebody's memory."""
     build(tmp_path, "bert")
     engine = load(tmp_path)
-    assert engine._packed is not None
-    fused, layout = BertC(engine._packed._transformer, kernels), RowLayout([3], CPU)
+    fused, layout = BertC(packed_way(engine).transformer, kernels), RowLayout([3], CPU)
     indices = {name: torch.zeros(3, dtype=torch.int64) for name in ("words", "positions", "types")}
     table = ("words", "positions", "types").index(which)
     indices[which][1] = -1 if is_below else fused._encoder.n_entries[table]
@@ -206,11 +209,10 @@ def test_other_encoders_keep_their_modules(tmp_path: Path, kernels: Kernels, kin
     """What is built differently is refused and works as before."""
     build(tmp_path, kind)
     engine, texts = load(tmp_path), texts_of(LENGTHS)
-    assert engine._packed is not None
     before = embed(engine, texts)
 
     with pytest.raises(NotImplementedError):
-        engine._packed.fuse(partial(BertC, kernels=kernels))
+        in_c(engine, kernels)
 
     assert np.array_equal(embed(engine, texts), before)
 
@@ -220,8 +222,7 @@ def test_a_bert_of_another_kind_keeps_its_modules(tmp_path: Path, kernels: Kerne
     """There is C for GELU, for float32 to begin with, and for usual heads."""
     build(tmp_path, "bert")
     engine = load(tmp_path)
-    assert engine._packed is not None
-    transformer = engine._packed._transformer
+    transformer = packed_way(engine).transformer
     if change == "relu":
         transformer.encoder.layer[1].intermediate.intermediate_act_fn = nn.ReLU()
     elif change == "bfloat16":
@@ -230,7 +231,7 @@ def test_a_bert_of_another_kind_keeps_its_modules(tmp_path: Path, kernels: Kerne
         transformer.config.num_attention_heads = 8
 
     with pytest.raises(NotImplementedError):
-        engine._packed.fuse(partial(BertC, kernels=kernels))
+        in_c(engine, kernels)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -240,14 +241,13 @@ def test_an_encoder_that_only_seems_plain_is_found_out(
     """Code that somebody hung on a layer is not in C: the probe tells, the log says so, modules compute."""
     build(tmp_path, "bert")
     engine = load(tmp_path)
-    assert engine._packed is not None
-    layer = engine._packed._transformer.encoder.layer[0]
+    layer = packed_way(engine).transformer.encoder.layer[0]
     layer.output.register_forward_hook(lambda _module, _states, found: found.flip(-1))
 
-    products = engine._reduce(embed(engine, list(engine._texts)), is_forced=True, known={})
+    way, products = ways(engine, "bfloat16").reduce(engine._way, {})
 
     assert products == "torch"
-    assert engine._packed._fused is None
+    assert isinstance(way, Bfloat16)
     assert "a way to bfloat16 is not used: packed vectors differ" in caplog.text
 
 
@@ -258,8 +258,8 @@ def test_a_text_never_sees_its_neighbours(tmp_path: Path, kind: str) -> None:
     build(tmp_path, kind)
     engine = load(tmp_path)
     known = {"products": "C" if kind in FUSED else "torch"}
-    plain = embed(engine, list(engine._texts))
-    assert engine._reduce(plain, is_forced=True, known=known) == known["products"]
+    engine._way, products = ways(engine, "bfloat16").reduce(engine._way, known)
+    assert products == known["products"]
     texts, others = texts_of(LENGTHS), texts_of(LENGTHS, seed=1)
     mixed = [text if i % 2 else other for i, (text, other) in enumerate(zip(texts, others, strict=True))]
 

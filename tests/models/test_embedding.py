@@ -18,7 +18,8 @@ from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.batching.engine import Job
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.embedding import embedder
-from penstock_workers.embedding.embedder import MIN_COSINE, Embedder
+from penstock_workers.embedding.embedder import Embedder
+from penstock_workers.embedding.probe import MIN_COSINE
 from penstock_workers.serving.formats import form
 
 CPU = torch.device("cpu")
@@ -220,5 +221,5 @@ def test_the_size_of_batches_is_learned_by_trying(monkeypatch: pytest.MonkeyPatc
     def too_much(*_: object) -> None:
         raise OutOfMemoryError("minilm", 1)
 
-    monkeypatch.setattr(engine, "_forward", too_much)
+    monkeypatch.setattr(engine, "_compute", too_much)
     assert engine.learn_batch_tokens() == (128, None)

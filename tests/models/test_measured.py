@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from penstock.settings import ModelSettings
+from penstock_workers.embedding.bfloat16 import Bfloat16
 from penstock_workers.embedding.c_kernels import Kernels
 from penstock_workers.embedding.embedder import Embedder
 from penstock_workers.embedding.measured import KEPT_S, machine_key, recall, remember
+from penstock_workers.embedding.packed import PackedBert
 from tests.models.test_packed import CPU, build
 
 
@@ -61,8 +63,7 @@ def test_the_faster_products_are_taken_again(
 
     engine = Embedder.load("small", settings, CPU)
 
-    assert engine._packed is not None
-    assert (engine._packed._fused is not None) == (winner == "C")
+    assert isinstance(engine._way, PackedBert if winner == "C" else Bfloat16)
     assert json.loads(file.read_text())["choices"]["products"] == winner
 
 

@@ -13,7 +13,9 @@ from penstock.settings import ModelSettings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.batching.engine import Job
-from penstock_workers.embedding.embedder import MIN_COSINE, Embedder
+from penstock_workers.embedding.embedder import Embedder
+from penstock_workers.embedding.openvino import Graph
+from penstock_workers.embedding.probe import MIN_COSINE
 from tests.models.test_embedding import cosines
 from tests.models.test_packed import CPU, LENGTHS, PACKED, build, texts_of
 
@@ -51,7 +53,8 @@ def test_vectors_outlive_the_next_batch(tmp_path: Path) -> None:
     """A vector that is a piece of the graph's output is not overwritten by the batch after."""
     build(tmp_path, "bert-cls")
     engine = load(tmp_path)
-    engine._compiled._modules.pop()  # type: ignore[union-attr]  # pooling alone gives a view
+    assert isinstance(engine._way, Graph)
+    engine._way._modules.pop()  # pooling alone gives a view
     first, second = (engine.prepare(EmbedRequest(model="small", texts=[text])) for text in ("gate", "lake"))
 
     ((_, found),) = engine.run(first)
@@ -103,18 +106,19 @@ def test_what_cannot_be_compiled_is_left_to_torch(tmp_path: Path, caplog: pytest
     for broken, reason in ((Smear(), "vectors differ"), (nn.Bilinear(1, 1, 1), "RuntimeError")):
         model = load(tmp_path, "torch")._model
         engine = Embedder("small", model)
-        plain = engine._probe()
+        probe = engine._embed_probe()
         model[0].auto_model.embeddings.dropout = broken
         for name in ("auto", "openvino"):
             settings = ModelSettings.model_validate({"task": "embed", "source": "here", "engine": name})
+            ways = engine._ways(settings, probe)
             caplog.clear()
             if name == "auto":
-                assert engine._compile(settings, plain, CPU, is_bfloat16=False) is None
+                assert ways.trace(is_bfloat16=False) is None
                 assert "torch computes: OpenVINO: " in caplog.text
                 assert reason in caplog.text
             else:
                 with pytest.raises(ModelLoadError, match=f"OpenVINO: .*{reason}"):
-                    engine._compile(settings, plain, CPU, is_bfloat16=False)
+                    ways.trace(is_bfloat16=False)
         assert engine.batching == "padded"
 
 

@@ -37,9 +37,11 @@ from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.batching.engine import Job
 from penstock_workers.embedding.attention import _attend, packed
-from penstock_workers.embedding.bert_gpu import BertGpu
 from penstock_workers.embedding.bfloat16 import use_bfloat16
+from penstock_workers.embedding.choosing import Ways
 from penstock_workers.embedding.embedder import Embedder
+from penstock_workers.embedding.packed import Packed, PackedBert
+from penstock_workers.embedding.padded import Padded
 from penstock_workers.embedding.row import RowLayout, group_lengths
 
 CPU = torch.device("cpu")
@@ -113,6 +115,18 @@ def embed(engine: Embedder, texts: list[str]) -> NDArray[np.float32]:
     return np.stack([found[i] for i in range(len(texts))])
 
 
+def packed_way(engine: Embedder) -> Packed:
+    """Return what a model that was loaded in float32 by torch is packed by."""
+    assert isinstance(engine._way, Packed)
+    return engine._way
+
+
+def ways(engine: Embedder, dtype: str = "float32", runtime: str = "torch") -> Ways:
+    """Return what a model may be computed by; its vectors are those of the way that is in use."""
+    settings = {"task": "embed", "source": "here", "dtype": dtype, "engine": runtime}
+    return engine._ways(ModelSettings.model_validate(settings), engine._embed_probe())
+
+
 LENGTHS = [1, 90, 7, 7, 33, 250, 8, 1, 34, 120, 7, 16, 32, 64]
 
 
@@ -164,8 +178,8 @@ def test_what_does_not_fit_is_padded_and_told(
     engine = load(tmp_path)
     if kind == "eager":  # the file does not keep the choice
         engine._model[0].auto_model.set_attn_implementation("eager")
-        engine._packed = None
-        engine._pack(engine._probe())
+        engine._way = Padded(engine._model, engine._collator)
+        assert ways(engine).pack() is None
 
     assert engine.batching == "padded"
     assert "batches are padded" in caplog.text
@@ -182,9 +196,8 @@ def test_a_model_that_mixes_neighbours_is_padded(tmp_path: Path, caplog: pytest.
     model[0].auto_model.embeddings.dropout = Smear()
     engine = Embedder("small", model)
 
-    engine._pack(engine._probe())
+    assert ways(engine).pack() is None
 
-    assert engine.batching == "padded"
     assert "batches are padded" in caplog.text
     assert model[0].auto_model.config._attn_implementation == "sdpa"
 
@@ -230,8 +243,7 @@ def test_large_scores_are_computed_again(tmp_path: Path) -> None:
 
     found = embed(engine, texts)
 
-    assert engine._packed is not None
-    assert engine._packed._n_unsafe > 0
+    assert packed_way(engine)._n_unsafe > 0
     assert np.isfinite(found).all()
     assert np.array_equal(embed(engine, texts), found)
 
@@ -318,5 +330,5 @@ def test_a_card_computes_the_bert_family_by_kernels(tmp_path: Path, kind: str) -
 
     engine = load(tmp_path, "bfloat16", torch.device("cuda"))
 
-    assert engine._packed is not None
-    assert isinstance(engine._packed._fused, BertGpu) == (kind != "modernbert")
+    assert engine.batching == "packed"
+    assert isinstance(engine._way, PackedBert) == (kind != "modernbert")

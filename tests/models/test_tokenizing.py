@@ -7,7 +7,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from penstock_workers.bundled import bundled_folder
-from penstock_workers.embedding.embedder import PROBE
+from penstock_workers.embedding.probe import PROBE
 from penstock_workers.embedding.tokenizing import Encoded, TextTokenizer, unpad
 from tests.models.test_embedding import corpus
 

@@ -1,27 +1,30 @@
-"""Matrix products in bfloat16 within a model that is float32 otherwise.
+"""Matrix products in bfloat16 by torch, within a model that is float32 otherwise.
 
 Sums, norms and the residual stream stay in float32: cosines to a float32 model then stay above 0.9999, where
 a model that is bfloat16 throughout falls below. Torch's autocast does the same at several times the cost.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  its usual name
 from transformers.activations import GELUActivation
 
-TYPICAL_ROWS = 1024
-"""How many tokens oneDNN lays weights out for; other numbers work too."""
+from penstock_workers.embedding.tokenizing import Encoded
+from penstock_workers.embedding.way import Way
+
+TYPICAL_ROWS: Final = 1024
+"""Number of tokens that oneDNN lays weights out for; other numbers work too."""
 
 
 class Product(nn.Module):
-    """A Linear layer's product in bfloat16, on a processor with weights that oneDNN laid out once.
+    """A Linear layer's product in bfloat16; on a CPU oneDNN lays its weights out once.
 
     Args:
-        linear: the layer, left as it is.
-        activation: `gelu` to have it computed on the product's float32 sums, or `none`.
+        linear: The layer; it is left as it is.
+        activation: `gelu` to compute GELU on the product's float32 sums, or `none`.
     """
 
     def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
@@ -48,6 +51,36 @@ class Product(nn.Module):
             return found
         found = F.linear(states, self.weight, self.bias)
         return F.gelu(found) if self._activation == "gelu" else found
+
+
+class Bfloat16:
+    """A way whose matrix products are in bfloat16. See `Way`.
+
+    Args:
+        base: The way in float32.
+        model: The model that both compute; its Linear layers are replaced.
+    """
+
+    dtype: Final = "bfloat16"
+
+    def __init__(self, base: Way, model: nn.Module) -> None:
+        self._base = base
+        self.name, self.is_padded, self.device = base.name, base.is_padded, base.device
+        self._undo: Callable[[], None] | None = use_bfloat16(model)
+
+    def embed(self, texts: Sequence[Encoded], features: Mapping[str, Any]) -> Tensor:
+        """See `Way.embed`."""
+        return self._base.embed(texts, features)
+
+    def close(self) -> None:
+        """Give the model its own Linear layers back; the way in float32 stays in use."""
+        if self._undo is not None:
+            self._undo()
+        self._undo = None
+
+    def settle(self) -> None:
+        """Free the model's own Linear layers."""
+        self._undo = None
 
 
 def use_bfloat16(model: nn.Module) -> Callable[[], None]:

@@ -1,45 +1,61 @@
 """A sentence-transformers model's transformer as an OpenVINO graph, on batches that are padded.
 
-On processors it beats torch on long texts, whose scores torch writes to memory, and in float32.
+On CPUs it beats torch in float32, and on long texts, whose scores torch writes to memory.
 """
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Final
 
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
+from penstock_workers.embedding.collating import Collator
+from penstock_workers.embedding.tokenizing import Encoded
+from penstock_workers.embedding.way import WayName
+
 
 def is_installed() -> bool:
-    """Say whether the extra `openvino` is."""
+    """Tell whether the extra `openvino` is installed."""
     return find_spec("openvino") is not None
 
 
-class Compiled:
-    """The graph, then the model's own modules.
+class Graph:
+    """A model's transformer as a graph, then the model's own modules. See `Way`.
 
     Whoever makes one compares its vectors with the model's own before trusting it: tracing fixes what the
     model's code decides by shapes.
 
     Args:
-        model: with its own attention, float32; left as it is.
-        example: of a padded batch of two texts.
-        is_bfloat16: compute products in bfloat16; norms and the residual stream stay float32.
+        model: The model with its own attention, float32, on the CPU; it is left as it is.
+        collator: Makes a padded batch of texts.
+        example: Two texts that the graph is traced with.
+        is_bfloat16: Compute products in bfloat16; norms and the residual stream stay float32.
 
     Raises:
-        Exception: what OpenVINO or the model's code meets in each other.
+        Exception: OpenVINO and the model's code do not go together.
     """
 
+    name: Final[WayName] = "padded, OpenVINO"
+    is_padded: Final = True
+
     def __init__(
-        self, model: SentenceTransformer, example: Mapping[str, Tensor], *, is_bfloat16: bool
+        self,
+        model: SentenceTransformer,
+        collator: Collator,
+        example: Sequence[Encoded],
+        *,
+        is_bfloat16: bool,
     ) -> None:
+        self.dtype = "bfloat16" if is_bfloat16 else "float32"
+        self.device, self._collator = model.device, collator
+        padded = collator.collate(example, self.device)
         openvino = import_module("openvino")
-        self._modules, self._keys = list(model), list(example)
+        self._modules, self._keys = list(model), list(padded)
         # It sets up the root logger for itself, which would silence ours.
         root = logging.getLogger()
         level, handlers, filters = root.level, root.handlers[:], root.filters[:]
@@ -47,7 +63,7 @@ class Compiled:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of tracing: the probe finds what they warn of
                 graph = openvino.convert_model(
-                    _Hidden(self._modules[0], self._keys), example_input=tuple(example.values())
+                    _Hidden(self._modules[0], self._keys), example_input=tuple(padded.values())
                 )
         finally:
             root.setLevel(level)
@@ -61,26 +77,26 @@ class Compiled:
         }
         self._request = openvino.compile_model(graph, "CPU", hints).create_infer_request()
 
-    def embed(self, padded: Mapping[str, Tensor], extra: Mapping[str, Any]) -> Tensor:
-        """Embed a padded batch.
-
-        Args:
-            padded: features, integers, each of shape (n_texts, n_tokens).
-            extra: features of the batch, for pooling.
-
-        Returns:
-            float32, shape (n_texts, dim).
-        """
+    def embed(self, texts: Sequence[Encoded], features: Mapping[str, Any]) -> Tensor:
+        """See `Way.embed`."""
+        padded = self._collator.collate(texts, self.device)
         states = self._request.infer([padded[key].numpy() for key in self._keys], share_inputs=True)
-        features = {**padded, **extra, "token_embeddings": torch.from_numpy(states[0])}  # its own copy
+        states = torch.from_numpy(states[0])  # its own copy
+        found: dict[str, Any] = {**padded, **features, "token_embeddings": states}
         for module in self._modules[1:]:
-            features = module(features)
-        found: Tensor = features["sentence_embedding"]
-        return found
+            found = module(found)
+        vectors: Tensor = found["sentence_embedding"]
+        return vectors
+
+    def close(self) -> None:
+        """See `Way.close`."""
+
+    def settle(self) -> None:
+        """See `Way.settle`."""
 
 
 class _Hidden(nn.Module):
-    """A first module from tensors to tensor, as tracing wants it."""
+    """A model's first module as a function from tensors to a tensor, which tracing wants."""
 
     def __init__(self, module: nn.Module, keys: list[str]) -> None:
         super().__init__()
