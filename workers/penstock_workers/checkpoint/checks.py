@@ -8,7 +8,8 @@ from typing import Any, Final
 from penstock.errors import ModelLoadError
 from penstock.request import Task
 from penstock.settings import ModelSettings
-from penstock_workers.checkpoint.source import explain_failure, read_json
+from penstock_workers.checkpoint.failures import explained
+from penstock_workers.checkpoint.source import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def check_files(name: str, source: str, model: ModelSettings) -> dict[str, Any]:
     Raises:
         ModelLoadError: they are an adapter, of another task, or their code lies in another repository.
     """
-    try:
+    with explained(name):
         config = read_json(source, "config.json", model.revision) or {}
         modules = read_json(source, "modules.json", model.revision)
         kind = read_json(source, "config_sentence_transformers.json", model.revision) or {}
@@ -57,10 +58,6 @@ def check_files(name: str, source: str, model: ModelSettings) -> dict[str, Any]:
             for key in ("attn_implementation", "_attn_implementation")
             if part.get(key) not in _OWN_ATTENTION
         }
-    except ModelLoadError:
-        raise
-    except Exception as error:
-        raise explain_failure(name, error) from error
     if not asked:
         return {}
     logger.warning("model %s: attention %s is not used here, torch's is", name, ", ".join(sorted(asked)))

@@ -70,13 +70,3 @@ def find_file(source: str, file: str, revision: str | None) -> Path | None:
 
     found = cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
-
-
-def explain_failure(name: str, error: Exception) -> ModelLoadError:
-    """Turn whatever a library raised while loading into one clear line."""
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
-        return ModelLoadError(
-            name, "it needs Python code of its own; allow it with trust_remote_code and a pinned revision"
-        )
-    return ModelLoadError(name, f"{type(error).__name__}: {text[:300]}")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from penstock.errors import ModelLoadError
-from penstock_workers.checkpoint.source import explain_failure
+from penstock_workers.checkpoint.failures import explain_failure
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
 from penstock.validation import describe
 from penstock_workers.checkpoint.checks import check_files
+from penstock_workers.checkpoint.failures import explain_failure, explained
 from penstock_workers.checkpoint.memory import check_memory, weights_bytes
-from penstock_workers.checkpoint.source import explain_failure, resolve_source
+from penstock_workers.checkpoint.source import resolve_source
 from penstock_workers.checkpoint.weights import Weights, reading
 from penstock_workers.embedding.choosing import Ways
 from penstock_workers.embedding.collating import check_vocabulary, choose_collator, set_padding
@@ -81,12 +82,8 @@ class Embedder:
         Raises:
             ModelLoadError: One line says why.
         """
-        try:
+        with explained(name):
             return cls._load(name, model, device)
-        except ModelLoadError:
-            raise
-        except Exception as error:  # of foreign code on foreign files
-            raise explain_failure(name, error) from error
 
     @classmethod
     def _load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:

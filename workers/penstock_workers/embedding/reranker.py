@@ -14,7 +14,8 @@ from penstock.errors import EngineError, ModelLoadError, OutOfMemoryError, Penst
 from penstock.request import RerankRequest
 from penstock.settings import ModelSettings
 from penstock_workers.checkpoint.checks import check_files
-from penstock_workers.checkpoint.source import explain_failure, resolve_source
+from penstock_workers.checkpoint.failures import explained
+from penstock_workers.checkpoint.source import resolve_source
 from penstock_workers.checkpoint.weights import Weights, reading
 from penstock_workers.embedding.bfloat16 import use_bfloat16
 from penstock_workers.embedding.collating import Padded, check_vocabulary, set_padding
@@ -68,12 +69,8 @@ class Reranker:
         Raises:
             ModelLoadError: one line that says why.
         """
-        try:
+        with explained(name):
             return cls._load(name, model, device)
-        except ModelLoadError:
-            raise
-        except Exception as error:  # of foreign code on foreign files
-            raise explain_failure(name, error) from error
 
     @classmethod
     def _load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:

@@ -13,7 +13,8 @@ from penstock.errors import InvalidOptionError, InvalidTextError, ModelLoadError
 from penstock.request import GenerateRequest, GenerationOptions
 from penstock.settings import ModelSettings
 from penstock_workers.batching.engine import Answer
-from penstock_workers.checkpoint.source import explain_failure, resolve_source
+from penstock_workers.checkpoint.failures import explained
+from penstock_workers.checkpoint.source import resolve_source
 from penstock_workers.generation.answering import Answering
 from penstock_workers.generation.chat import Chat
 from penstock_workers.generation.decoding import Decoding
@@ -92,12 +93,8 @@ class Generator:
         """
         source = resolve_source(name, model)
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # has no annotations
-        try:
+        with explained(name):
             return cls(name, *load_causal_lm(name, source, model, device), model.generation)
-        except ModelLoadError:
-            raise
-        except Exception as error:
-            raise explain_failure(name, error) from error
 
     def pause_between_layers(self, pause: Callable[[], None]) -> None:
         """Have `pause` called, in the model thread, wherever a forward pass can wait for a while."""

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from penstock.errors import ConfigError, ModelLoadError
+from penstock.errors import ModelLoadError
 from penstock.registry import ModelInfo
 from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching.batcher import Batcher
@@ -11,7 +11,7 @@ from penstock_workers.batching.cuts import Cut, cut_by_tokens
 from penstock_workers.batching.engine import A, Feed, I, StreamingFeed
 from penstock_workers.batching.scheduler import Scheduler
 from penstock_workers.batching.turns import Turn
-from penstock_workers.checkpoint.source import explain_failure
+from penstock_workers.checkpoint.failures import explained
 from penstock_workers.remote.dispatcher import Dispatcher
 from penstock_workers.serving.models import (
     AnyServed,
@@ -46,7 +46,7 @@ def load_model(
         ModelLoadError: one line that says why.
     """
     model = settings.models[name]
-    try:
+    with explained(name):
         if model.engine == "remote":
             return _load_remote(name, model, settings)
         assert device is not None
@@ -55,10 +55,6 @@ def load_model(
         if model.task == "rerank":
             return _load_reranker(name, model, device, turn)
         return _load_generator(name, model, device, turn)
-    except (ConfigError, ModelLoadError):
-        raise
-    except Exception as error:  # of foreign code on foreign files: the next start would meet it again
-        raise explain_failure(name, error) from error
 
 
 def _load_embedder(name: str, settings: Settings, device: "torch.device", turn: Turn | None) -> AnyServed:
