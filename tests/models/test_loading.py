@@ -18,7 +18,7 @@ from penstock_workers.bundled import bundled_folder
 from penstock_workers.checkpoint.memory import cache_bytes, check_memory, weights_bytes
 from penstock_workers.embedding.embedder import Embedder
 from penstock_workers.generation.generator import Generator
-from penstock_workers.hardware.device import CARD_SWITCH_S
+from penstock_workers.hardware.device import GPU_SWITCH_S
 from penstock_workers.hardware.machine import left_to_groups_bytes
 from tests.models.test_generation import CPU, SIZES, answers, load, make_folder, one_thread, request
 
@@ -155,7 +155,7 @@ def test_model_is_spread_over_devices(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "threads", "switch_s"), [("cpu", 3, sys.getswitchinterval()), ("cuda", 1, CARD_SWITCH_S)]
+    ("device", "threads", "switch_s"), [("cpu", 3, sys.getswitchinterval()), ("cuda", 1, GPU_SWITCH_S)]
 )
 def test_cores_are_for_torch_or_for_what_is_around_a_card(device: str, threads: int, switch_s: float) -> None:
     """On a processor torch has the threads; beside a card it has one, and Python's take shorter turns."""

@@ -24,18 +24,18 @@ _OWN_ATTENTION: Final = (None, "sdpa", "eager")
 
 
 def check_files(name: str, source: str, model: ModelSettings) -> dict[str, Any]:
-    """Refuse what the files say that they are not for, before anything large is read.
+    """Refuse files that are for something else, before anything large is read.
 
     Args:
-        name: of the model.
-        source: a folder or a hub id.
-        model: its settings.
+        name: Name of the model.
+        source: A folder or a hub id.
+        model: Settings of the model.
 
     Returns:
-        Options for transformers: an attention that is there, where the files name another.
+        Options for transformers: an attention that is installed, where the files name another.
 
     Raises:
-        ModelLoadError: they are an adapter, of another task, or their code lies in another repository.
+        ModelLoadError: The files are an adapter, are for another task, or name code in another repository.
     """
     with explained(name):
         config = read_json(source, "config.json", model.revision) or {}
@@ -44,7 +44,7 @@ def check_files(name: str, source: str, model: ModelSettings) -> dict[str, Any]:
         extra = read_json(source, "sentence_bert_config.json", model.revision) or {}
         adapter = read_json(source, "adapter_config.json", model.revision)
         if model.task == "generate":
-            # transformers goes on without one that it cannot read
+            # transformers would ignore one that it cannot read
             read_json(source, "generation_config.json", model.revision)
         if model.trust_remote_code:
             _check_code(name, source, model.revision)
@@ -61,7 +61,7 @@ def check_files(name: str, source: str, model: ModelSettings) -> dict[str, Any]:
     if not asked:
         return {}
     logger.warning("model %s: attention %s is not used here, torch's is", name, ", ".join(sorted(asked)))
-    return {"attn_implementation": None}  # the best that torch brings and the model knows
+    return {"attn_implementation": None}  # the best that torch has and the model knows
 
 
 def _check_task(
@@ -71,7 +71,7 @@ def _check_task(
     if own is not None and task in _KINDS and own != _KINDS[task]:
         raise ModelLoadError(name, f"its files are a {own}'s, and task = {task!r} takes a {_KINDS[task]}")
     if modules is not None and task == "embed":
-        return  # they say how its vectors come about, whatever its transformer was trained on before
+        return  # its modules say how vectors are computed, whatever the transformer was trained on before
     architectures = config.get("architectures") or []
     if isinstance(architectures, list) and architectures:
         foreign = [str(one) for one in architectures if str(one).endswith(_FOREIGN_HEADS[task])]
@@ -84,7 +84,7 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _check_code(name: str, source: str, revision: str | None) -> None:
-    """Refuse references to code in another repository: it would be taken as it is there at the moment."""
+    """Refuse references to code in another repository: no revision pins that code."""
     modules: Any = read_json(source, "modules.json", revision) or []
     folders = ["", *(f"{module['path']}/" for module in modules if module.get("path"))]
     files = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")

@@ -1,4 +1,4 @@
-"""What a model needs of memory, found out before it is loaded: its files say it in their first bytes."""
+"""How much memory a model needs, known before it is loaded: its files say it in their first bytes."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from penstock.errors import ModelLoadError
 from penstock_workers.hardware.device import free_bytes
 
 LEAST_CACHE_TOKENS: Final = 1024
-"""A model whose cache has no room for so many tokens of one request, or its window, is of no use."""
+"""Smallest useful cache, tokens of one request; less where the model's window is shorter."""
 _FLOATS: Final = frozenset(("F64", "F32", "F16", "BF16"))
 _MOST_HEADER_BYTES: Final = 100 << 20  # the format's own limit
 _GIB: Final = 1 << 30
@@ -29,17 +29,17 @@ def check_memory(
     cache: int = 0,
     free: int | None = None,
 ) -> None:
-    """Refuse a model that cannot fit; one that would nearly fit is let through, to try.
+    """Refuse a model that cannot fit; a model that would nearly fit may try.
 
     Args:
-        name: of the model.
-        weights: from `weights_bytes`; None is let through.
-        devices: that share it.
-        cache: the smallest that is of use, bytes.
-        free: memory that may be used, bytes; None takes what the devices and control groups leave.
+        name: Name of the model.
+        weights: Bytes of its weights, from `weights_bytes`; a model of which they are not known may try.
+        devices: Devices that share the model.
+        cache: Bytes of the smallest useful cache.
+        free: Bytes that may be used; None: what the devices and control groups leave.
 
     Raises:
-        ModelLoadError: it cannot fit.
+        ModelLoadError: The model cannot fit.
     """
     if weights is None:
         return
@@ -54,22 +54,22 @@ def check_memory(
 
 
 def weights_bytes(source: str, revision: str | None, dtype: torch.dtype) -> int | None:
-    """Return what a model's weights take in memory, bytes; None where no safetensors files tell.
+    """Return the bytes that a model's weights take in memory; None where no safetensors files say it.
 
     Args:
-        source: a folder or a hub id; of the latter the headers alone are read, if it is not downloaded.
-        revision: of the hub.
-        dtype: that numbers are loaded in; what is quantised stays as it is stored.
+        source: A folder or a hub id; of a model that is not downloaded only the headers are read.
+        revision: Revision at the hub.
+        dtype: Format that numbers are loaded in; quantised weights stay as they are stored.
     """
     try:
         tensors = [tensor for header in _headers(source, revision) for tensor in header.values()]
         return sum(_tensor_bytes(tensor, dtype.itemsize) for tensor in tensors) or None
-    except Exception:  # noqa: BLE001  whatever is wrong with files or hub: loading tells, in its own words
+    except Exception:  # noqa: BLE001  whatever is wrong with files or hub: the load says it in its own words
         return None
 
 
 def cache_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Return what the smallest useful cache takes, bytes; 0 where the configuration does not say."""
+    """Return the bytes of the smallest useful cache; 0 where the configuration does not say it."""
     text = config.get_text_config(decoder=True)
     layers, heads, hidden, window = (
         getattr(text, field, None) or 0
@@ -98,7 +98,7 @@ def _headers(source: str, revision: str | None) -> Iterator[Mapping[str, Any]]:
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:
-    """Yield the files that are loaded: some folders hold the same weights again, for other libraries."""
+    """Yield the files that are loaded; some folders hold the same weights again for other libraries."""
     modules = folder / "modules.json"  # of sentence-transformers
     parts = {part["path"] for part in json.loads(modules.read_text())} if modules.exists() else set()
     for part in sorted({"", *parts}):
@@ -112,9 +112,9 @@ def _weight_files(folder: Path) -> Iterator[Path]:
 
 
 def _read_header(file: Path) -> Mapping[str, Any]:
-    """Return a file's tensors: name to dtype, shape and place.
+    """Return the tensors of a file by name, each with its dtype, shape and place.
 
-    Source: the safetensors format: eight bytes of length, little-endian, and JSON.
+    Source: The safetensors format: eight bytes of length, little-endian, and JSON.
     """
     with file.open("rb") as opened:
         (n_bytes,) = struct.unpack("<Q", opened.read(8))

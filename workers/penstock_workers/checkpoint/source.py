@@ -15,8 +15,8 @@ def resolve_source(name: str, model: ModelSettings) -> str:
     """Return what `from_pretrained` takes: a folder that exists, or a hub id.
 
     Raises:
-        ModelLoadError: the folder is missing or empty, the bundled model unknown or not installed,
-            or the model may run its own code without being pinned.
+        ModelLoadError: The folder is missing or empty, the bundled model is unknown or not installed,
+            or the model may run its own code and is not pinned.
     """
     if model.source.startswith(BUNDLED):
         try:
@@ -42,11 +42,11 @@ def _is_commit(revision: str | None) -> bool:
 
 
 def read_json(source: str, file: str, revision: str | None) -> Any:
-    """Return what a model's JSON file holds; None where there is no such file.
+    """Return the content of a model's JSON file; None where there is no such file.
 
     Raises:
-        ValueError: it holds no JSON.
-        OSError: the hub does not answer, and the file is not at hand.
+        ValueError: The file holds no JSON.
+        OSError: The hub does not answer, and the file was not downloaded before.
     """
     path = find_file(source, file, revision)
     if path is None:
@@ -58,10 +58,10 @@ def read_json(source: str, file: str, revision: str | None) -> Any:
 
 
 def find_file(source: str, file: str, revision: str | None) -> Path | None:
-    """Return where a model's file is, downloaded if need be; None where there is none of that name.
+    """Return where a model's file is, after a download if it needs one; None where there is no such file.
 
     Raises:
-        OSError: the hub does not answer, and the file is not at hand.
+        OSError: The hub does not answer, and the file was not downloaded before.
     """
     folder = Path(source)
     if folder.is_dir():

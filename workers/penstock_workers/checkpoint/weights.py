@@ -1,4 +1,4 @@
-"""What a model's files hold: all weights that compute come from them, or the model does not load."""
+"""Which weights came from a model's files: all that take part in its answers, or it does not load."""
 
 import logging
 import math
@@ -18,14 +18,14 @@ from penstock_workers.checkpoint.failures import explain_failure
 logger = logging.getLogger(__name__)
 
 _COMPUTED: Final = ("inv_freq", "original_inv_freq", "position_ids")
-"""Buffers that some checkpoints hold, and that a model computes where they do not."""
+"""Buffers that only some checkpoints hold: a model computes them itself where they are missing."""
 
 
 class Weights:
-    """Which weights came from files, of all that transformers loaded.
+    """The report on what transformers loaded from a model's files.
 
     Attributes:
-        missing: names of those that did not.
+        missing: Names of weights that the model has and its files do not.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Weights:
         self._unused: list[str] = []
 
     def note(self, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
-        """Take what transformers reports of a model that it loaded."""
+        """Add the report of transformers on a model that it loaded."""
         found = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
         absent = sorted(key for key in found if key.rpartition(".")[2] not in _COMPUTED)
         self.missing += absent
@@ -42,10 +42,10 @@ class Weights:
         self._unused += [key for key in sorted(report["unexpected_keys"]) if _is_part(model, key)]
 
     def blank(self) -> None:
-        """Make what is missing useless: whatever is computed with it is not a number, and so is noticed.
+        """Make missing weights NaN, so that whatever is computed with them is noticed.
 
-        transformers fills it with random numbers. Some are not used, as the pooler of many encoders: that
-        is told by trying, not by names.
+        transformers fills them with random numbers. Some are never used, such as the pooler of many encoders:
+        a trial tells which, not their names.
         """
         for tensor in self._tensors:
             if tensor.is_floating_point():
@@ -53,10 +53,10 @@ class Weights:
                     tensor.fill_(math.nan)
 
     def check_all(self, name: str) -> None:
-        """Refuse a model of which any weight is missing.
+        """Refuse a model if one of its weights is missing.
 
         Raises:
-            ModelLoadError: one is.
+            ModelLoadError: A weight is missing.
         """
         if self.missing:
             verb = "weight is" if len(self.missing) == 1 else "weights are"
@@ -65,7 +65,7 @@ class Weights:
             )
 
     def tell_unused(self, name: str) -> None:
-        """Say in one line what the files hold of the model's own parts that it does not take."""
+        """Log in one line which weights in the files belong to parts of the model and are not used."""
         if self._unused:
             logger.warning(
                 "model %s: %d weights in its files are not used, the first is %s",
@@ -77,10 +77,10 @@ class Weights:
 
 @contextmanager
 def reading(name: str) -> Iterator[Weights]:
-    """Note what transformers loads while the block runs, whoever asks it to.
+    """Note what transformers loads in the block, whoever calls it.
 
     Raises:
-        ModelLoadError: one line for whatever the libraries meet in foreign files.
+        ModelLoadError: One line, whatever libraries raise over foreign files.
     """
     weights = Weights()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # has no annotations
@@ -112,17 +112,17 @@ def reading(name: str) -> Iterator[Weights]:
 
 
 def _is_part(model: PreTrainedModel, key: str) -> bool:
-    """Whether a weight's name is within what the model has, as a layer too many; heads are not."""
+    """Tell whether a weight belongs to a part that the model has, such as a layer too many; heads do not."""
     name = key.removeprefix(f"{model.base_model_prefix}.")
     child = getattr(model, name.partition(".")[0], None)
     return isinstance(child, nn.Module) and any(True for _ in child.children())
 
 
 class _NoTables(logging.Filter):
-    """Keeps transformers from printing a table of what is missing: the load ends, or it has no effect.
+    """Hides the table of missing weights that transformers logs: they end the load, or do not matter.
 
     Attributes:
-        mismatch: name of the first weight that the table says is of another shape.
+        mismatch: Name of the first weight that has another shape in the files, by the table.
     """
 
     mismatch: str | None = None

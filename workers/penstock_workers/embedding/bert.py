@@ -1,4 +1,4 @@
-"""What an encoder of the BERT family is made of, for those who compute it otherwise than its own modules."""
+"""The parts of an encoder of the BERT family, for those who compute it otherwise than its own modules."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from transformers.activations import GELUActivation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """One layer; each norm is of a sum with what went in.
+class BertLayer:
+    """One layer. Each norm is applied to the sum of a block's input and output.
 
     Attributes:
-        heads: the products for queries, keys and values.
-        output: of attention.
-        output_norm: comes after it.
-        up: before GELU.
-        down: after GELU.
-        down_norm: comes last.
+        heads: The products that give queries, keys and values.
+        output: The product after attention.
+        output_norm: The norm after `output`.
+        up: The product before GELU.
+        down: The product after GELU.
+        down_norm: The norm after `down`.
     """
 
     heads: Sequence[nn.Linear]
@@ -31,37 +31,37 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Encoder:
-    """The whole.
+class BertEncoder:
+    """The whole encoder.
 
     Attributes:
-        words: embeddings of tokens, float32, shape (n_words, dim).
-        positions: of positions, shape (n_positions, dim).
-        types: of token types, shape (n_types, dim).
-        norm: of their sum.
-        layers: in order.
-        n_heads: of attention.
-        dim: of hidden states.
+        words: Embeddings of tokens, float32, shape (n_words, dim).
+        positions: Embeddings of positions, float32, shape (n_positions, dim).
+        types: Embeddings of token types, float32, shape (n_types, dim).
+        norm: The norm of the sum of the three.
+        layers: The layers in their order.
+        n_heads: Number of attention heads.
+        dim: Width of a hidden state.
     """
 
     words: Tensor
     positions: Tensor
     types: Tensor
     norm: nn.LayerNorm
-    layers: Sequence[Layer]
+    layers: Sequence[BertLayer]
     n_heads: int
     dim: int
 
 
-def read_encoder(transformer: Any) -> Encoder:
+def read_encoder(transformer: Any) -> BertEncoder:
     """Return the parts of a transformer.
 
     Raises:
-        NotImplementedError: it is of another kind, or not plain float32.
+        NotImplementedError: The transformer is of another kind, or not plain float32.
     """
     try:
         embeddings = transformer.embeddings
-        encoder = Encoder(
+        encoder = BertEncoder(
             words=embeddings.word_embeddings.weight.detach(),
             positions=embeddings.position_embeddings.weight.detach(),
             types=embeddings.token_type_embeddings.weight.detach(),
@@ -87,11 +87,11 @@ def read_encoder(transformer: Any) -> Encoder:
     return encoder
 
 
-def _read_layer(layer: Any) -> Layer:
+def _read_layer(layer: Any) -> BertLayer:
     attention, up = layer.attention, layer.intermediate
     if not isinstance(up.intermediate_act_fn, GELUActivation):
         raise NotImplementedError("its activation is not GELU")
-    return Layer(
+    return BertLayer(
         heads=(attention.self.query, attention.self.key, attention.self.value),
         output=attention.output.dense,
         output_norm=attention.output.LayerNorm,

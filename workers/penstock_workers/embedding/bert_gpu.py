@@ -1,7 +1,7 @@
-"""The BERT family's encoder on a row of texts, on a card: a layer is four products and three other kernels.
+"""The BERT family's encoder on a row of texts, on a GPU: a layer is four products and three other kernels.
 
-Products and attention are of 16 bits, hidden states of 32, as on a processor. The model's own modules give
-the same in three times as many kernels, most of which wait for memory.
+Products and attention have 16 bits, hidden states 32, as in `bert_c.py`. The model's own modules give the
+same in three times as many kernels, most of which wait for memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,17 +22,17 @@ class _Product(NamedTuple):
 
 
 class BertGpu:
-    """An encoder with weights of its own for products; the rest are the model's.
+    """An encoder with weights of its own for products; all other weights are the model's own.
 
     Whoever makes one compares its vectors with the model's own before trusting it.
 
     Args:
-        transformer: what computes in float32.
-        n_words: words that its tokenizer knows.
-        dtype: of products and attention, 16 bits.
+        transformer: The transformer that computes in float32.
+        n_words: Number of words that the tokenizer knows.
+        dtype: Format of products and attention, 16 bits.
 
     Raises:
-        NotImplementedError: the model is of another kind, or there is no Triton.
+        NotImplementedError: The model is of another kind, or Triton is not installed.
     """
 
     def __init__(self, transformer: Any, n_words: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -44,7 +44,7 @@ class BertGpu:
         encoder = read_encoder(transformer)
         if encoder.dim not in [size * encoder.n_heads for size in triton_kernels.HEAD_SIZES]:
             raise NotImplementedError("its heads have an unusual size")
-        if n_words > len(encoder.words):  # nobody looks on the card
+        if n_words > len(encoder.words):  # kernels on the GPU do not check it
             raise NotImplementedError("its tokenizer knows words that it does not")
         self._tables = encoder.words, encoder.positions, encoder.types
         self._norm, self._n_heads = encoder.norm, encoder.n_heads
@@ -64,15 +64,15 @@ class BertGpu:
         """Return the last hidden states.
 
         Args:
-            row: features of the texts, integers, each of shape (n_tokens,).
-            positions: of each token in its text, int64, shape (n_tokens,), on the processor.
-            layout: where texts lie in the row.
+            row: Features of the texts by name, integers, shape (n_tokens,) each.
+            positions: Position of each token in its text, int64, shape (n_tokens,), on the CPU.
+            layout: Where each text lies in the row.
 
         Returns:
             float32, shape (n_tokens, dim).
 
         Raises:
-            IndexError: a position is not in the model's table.
+            IndexError: A position is not in the model's table.
         """
         kernels = self._kernels
         if int(positions.max()) >= len(self._tables[1]):
@@ -86,13 +86,13 @@ class BertGpu:
         for heads, output, output_norm, up, down, down_norm in self._layers:
             found = kernels.attend(F.linear(rounded, *heads).view(shape), layout.tiles, shape[-1] ** -0.5)
             rounded = kernels.add_norm(states, F.linear(found, *output), output_norm)
-            # GELU is computed with the product, on a card by its approximation with tanh
+            # GELU is computed with the product, on a GPU by its approximation with tanh
             inner = torch._addmm_activation(up.bias, rounded, up.weight.t(), use_gelu=True)
             rounded = kernels.add_norm(states, F.linear(inner, *down), down_norm)
         return states
 
     def _lay_out(self, linears: Sequence[nn.Linear]) -> _Product:
-        """Return the weights of several layers as of one."""
+        """Return the weights and biases of several layers, as of one layer."""
         return _Product(
             torch.cat([linear.weight.detach() for linear in linears]).to(self._dtype),
             torch.cat([linear.bias.detach() for linear in linears]).to(self._dtype),

@@ -1,4 +1,4 @@
-"""Batches as a model's first module takes them: taken apart into texts, and put together from texts."""
+"""Batches as a model's first module takes them: split into texts, and built from texts."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -15,17 +15,17 @@ from penstock_workers.hardware.copies import upload
 
 
 class Collator(Protocol):
-    """What one kind of first module wants."""
+    """Knows the batches of one kind of first module."""
 
     def preprocess(self, texts: Sequence[Any], prompt: str | None) -> list[Encoded]:
-        """Return what the module's own `preprocess` makes of each text, or pair."""
+        """Return each text, or pair, as the module's own `preprocess` encodes it."""
 
     def collate(self, texts: Sequence[Encoded], device: torch.device) -> dict[str, Tensor]:
-        """Return a batch of texts that have the same features."""
+        """Return a batch of texts on a device; all texts have the same features."""
 
 
-class Padded:
-    """Rectangles of tokens: transformers and tables of words."""
+class PaddedCollator:
+    """Rectangles of tokens: for transformers and tables of words."""
 
     def __init__(self, model: SentenceTransformer | CrossEncoder, padding_side: str = "right") -> None:
         self._model, self._side = model, padding_side
@@ -57,8 +57,8 @@ class Padded:
         return batch
 
 
-class Bags:
-    """Tokens end to end, and where each text begins: static embeddings."""
+class BagCollator:
+    """Tokens end to end, and where each text begins: for static embeddings."""
 
     def __init__(self, model: SentenceTransformer) -> None:
         self._model = model
@@ -80,8 +80,8 @@ class Bags:
         }
 
 
-class Counts:
-    """Vectors that count words, made outside of any layer: bags of words."""
+class CountCollator:
+    """Vectors that count words, made outside of any layer: for bags of words."""
 
     def __init__(self, model: SentenceTransformer) -> None:
         self._module: Any = model[0]
@@ -100,14 +100,14 @@ class Counts:
 
 
 def choose_collator(model: SentenceTransformer) -> Collator:
-    """Return what suits a model."""
+    """Return the collator for a model."""
     if hasattr(model[0], "get_sentence_features"):
-        return Counts(model)
-    return Bags(model) if "offsets" in model.preprocess(["a"]) else Padded(model)
+        return CountCollator(model)
+    return BagCollator(model) if "offsets" in model.preprocess(["a"]) else PaddedCollator(model)
 
 
 def set_padding(tokenizer: object) -> None:
-    """Give a tokenizer a padding token that has none; masks say where padding is, so any will do."""
+    """Give a tokenizer without a padding token one; masks say where padding is, so any token will do."""
     if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.pad_token is None:
         tokenizer.pad_token = (
             tokenizer.eos_token or tokenizer.unk_token or str(tokenizer.convert_ids_to_tokens(0))
@@ -115,10 +115,10 @@ def set_padding(tokenizer: object) -> None:
 
 
 def check_vocabulary(name: str, model: SentenceTransformer | CrossEncoder) -> int | None:
-    """Return how many tokens a model has, if its tokenizer adds some that it has not.
+    """Return how many tokens a model knows, if its tokenizer has added tokens that it does not know.
 
     Raises:
-        ModelLoadError: they are of its tokenizer's own vocabulary.
+        ModelLoadError: The tokenizer's own vocabulary is larger than the model's table.
     """
     transformer, tokenizer = model.transformers_model, model.tokenizer
     if transformer is None or not isinstance(tokenizer, PreTrainedTokenizerBase):

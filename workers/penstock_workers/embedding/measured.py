@@ -1,7 +1,7 @@
-"""What was found out about a model's speed on this machine, kept for the next start.
+"""Which way computed a model fastest on this machine, kept for the next start.
 
-Only what costs time is kept, never what is right: whatever is chosen by it is compared with the model's own
-vectors at each load.
+Only speed is kept, never whether a way is right: each load compares the chosen way with the model's own
+vectors.
 """
 
 import hashlib
@@ -21,18 +21,18 @@ from penstock_workers.hardware.machine import cpu_name
 logger = logging.getLogger(__name__)
 
 KEPT_S: Final = 7 * 86_400
-"""A machine that was busy when it was measured is not believed for ever."""
+"""Seconds for which a measurement counts: the machine may have been busy when it was made."""
 _PACKAGES: Final = ("penstock", "torch", "transformers", "openvino")
 
 
 def machine_key(fingerprint: str, device: str, n_threads: int, code: str) -> str:
-    """Return what a choice is kept under: another model, processor, number of threads or version is another.
+    """Return the key of a choice: another model, CPU, GPU, number of threads or version has another key.
 
     Args:
-        fingerprint: of the model's weights and settings.
-        device: in torch's words, with the card's name.
-        n_threads: of torch.
-        code: what of ours computes, if it may be missing.
+        fingerprint: Hash of the model's weights and settings.
+        device: Name of the device, see `name_device`.
+        n_threads: Number of torch's threads.
+        code: Name of our own code that computes, where it may be missing.
     """
     parts = (
         fingerprint,
@@ -47,7 +47,7 @@ def machine_key(fingerprint: str, device: str, n_threads: int, code: str) -> str
 
 
 def recall(key: str) -> dict[str, str]:
-    """Return what was chosen last week or later; empty if nothing was, or it cannot be read."""
+    """Return what was chosen in the last week; empty if nothing was, or if it cannot be read."""
     try:
         with own_files.opened(_file(key)) as opened:
             kept = json.loads(opened.read())
@@ -59,7 +59,7 @@ def recall(key: str) -> dict[str, str]:
 
 
 def remember(key: str, choices: dict[str, str]) -> None:
-    """Keep what was chosen, if there is a place for it."""
+    """Keep what was chosen, if there is a folder for it."""
     try:
         file = _file(key)
         draft = file.with_suffix(f".{process_token()}")

@@ -14,7 +14,7 @@ _TABLES: Final = ("position_embeddings", "position_embedding", "embed_positions"
 def first_position(transformer: nn.Module) -> int:
     """Return the position of a text's first token.
 
-    RoBERTa and its kin count from one past the padding's id, and leave tokens of that id out.
+    RoBERTa and its relatives count from one past the padding's id, and skip tokens with that id.
     """
     for module in transformer.modules():
         padding = getattr(module, "padding_idx", None)
@@ -26,7 +26,7 @@ def first_position(transformer: nn.Module) -> int:
 
 
 def count_positions(transformer: nn.Module) -> int | None:
-    """Return how many tokens of a text have a position in a table; None where positions are computed."""
+    """Return how many tokens of a text have a position in the table; None where positions are computed."""
     limits = []
     for module in transformer.modules():
         for name in _TABLES:
@@ -41,7 +41,7 @@ def count_positions(transformer: nn.Module) -> int | None:
 
 
 def fit_positions(name: str, model: SentenceTransformer | CrossEncoder) -> None:
-    """Cut texts where a model's positions end: RoBERTa has fewer than its configuration says."""
+    """Have texts cut where a model's positions end: RoBERTa has fewer than its configuration says."""
     transformer, limit = model.transformers_model, model.max_seq_length
     n_positions = None if transformer is None else count_positions(transformer)
     if n_positions is not None and (limit is None or limit > n_positions):

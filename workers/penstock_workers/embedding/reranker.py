@@ -18,7 +18,7 @@ from penstock_workers.checkpoint.failures import explained
 from penstock_workers.checkpoint.source import resolve_source
 from penstock_workers.checkpoint.weights import Weights, reading
 from penstock_workers.embedding.bfloat16 import use_bfloat16
-from penstock_workers.embedding.collating import Padded, check_vocabulary, set_padding
+from penstock_workers.embedding.collating import PaddedCollator, check_vocabulary, set_padding
 from penstock_workers.embedding.positions import fit_positions
 from penstock_workers.embedding.tokenizing import AT_ONCE, Encoded
 
@@ -30,22 +30,25 @@ PROBE: Final = RerankRequest(
     documents=["A pipe.", "A long one. " * 9, "One that feeds a turbine."],
 )
 TOLERANCE: Final = 1e-3
-"""How far from its score alone a pair's may be in company, over the largest; float32 stays far below."""
+"""Largest difference between a pair's scores alone and in a batch, relative to the largest score.
+
+float32 stays far below.
+"""
 
 
 class Reranker:
     """A cross-encoder on one device, with the scores of its own `predict`.
 
-    Batches are padded: a score has no direction that a faster way could be compared by, so `dtype = "auto"`
-    is float32 too.
+    Batches are padded, and `dtype = "auto"` is float32: a score has no direction by which a faster way could
+    be compared.
 
     Attributes:
-        name: the name it is served under.
-        max_tokens: longer pairs are cut, as `predict` does.
-        dtype: format of the matrix products; unless it is float16, everything else is float32.
-        n_heads: of its attention, where that is known.
-        batching: how pairs share forward passes.
-        is_padded: a batch costs its longest pair times their number.
+        name: Name that the model is served under.
+        max_tokens: Tokens of a pair that are read, as `predict` does.
+        dtype: Format of matrix products; unless it is float16, everything else is float32.
+        n_heads: Heads of its attention, where their number is known.
+        batching: How pairs share forward passes.
+        is_padded: Tells that a batch costs its longest pair times their number.
     """
 
     batching: Literal["padded"] = "padded"
@@ -56,7 +59,7 @@ class Reranker:
         self.n_heads: int | None = getattr(getattr(model.model, "config", None), "num_attention_heads", None)
         self.max_tokens = model.max_seq_length
         # A decoder is read at its last token, so its padding is on the left.
-        self._collator = Padded(model, model.tokenizer.padding_side)
+        self._collator = PaddedCollator(model, model.tokenizer.padding_side)
         self._is_one_by_one = False
         self._n_rows = check_vocabulary(name, model)  # where its tokenizer knows more than that
         self.dtype = "float32"
@@ -67,7 +70,7 @@ class Reranker:
         """Load a model.
 
         Raises:
-            ModelLoadError: one line that says why.
+            ModelLoadError: One line says why.
         """
         with explained(name):
             return cls._load(name, model, device)
@@ -99,10 +102,10 @@ class Reranker:
         return encoded
 
     def run(self, batch: Sequence[Encoded]) -> Iterator[tuple[int, float | PenstockError] | None]:
-        """Score a batch; yields (index, score) or the item's error.
+        """Score a batch; yield the index of each pair, with its score or its error.
 
         Raises:
-            OutOfMemoryError: the batch did not fit; the engine stays usable.
+            OutOfMemoryError: The batch did not fit; the engine stays usable.
         """
         known = list(range(len(batch)))
         if self._n_rows is not None:
@@ -118,12 +121,12 @@ class Reranker:
                 yield index, EngineError(self.name, "a score is not finite")
 
     def _choose_padding(self, weights: Weights) -> None:
-        """Settle on which side pairs are padded: where none leaves a pair its score, each is computed alone.
+        """Choose the side on which pairs are padded; compute each pair alone if both sides change scores.
 
-        A tokenizer may name the wrong side, and positions that count from the left know no right one.
+        A tokenizer may name the wrong side. With positions that count from the left, no side is right.
 
         Raises:
-            ModelLoadError: it scores no pair, or all alike.
+            ModelLoadError: The model scores no pair, or all alike.
         """
         pairs = self.prepare(PROBE)
         alone = np.concatenate([self._raw([pair]).cpu().numpy().reshape(-1) for pair in pairs])
@@ -135,7 +138,7 @@ class Reranker:
         own = self._model.tokenizer.padding_side
         limit = TOLERANCE * max(1.0, float(np.abs(alone).max()))
         for side in (own, "left" if own == "right" else "right"):
-            self._collator = Padded(self._model, side)
+            self._collator = PaddedCollator(self._model, side)
             together = self._raw(self.prepare(PROBE)).cpu().numpy().reshape(-1)
             if np.allclose(together, alone, rtol=0, atol=limit):
                 return
@@ -143,7 +146,7 @@ class Reranker:
         logger.warning("model %s: pairs are scored one by one, padding changes their scores", self.name)
 
     def _raw(self, pairs: Sequence[Encoded]) -> torch.Tensor:
-        """Return scores before their activation, float32, shape (n_pairs, 1) or (n_pairs,)."""
+        """Return the scores before their activation, float32, shape (n_pairs, 1) or (n_pairs,)."""
         groups = [[pair] for pair in pairs] if self._is_one_by_one else [pairs]
         with torch.inference_mode():
             batches = [self._collator.collate(group, self._model.device) for group in groups]
@@ -151,7 +154,7 @@ class Reranker:
 
     @torch.inference_mode()
     def _forward(self, pairs: Sequence[Encoded]) -> NDArray[np.float32]:
-        """Return shape (n_pairs,)."""
+        """Return the scores, float32, shape (n_pairs,)."""
         try:
             scores = self._model.activation_fn(self._raw(pairs))
             found: NDArray[np.float32] = scores.cpu().numpy().reshape(len(pairs))

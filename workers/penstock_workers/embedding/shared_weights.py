@@ -1,6 +1,7 @@
 """Weights in an order of our own, in memory that all processes of a machine share.
 
-Each maps the same file in the user's cache, whose pages are there once, as those of a model's own files are.
+Each process maps the same file in the user's cache. Its pages are in memory once, like those of a model's
+own files.
 """
 
 import contextlib
@@ -24,19 +25,19 @@ from penstock_workers.hardware import own_files
 logger = logging.getLogger(__name__)
 
 ALIGNED: Final = 64
-"""Bytes, a multiple of which each tensor begins at, as in memory that torch takes."""
+"""Each tensor begins at a multiple of this many bytes, as in torch's own memory."""
 UNUSED_S: Final = 7 * 86_400
-"""A file that nobody has loaded for so long is removed."""
+"""Seconds after which a file that no process has loaded is removed."""
 
 
 def share(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors of the same contents that are in memory once for all processes.
 
     Args:
-        tensors: contiguous, on the processor.
+        tensors: Contiguous tensors on the CPU.
 
     Returns:
-        Not to be written to; `tensors` themselves where there is no place for a file.
+        Tensors that must not be written to; `tensors` themselves where there is no place for a file.
     """
     rows = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
     rooms = [-(-len(row) // ALIGNED) * ALIGNED for row in rows]
@@ -61,13 +62,13 @@ def share(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _map(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> list[Tensor] | None:
-    """Return the rows as they are in a file, or None if it is not there or damaged."""
+    """Return the rows from a file; None if the file is missing or damaged."""
     size = sum(rooms)
     try:
         with own_files.opened(file) as opened:
             if os.fstat(opened.fileno()).st_size != size:
                 return None
-            # By its number where there is /proc: what was looked at is what is mapped.
+            # By its number where there is /proc: the file that was checked is the one that is mapped.
             by_number = Path(f"/proc/self/fd/{opened.fileno()}")
             name = str(by_number if by_number.exists() else file)
             whole = torch.from_file(name, shared=False, size=size, dtype=torch.uint8)

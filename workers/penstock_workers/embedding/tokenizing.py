@@ -16,19 +16,19 @@ from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 AT_ONCE: Final = 256
-"""Texts that one call of a tokenizer gets."""
+"""Texts in one call of a tokenizer."""
 FOREIGN: Final = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What a model's own code may raise when it meets what it was not made for."""
+"""Errors that a model's own code may raise when it meets something it was not made for."""
 
 
 class Encoded(NamedTuple):
-    """One tokenized text: a part of rows that hold many, since an object for each costs more than its tokens.
+    """One tokenized text: a part of rows that many texts share, since arrays of its own would cost more.
 
     Attributes:
-        rows: what the model takes, by name; int64, shape (n_row,) each.
-        start: of this text in the rows.
-        n_tokens: real tokens, special ones counted.
-        prompt_length: tokens of the prompt that pooling leaves out, else None.
+        rows: Features that the model takes, by name; int64, shape (n_row,) each.
+        start: Index of the text's first token in the rows.
+        n_tokens: Number of tokens, special ones included.
+        prompt_length: Number of tokens of the prompt, if pooling leaves them out, else None.
     """
 
     rows: Mapping[str, NDArray[np.int64]]
@@ -37,11 +37,11 @@ class Encoded(NamedTuple):
     prompt_length: int | None
 
     def part(self, key: str) -> NDArray[np.int64]:
-        """Return what is its own of a row, shape (n_tokens,)."""
+        """Return this text's part of a row, int64, shape (n_tokens,)."""
         return self.rows[key][self.start : self.start + self.n_tokens]
 
     def equals(self, other: "Encoded") -> bool:
-        """Whether the other is the same text."""
+        """Tell whether another text has the same tokens."""
         return (
             self.prompt_length == other.prompt_length
             and self.rows.keys() == other.rows.keys()
@@ -49,34 +49,34 @@ class Encoded(NamedTuple):
         )
 
     def of_length(self, n_tokens: int) -> Self:
-        """Return a text of this many tokens, cut or repeated."""
+        """Return a text of this many tokens: this one, cut or repeated."""
         rows = {key: np.resize(self.part(key), n_tokens) for key in self.rows}
         return self._replace(rows=rows, start=0, n_tokens=n_tokens)
 
     def reversed(self) -> Self:
-        """Return another text of the same length."""
+        """Return another text of the same length: this one, backwards."""
         return self._replace(rows={key: self.part(key)[::-1].copy() for key in self.rows}, start=0)
 
 
 def gather(texts: Sequence[Encoded], key: str) -> Tensor:
-    """Lay what texts have of a row end to end; int64, shape (n_tokens of all,)."""
+    """Lay a feature of several texts end to end; int64, shape (n_tokens of all texts,)."""
     return torch.from_numpy(np.concatenate([text.part(key) for text in texts]))
 
 
 class TextTokenizer:
-    """What `preprocess` of a model gives, straight from its tokenizer where that gives the same.
+    """Tokenizes as `preprocess` of a model does, straight by its tokenizer where that gives the same.
 
-    `preprocess` takes twice the tokenizer's own time, in Python, where the model's thread has to wait for it;
-    padding to tensors takes as long again.
+    `preprocess` takes twice the time of the tokenizer itself, in Python, where the model's thread has to wait
+    for it. Padding to tensors takes as long again.
 
     Args:
-        model: whose tokens they are.
-        probe: texts that both ways are compared on.
-        n_at_once: how many threads may tokenize at the same time.
-        preprocess: see `Collator.preprocess`; None takes the model's with its padding taken off.
+        model: The model that the tokens are for.
+        probe: Texts on which the two are compared.
+        n_at_once: Number of threads that may tokenize at the same time.
+        preprocess: See `Collator.preprocess`; None: the model's own, with its padding removed.
 
     Attributes:
-        is_straight: whether nothing stands between.
+        is_straight: Tells that the tokenizer is called directly.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class TextTokenizer:
         ]
 
     def _compare(self, probe: list[str]) -> bool:
-        """Whether texts are the same both ways."""
+        """Tell whether texts get the same tokens both ways."""
         prompts = (None, "query: ")
         expected = [text for prompt in prompts for text in self._preprocess(probe, prompt)]
         self._keys = list(expected[0].rows)
@@ -125,7 +125,7 @@ class TextTokenizer:
             raise TypeError("its tokenizer is in Python")
         prompt_length = self._prompt_length(prompt)
         with self._places:
-            # how long a text may be is set by `preprocess`, which was called before
+            # `preprocess`, which was called before, has set how long a text may be
             found = self._tokenizer.encode_batch_fast([prompt + text for text in texts] if prompt else texts)
         lengths = list(map(len, found))
         n_tokens = sum(lengths)
@@ -153,7 +153,7 @@ class TextTokenizer:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep all others out: a fast tokenizer refuses to be changed while it is in use."""
+        """Keep all other threads out: a fast tokenizer refuses to be changed while it is in use."""
         with ExitStack() as places, self._taking_all:
             for _ in range(self._n_at_once):
                 places.enter_context(self._places)

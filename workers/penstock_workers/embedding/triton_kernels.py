@@ -1,7 +1,7 @@
-"""Kernels in Triton for a card: what lies between an encoder's products, each number read and written once.
+"""Kernels in Triton for a GPU: what lies between an encoder's products, each number read and written once.
 
-Products are the vendor's. Torch would take several kernels for each of these, and its attention reads rows
-in tiles of 128, of which a short text fills little.
+Products are computed by the vendor's kernels. Torch would use several kernels for each of ours, and its
+attention reads rows in tiles of 128, of which a short text fills little.
 """
 
 from typing import Any, Final
@@ -26,13 +26,13 @@ def embed(
     """Sum three embeddings of each token, and normalise.
 
     Args:
-        places: the row of each table that is a token's, int64, shape (n_tokens,) each; not checked.
-        tables: of words, positions and types; float32, shape (n_rows, dim) each.
-        norm: over dim.
-        dtype: of the second answer.
+        places: Row of each token in each of the tables, int64, shape (n_tokens,) each; not checked.
+        tables: Embeddings of words, positions and types; float32, shape (n_rows, dim) each.
+        norm: The norm of the sum.
+        dtype: Format of the rounded result.
 
     Returns:
-        The same in float32 and rounded, shape (n_tokens, dim).
+        The result in float32, and the same rounded, shape (n_tokens, dim) each.
     """
     n_tokens, dim = len(places[0]), tables[0].shape[1]
     found = torch.empty(n_tokens, dim, dtype=torch.float32, device=tables[0].device)
@@ -47,12 +47,12 @@ def add_norm(states: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
     """Add to hidden states and normalise, in place.
 
     Args:
-        states: float32, shape (n_tokens, dim), contiguous; overwritten.
-        update: of the same shape, contiguous.
-        norm: over dim.
+        states: Hidden states, float32, shape (n_tokens, dim), contiguous; overwritten.
+        update: Their update, 16 bits, shape (n_tokens, dim), contiguous.
+        norm: The norm of the sum.
 
     Returns:
-        The new states in the dtype of `update`.
+        The new states in the dtype of `update`, shape (n_tokens, dim).
     """
     n_tokens, dim = states.shape
     rounded = torch.empty_like(update)
@@ -61,13 +61,13 @@ def add_norm(states: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def attend(heads: Tensor, tiles: Tensor, scale: float) -> Tensor:
-    """Attention in which each text of a row sees itself alone.
+    """Compute attention in which each text of a row sees itself alone.
 
     Args:
-        heads: queries, keys and values, 16 bits each, shape (n_tokens, 3, n_heads, size), contiguous;
+        heads: Queries, keys and values, 16 bits each, shape (n_tokens, 3, n_heads, size), contiguous;
             size is one of `HEAD_SIZES`.
-        tiles: see `RowLayout.tiles`.
-        scale: of the scores.
+        tiles: See `RowLayout.tiles`.
+        scale: Factor for the scores.
 
     Returns:
         Dtype of `heads`, shape (n_tokens, n_heads * size).

@@ -16,8 +16,8 @@ from penstock_workers.hardware.machine import cpu_flags
 
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 
-CARD_SWITCH_S: Final = 0.0005
-"""After how long a thread lets another have the interpreter, beside a card; Python's own is 5 ms."""
+GPU_SWITCH_S: Final = 0.0005
+"""Seconds after which a thread lets another have the interpreter, beside a GPU; Python's default is 5 ms."""
 _of_thread = threading.local()
 
 
@@ -25,7 +25,7 @@ def choose_device(pool: PoolName, wanted: DeviceName) -> torch.device:
     """Return the device of a pool.
 
     Raises:
-        ModelLoadError: the pool wants an accelerator and this machine shows none.
+        ModelLoadError: The pool wants an accelerator, and this machine has none.
     """
     if wanted == "cpu":
         return torch.device("cpu")
@@ -40,19 +40,19 @@ def choose_device(pool: PoolName, wanted: DeviceName) -> torch.device:
 
 
 def share_cores(n_threads: int, device: torch.device) -> None:
-    """Give torch this many threads, for a card one: its own default takes every core, in every process.
+    """Give torch this many threads, beside a GPU one: by default it takes every core, in every process.
 
-    Beside a card Python's threads take shorter turns: the model's gives its own up at each kernel.
+    Beside a GPU Python's threads take shorter turns: the model's thread gives its turn up at each kernel.
     """
     torch.set_num_threads(n_threads if device.type == "cpu" else 1)
     torch.set_num_interop_threads(1)
     if device.type != "cpu":
-        sys.setswitchinterval(CARD_SWITCH_S)
+        sys.setswitchinterval(GPU_SWITCH_S)
 
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Compute in a stream of this thread, on CUDA: its copies go on beside the kernels of other threads.
+    """Compute in a CUDA stream of this thread: its copies run beside the kernels of other threads.
 
     Source: docs.pytorch.org/docs/stable/notes/cuda.html, "CUDA streams".
     """
@@ -61,27 +61,27 @@ def own_stream(device: torch.device) -> Iterator[None]:
         return
     if not hasattr(_of_thread, "stream"):
         _of_thread.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no type for it
-    _of_thread.stream.wait_stream(torch.cuda.current_stream(device))  # which laid out the weights
+    _of_thread.stream.wait_stream(torch.cuda.current_stream(device))  # which wrote the weights
     with torch.cuda.stream(_of_thread.stream):
         yield
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Say whether matrix products in bfloat16 are computed by the hardware itself."""
+    """Tell whether the hardware itself computes matrix products in bfloat16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # AVX-512 BF16 or AMX; without either, oneDNN computes in float32 after conversions.
+    # AVX-512 BF16 or AMX. Without either, oneDNN converts to float32 and computes there.
     return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
 
 
 def torch_dtype(name: Dtype) -> torch.dtype:
-    """Return torch's dtype of that name; `auto` is float32 until an engine finds better."""
+    """Return torch's dtype of that name; `auto` is float32 until an engine finds a faster one."""
     formats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     return formats.get(name, torch.float32)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return how much memory of a device is free for this process now."""
+    """Return how much memory of a device this process can take now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "mps":
@@ -90,5 +90,5 @@ def free_bytes(device: torch.device) -> int:
 
 
 def name_device(device: torch.device) -> str:
-    """Return what a device is, for comparing measurements."""
+    """Return the name of the hardware, by which measurements are compared."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

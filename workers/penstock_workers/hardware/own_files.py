@@ -1,4 +1,4 @@
-"""Files that are kept for the next start: made for this user alone, and believed from nobody else."""
+"""Files that are kept for the next start: made for this user alone, and trusted from nobody else."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ def make_folder(folder: Path) -> None:
     """Make a folder in our own part of a cache, and that part, for this user alone.
 
     Raises:
-        OSError: one of both is a link, somebody else's, or others may write to it.
+        OSError: One of both is a link, belongs to another user, or can be written by others.
     """
     for each in (folder.parent, folder):
         each.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def opened(file: Path) -> BinaryIO:
     """Open a file of ours to read it.
 
     Raises:
-        OSError: it is not there, a link, somebody else's, or others may write to it.
+        OSError: The file is missing, is a link, belongs to another user, or can be written by others.
     """
     number = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -42,10 +42,10 @@ def opened(file: Path) -> BinaryIO:
 
 
 def created(file: Path) -> BinaryIO:
-    """Make a file that this user alone can read, in place of what another start may have left.
+    """Make a file that this user alone can read; it replaces one that another start may have left.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: The file cannot be made.
     """
     file.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
