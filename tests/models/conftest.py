@@ -24,7 +24,7 @@ def kernels() -> Iterator[Kernels]:
     try:
         found = find_kernels(torch.device("cpu"))
         if found is None:
-            pytest.skip("the processor has no AVX-512 BF16, or there was no C compiler")
+            pytest.skip("the CPU has no AVX-512 BF16, or there was no C compiler")
         yield found
     finally:
         torch.set_num_threads(before)

@@ -27,9 +27,7 @@ from tests.models.test_packed import CPU, LENGTHS, PACKED, build, embed, load, p
 
 FUSED = ("bert", "bert-cls", "roberta", "xlm-roberta")
 
-needs_processor = pytest.mark.skipif(
-    "avx512_bf16" not in cpu_flags(), reason="the processor has no AVX-512 BF16"
-)
+needs_avx512 = pytest.mark.skipif("avx512_bf16" not in cpu_flags(), reason="the CPU has no AVX-512 BF16")
 
 
 def in_c(engine: Embedder, kernels: Kernels) -> PackedBert:
@@ -37,10 +35,10 @@ def in_c(engine: Embedder, kernels: Kernels) -> PackedBert:
     return PackedBert(packed_way(engine), partial(BertC, kernels=kernels))
 
 
-@needs_processor
+@needs_avx512
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_an_install_compiles_them() -> None:
-    """Where there are a C compiler and the processor, the package has them, from the source as it is now."""
+    """Where there are a C compiler and the CPU, the package has them, from the source as it is now."""
     assert compiled_path().exists()
 
 

@@ -182,7 +182,7 @@ def test_broken_weights_never_leave_the_worker(tmp_path: Path) -> None:
 
 
 def test_two_threads_give_what_one_gives(tmp_path: Path) -> None:
-    """As on a card, where two batches of one engine are under way."""
+    """As on a GPU, where two batches of one engine are under way."""
     engine = Folder(tmp_path).load("float32")
     texts = corpus()
 

@@ -143,7 +143,7 @@ def test_quantised_checkpoint_is_served(tmp_path: Path) -> None:
 
 
 def test_model_is_spread_over_devices(tmp_path: Path) -> None:
-    """With `device_map = "auto"` accelerate places the layers; on processors alone that changes nothing."""
+    """With `device_map = "auto"` accelerate places the layers; on CPUs alone that changes nothing."""
     pytest.importorskip("accelerate")
     folder = make_folder(tmp_path)
     settings = ModelSettings(task="generate", source=str(folder), device_map="auto")
@@ -157,8 +157,8 @@ def test_model_is_spread_over_devices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "threads", "switch_s"), [("cpu", 3, sys.getswitchinterval()), ("cuda", 1, GPU_SWITCH_S)]
 )
-def test_cores_are_for_torch_or_for_what_is_around_a_card(device: str, threads: int, switch_s: float) -> None:
-    """On a processor torch has the threads; beside a card it has one, and Python's take shorter turns."""
+def test_cores_are_for_torch_or_for_what_is_around_a_gpu(device: str, threads: int, switch_s: float) -> None:
+    """On a CPU torch has the threads; beside a GPU it has one, and Python's take shorter turns."""
     code = (
         "import sys, torch; from penstock_workers.hardware.device import share_cores\n"
         f"share_cores(3, torch.device({device!r}))\n"

@@ -50,7 +50,7 @@ def test_the_next_start_measures_nothing(
 def test_the_faster_products_are_taken_again(
     tmp_path: Path, cache: Path, kernels: Kernels, winner: str
 ) -> None:
-    """Ours or oneDNN's, whichever it was: processors with tiles are good at the latter."""
+    """Ours or oneDNN's, whichever it was: CPUs with tiles are good at the latter."""
     assert kernels.version
     build(tmp_path, "bert-cls")
     settings = ModelSettings(task="embed", source=str(tmp_path / "model"), engine="torch", dtype="bfloat16")

@@ -291,7 +291,7 @@ def test_what_costs_nothing_is_one_group() -> None:
 
 
 @pytest.mark.gpu
-def test_two_batches_are_under_way_on_a_card(tmp_path: Path) -> None:
+def test_two_batches_are_under_way_on_a_gpu(tmp_path: Path) -> None:
     """Each thread has a stream of its own; vectors are those of one thread."""
     build(tmp_path, "bert")
     engine = load(tmp_path, "float32", torch.device("cuda"))
@@ -308,8 +308,8 @@ def test_two_batches_are_under_way_on_a_card(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("dtype", ["float32", "auto", "float16"])
-def test_a_card_gives_the_same_vectors(tmp_path: Path, kind: str, dtype: str) -> None:
-    """On CUDA packed batches give what `encode` gives on the processor."""
+def test_a_gpu_gives_the_same_vectors(tmp_path: Path, kind: str, dtype: str) -> None:
+    """On CUDA packed batches give what `encode` gives on the CPU."""
     model = build(tmp_path, kind)
     engine = load(tmp_path, dtype, torch.device("cuda"))
     texts = texts_of(LENGTHS)
@@ -324,7 +324,7 @@ def test_a_card_gives_the_same_vectors(tmp_path: Path, kind: str, dtype: str) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
-def test_a_card_computes_the_bert_family_by_kernels(tmp_path: Path, kind: str) -> None:
+def test_a_gpu_computes_the_bert_family_by_kernels(tmp_path: Path, kind: str) -> None:
     """What settles formats at load takes them there, and torch's modules where there are none."""
     build(tmp_path, kind)
 

@@ -1,6 +1,6 @@
-"""An encoder by kernels for a card: its own modules' hidden states; without a card by Triton's interpreter.
+"""An encoder by kernels for a GPU: its own modules' hidden states; without a GPU by Triton's interpreter.
 
-That does not know bfloat16 products, so these are of float16; bfloat16 on a card is in `test_packed.py`.
+That does not know bfloat16 products, so these are of float16; bfloat16 on a GPU is in `test_packed.py`.
 """
 
 import sys
@@ -48,7 +48,7 @@ def row_of(lengths: list[int]) -> tuple[dict[str, Tensor], Tensor]:
 
 @torch.inference_mode()
 def test_hidden_states_are_those_of_its_modules(kernels: ModuleType, bert: BertModel) -> None:
-    """Each text has what it has alone, shorter and longer than what a card computes at once."""
+    """Each text has what it has alone, shorter and longer than what a GPU computes at once."""
     row, positions = row_of(LENGTHS)
 
     found = BertGpu(bert, N_WORDS, torch.float16).hidden(row, positions, RowLayout(LENGTHS, DEVICE))
@@ -94,7 +94,7 @@ def test_sharp_and_large_scores_stay_exact(kernels: ModuleType) -> None:
 
 @torch.inference_mode()
 def test_a_text_beyond_the_positions_is_an_error(kernels: ModuleType, bert: BertModel) -> None:
-    """On a card nothing else would look, and read what lies behind the table."""
+    """On a GPU nothing else would look, and read what lies behind the table."""
     row, positions = row_of([3])
 
     with pytest.raises(IndexError, match="longer than the model has positions"):
