@@ -51,7 +51,7 @@ class Probe:
 
     Attributes:
         texts: The texts of the probe, each of at least one token.
-        plain: Their vectors by the model's own modules, each text alone; float32, shape (n_texts, dim).
+        plain: Vectors by the model's own modules, each text alone; float32, shape (n_texts, dim).
 
     Args:
         name: Name of the model.
