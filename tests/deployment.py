@@ -97,7 +97,8 @@ class WorkerProcess:
             **(environment or {}),
         }
         command = [*under, sys.executable, *program, "-A", "penstock_workers", "worker", "-Q", queues]
-        command += ["-n", f"{self.config.stem}@%h", "-l", "info", *options]
+        # No mingle, as `penstock up` starts workers: each would wait a second for answers of others.
+        command += ["-n", f"{self.config.stem}@%h", "-l", "info", "--without-mingle", *options]
         needs_torch = re.search(r'source = "(?!http)', toml) is not None
         with self._log.open("wb") as log:
             self.process = warm.start(
