@@ -181,7 +181,7 @@ def test_a_gpu_pool_without_a_gpu_is_refused(server: Server, tmp_path: Path) -> 
 def test_a_gpu_pool_on_a_processor_serves_its_queues(server: Server, tmp_path: Path) -> None:
     """With `device = "cpu"` the GPU pool's routing can be tried without a card."""
     toml = '[pools.gpu]\ndevice = "cpu"\n' + MODEL.format("bundled:minilm").replace("broken", "onlygpu")
-    toml += 'pools = ["gpu"]\n'
+    toml += 'engine = "torch"\npools = ["gpu"]\n'
     worker = WorkerProcess(tmp_path, server, toml=toml, queues="gpu.onlygpu")
     try:
         worker.wait_until_ready()
