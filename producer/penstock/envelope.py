@@ -43,8 +43,8 @@ _NAMES: Final = ("task", "id", "root_id", "parent_id", "group", "lang", "origin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sender:
-    """Who can be told what became of a message.
+class ReturnAddress:
+    """Address that hears what became of a message.
 
     Attributes:
         job_id: Id of the job.
@@ -60,11 +60,11 @@ class EntryError(Exception):
 
     Attributes:
         problem: Reason of the refusal.
-        sender: Sender to tell; None where the entry names no id that can be used.
+        sender: Address of the sender to tell; None where the entry names no id that can be used.
         is_message: False for what has not even the shape of a message.
     """
 
-    def __init__(self, problem: str, sender: Sender | None = None, *, is_message: bool = True) -> None:
+    def __init__(self, problem: str, sender: ReturnAddress | None = None, *, is_message: bool = True) -> None:
         super().__init__(problem)
         self.problem, self.sender, self.is_message = problem, sender, is_message
 
@@ -132,7 +132,7 @@ def decode_envelope(raw: bytes) -> dict[str, Any]:
     return envelope
 
 
-def sender_of(envelope: Mapping[str, Any]) -> Sender | None:
+def sender_of(envelope: Mapping[str, Any]) -> ReturnAddress | None:
     """Return who can be told of a message, whatever it looks like otherwise."""
     headers, properties = envelope.get("headers"), envelope.get("properties")
     job_id = headers.get("id") if isinstance(headers, dict) else None
@@ -206,14 +206,14 @@ def _problem_of_surrogates(envelope: Mapping[str, Any], raw: bytes) -> str | Non
     return None
 
 
-def _sender(job_id: object, reply_to: object) -> Sender | None:
+def _sender(job_id: object, reply_to: object) -> ReturnAddress | None:
     if not isinstance(job_id, str) or not is_clean(job_id):
         return None
     is_channel = isinstance(reply_to, str) and is_clean(reply_to) and is_reply_channel(reply_to)
-    return Sender(job_id=job_id, reply_to=str(reply_to) if is_channel else None)
+    return ReturnAddress(job_id=job_id, reply_to=str(reply_to) if is_channel else None)
 
 
-def _sender_in_text(tail: bytes) -> Sender | None:
+def _sender_in_text(tail: bytes) -> ReturnAddress | None:
     """Look for the id where kombu and our client write it: behind the body, in which no quote is bare."""
     found = {
         name: match[-1].decode(errors="replace") if (match := re.findall(pattern, tail)) else None

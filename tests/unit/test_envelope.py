@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.envelope import MAX_ENTRY_BYTES, EntryError, Sender, is_clean, open_entry, printable
+from penstock.envelope import MAX_ENTRY_BYTES, EntryError, ReturnAddress, is_clean, open_entry, printable
 from penstock.errors import RequestTooLargeError
 from penstock.messages import encode_message
 from penstock.request import MAX_REQUEST_BYTES, EmbedRequest, Priority
@@ -62,7 +62,9 @@ def test_a_header_that_is_no_clean_text_is_refused(name: str, value: object) -> 
 
     assert name in error.problem
     assert error.problem.isprintable()
-    assert error.sender == (None if name == "id" else Sender(job_id="job", reply_to="penstock:reply:1"))
+    assert error.sender == (
+        None if name == "id" else ReturnAddress(job_id="job", reply_to="penstock:reply:1")
+    )
 
 
 @pytest.mark.parametrize("value", [value for value in UNCLEAN if value != ""], ids=ascii)
@@ -120,7 +122,7 @@ def test_what_else_is_refused(changes: dict[str, Any], word: str) -> None:
 
     assert word in error.problem
     assert error.problem.isprintable()
-    assert error.sender == Sender(job_id="job", reply_to="penstock:reply:1")
+    assert error.sender == ReturnAddress(job_id="job", reply_to="penstock:reply:1")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_a_giant_is_refused_before_it_is_decoded() -> None:
 
     assert MAX_ENTRY_BYTES > 4 * MAX_REQUEST_BYTES
     assert whole.problem == cut.problem == f"it has {len(giant):,} bytes, the limit is {MAX_ENTRY_BYTES:,}"
-    assert whole.sender == cut.sender == Sender(job_id="job", reply_to="penstock:reply:1")
+    assert whole.sender == cut.sender == ReturnAddress(job_id="job", reply_to="penstock:reply:1")
 
 
 def test_a_text_cannot_pose_as_the_sender_of_a_giant() -> None:
@@ -171,7 +173,7 @@ def test_a_text_cannot_pose_as_the_sender_of_a_giant() -> None:
     text = json.dumps({"id": "victim", "reply_to": "penstock:reply:victim"})
     made = json.dumps(envelope(body=json.dumps([text]))).encode()
 
-    assert refusal(b"\0999999999\n" + made).sender == Sender(job_id="job", reply_to="penstock:reply:1")
+    assert refusal(b"\0999999999\n" + made).sender == ReturnAddress(job_id="job", reply_to="penstock:reply:1")
 
 
 def test_what_is_shown_stays_on_its_line() -> None:
