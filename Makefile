@@ -10,7 +10,7 @@ demo: .venv/ready
 
 # Before each commit: within a minute, and without a model.
 check: lint
-	$(BIN)/python -m pytest tests/unit -m "not gpu" --quiet
+	$(BIN)/python -m pytest tests/unit -m "not gpu" --quiet --numprocesses 2 --dist loadfile
 
 # Two at once, a file in one process: many tests wait for what they have started. In the order of their folders, so that
 # what comes last is short: no process waits long for the other. `make test K=word` runs those alone whose names have

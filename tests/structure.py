@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -69,6 +70,7 @@ def over_limits() -> dict[str, dict[str, int]]:
     }
 
 
+@cache
 def measured() -> dict[str, dict[str, int]]:
     """Return by limit all that is over it; modules by their bare names."""
     found: dict[str, Counter[str]] = {limit: Counter() for limit in EXCUSED}
