@@ -185,7 +185,7 @@ class Batcher(ModelThread[I, A]):
             self._credits[level] = left if aged is not None and level == aged.job.priority else max(left, 0.0)
 
     def _limit(self, now: float) -> float:
-        """Return how many tokens the next batch may have, for memory and for those who wait or may come."""
+        """Return the most tokens of the next batch: for memory, and for other jobs that wait or may come."""
         is_urgent = now < self._urgent_until
         if not self.tokens_per_s or (len(self._works) < 2 and not is_urgent):
             return self._memory_tokens

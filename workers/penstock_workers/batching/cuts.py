@@ -24,7 +24,7 @@ The most urgent job comes first, its longest item first. The second argument low
 
 
 def cut_by_tokens(max_tokens: int, *, is_padded: bool = True, n_heads: int | None = None) -> Cut:
-    """Cut batches of texts that cost at most so many tokens.
+    """Return how to cut batches of texts that cost at most `max_tokens`.
 
     Args:
         max_tokens: Most tokens of a batch; a single text may be longer.

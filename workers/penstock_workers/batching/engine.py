@@ -145,7 +145,7 @@ class Feed(Protocol[I_contra, A_co]):
         """Return how many tokens of jobs this process should hold; None if it may hold any number."""
 
     def trouble(self) -> str:
-        """Return what keeps it from answering, in words; empty if nothing does."""
+        """Return a sentence on what keeps it from answering; empty if nothing does."""
 
     def is_stalled(self, stall_s: float) -> bool:
         """Whether it has ended, or shown no sign of life for this long, seconds."""

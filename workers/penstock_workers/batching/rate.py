@@ -30,7 +30,7 @@ class Speed:
         self._fixed_s = (self._y - self._token_s * self._x) / self._n
 
     def seconds(self, n_tokens: float) -> float:
-        """Return how long a batch of so many tokens takes; 0 before the first."""
+        """Return the time that a batch of `n_tokens` takes; 0 before the first."""
         return self._fixed_s + self._token_s * n_tokens
 
     @property

@@ -110,7 +110,7 @@ class Work(Generic[I, A]):
             else:
                 self.computed_s = now - self._started
         self.is_over = True
-        with suppress(InvalidStateError):  # whoever is first decides
+        with suppress(InvalidStateError):  # the first to come decides
             if error is not None:
                 self._future.set_exception(forget_frames(error))
             else:

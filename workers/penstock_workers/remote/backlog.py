@@ -37,7 +37,7 @@ class Limits:
         self._accepted_items = 1
 
     def accepted(self, n_items: int) -> None:
-        """Note that the server accepted a request of so many items."""
+        """Note that the server accepted a request of `n_items`."""
         self._accepted_items = max(self._accepted_items, n_items)
 
     def refused(self, n_items: int, n_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Conversations to answers at a server of OpenAI's kind: what is sent, and who hears of what comes back."""
+"""Conversations to answers at a server of OpenAI's kind: what is sent, and what comes back."""
 
 import json
 import math

@@ -74,7 +74,7 @@ class Permit(NamedTuple):
 
     @property
     def trouble(self) -> str:
-        """What is wrong with the server, in words; empty where nothing is."""
+        """What is wrong with the server, as a sentence; empty if nothing is."""
         if self.state == "open":
             return f"circuit open after {FAILURES_TO_OPEN} failures in a row, the last: {self.why}"
         return f"on hold: {self.why}" if self.state == "hold" else ""

@@ -188,7 +188,7 @@ class Lifecycle(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no
             for name in self._names:
                 began = time.perf_counter()
                 # One thread each is shared by the kernel; teams of threads keep each other from their
-                # cores, and a card runs what came first.
+                # cores, and a GPU runs what came first.
                 turn = self._serving.turn(name, self._settings) if takes_turns else None
                 self._serving.models[name] = load_model(name, self._settings, device, turn)
                 seconds = time.perf_counter() - began

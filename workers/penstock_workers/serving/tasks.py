@@ -38,14 +38,14 @@ LOGPROB_BYTES: Final = 8  # a token's id and log-probability; its text is there 
 R = TypeVar("R", bound=Request)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # made for each job, and three times as fast as a frozen one
 class Delivery:
     """A job as its message came.
 
     Attributes:
         job: The job, as engines know it.
         sent_at: Moment it was sent, Unix seconds, on the broker's clock; None if its sender does not say.
-        reply_to: Channel of its sender, who hears of its text while it is generated.
+        reply_to: Channel of its sender, which hears of its text while it is generated.
         streams: Takes that text.
         pending: Answers that its model was asked for.
         arrived: Moment it arrived, Unix seconds, on the broker's clock.
