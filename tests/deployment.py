@@ -113,6 +113,11 @@ class WorkerProcess:
         """What it wrote so far."""
         return self._log.read_text(errors="replace")
 
+    @property
+    def node(self) -> str:
+        """Its name among Celery's nodes, unless `options` say otherwise."""
+        return f"{self.config.stem}@{socket.gethostname()}"
+
     def wait_until_ready(self, within_s: float = 90) -> None:
         """Return when it takes jobs."""
         eventually(lambda: self.heartbeat_file.exists() or self._must_live(), within_s=within_s)

@@ -349,5 +349,5 @@ def test_celery_features_work(fleet: Fleet, sender: Celery) -> None:
     assert delayed.get(timeout=10) == 2
     assert fleet.runs()["third"] == 3
     assert fleet.runs()["revoked"] == 0
-    assert len(sender.control.ping(timeout=2)) == 2
-    assert len(sender.control.inspect(timeout=2).stats()) == 2
+    assert len(sender.control.ping(timeout=20, limit=2)) == 2
+    assert len(sender.control.inspect(timeout=20, limit=2).stats()) == 2

@@ -82,7 +82,7 @@ def test_workers_of_one_host_name_and_process_id_are_two(broker: Server, pair: l
     """Containers of one host name have processes of one id: two entries, two nodes, and neither is silent."""
     with Client(broker.broker_url) as client:
         found = client.registry().workers
-    answers = Celery(broker=broker.broker_url).control.ping(timeout=5)
+    answers = Celery(broker=broker.broker_url).control.ping(timeout=30, limit=len(pair))
 
     assert len(found) == len(pair)
     assert len({worker.id for worker, _ in found}) == 2

@@ -118,7 +118,7 @@ def test_the_users_can_do_their_work(fresh: GuardedServer, tmp_path: Path) -> No
                 receiver = flower.events.Receiver(connection)
                 receiver.handlers = {"worker-heartbeat": lambda _: setattr(receiver, "should_stop", True)}
                 receiver.capture(timeout=10)  # raises if none comes
-            assert len(flower.control.ping(timeout=2)) == 1
+            assert len(flower.control.ping(timeout=20, limit=1)) == 1
     finally:
         worker.stop()
 

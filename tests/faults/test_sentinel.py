@@ -263,9 +263,11 @@ def test_no_remote_command_tells_a_password(deployment: Deployment, tmp_path: Pa
     worker = WorkerProcess(tmp_path, cast("Any", deployment), toml=BUNDLED, queues="cpu.minilm")
     try:
         worker.wait_until_ready()
+        inspect = [sys.executable, "-m", "celery", "-A", "penstock_workers", "inspect"]
+        inspect += ["-t", "30", "-d", worker.node]  # it waits for its whole time unless it knows who answers
         for command in ("stats", "conf"):
             shown = subprocess.run(
-                [sys.executable, "-m", "celery", "-A", "penstock_workers", "inspect", "-t", "10", command],
+                [*inspect, command],
                 env=worker.environment,
                 cwd=ROOT,
                 capture_output=True,

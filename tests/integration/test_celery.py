@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from socket import gethostname
 from typing import Any
 
 import pytest
@@ -392,7 +391,7 @@ def test_purged_jobs_end_for_their_callers(
 def told(sender: Celery, worker: WorkerProcess, command: str, **arguments: object) -> Any:
     """Give the worker a command; return its answer."""
     options = {
-        "destination": [f"{worker.config.stem}@{gethostname()}"],
+        "destination": [worker.node],
         "reply": True,
         "timeout": 10,
         "limit": 1,

@@ -125,9 +125,10 @@ def test_a_worker_that_is_started_beside_it_joins(stack: Stack, how: str) -> Non
 def test_celerys_commands_are_let_in(stack: Stack, config: str) -> None:
     """`celery inspect` in its folder, and anywhere with its URL."""
     (stack.folder / "named.toml").write_text(NAMED.format(url=stack.url))
+    (node,) = eventually(lambda: re.findall(r"(cpu-1-\S+) ready\.", stack.log.read_text()), within_s=60)
 
     found = subprocess.run(
-        [*CELERY, "inspect", "ping", "--timeout", "30"],
+        [*CELERY, "inspect", "ping", "--timeout", "60", "--destination", node],
         cwd=stack.folder,
         env={**stack.environment, "PENSTOCK_CONFIG": config},
         capture_output=True,

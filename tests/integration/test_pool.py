@@ -20,6 +20,9 @@ from tests.eventually import eventually
 from tests.faults.fleet import message
 from tests.integration.noop_app import QUEUE, TASKS, NoopWorker, build_noop_app
 
+ONE_ANSWER = {"reply": True, "timeout": 20, "limit": 1}
+"""Celery waits for its whole time unless it knows how many answer."""
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
@@ -168,11 +171,12 @@ def test_remote_commands_are_answered(server: Server, tmp_path: Path, app: Celer
         job = worker.hold("revoked")
         control, sentence = app.control, "the pool keeps its 1 threads: start another worker process"
         for command in (control.pool_grow, control.pool_shrink, control.autoscale):
-            (answer,) = command(1, 1, reply=True) if command == control.autoscale else command(1, reply=True)
+            numbers = (1, 1) if command == control.autoscale else (1,)
+            (answer,) = command(*numbers, **ONE_ANSWER)
             assert sentence in next(iter(answer.values()))["error"]
 
-        (stats,) = app.control.inspect().stats().values()
-        (revoked,) = control.revoke(job, terminate=True, reply=True)
+        (stats,) = app.control.inspect(timeout=20, limit=1).stats().values()
+        (revoked,) = control.revoke(job, terminate=True, **ONE_ANSWER)
         worker.release("revoked")
         next_ = worker.send("add", 1, 2)
 
