@@ -371,10 +371,6 @@ def test_one_loop_after_another(url: str) -> None:
         assert (await client.embed(["a 0"], model=MODEL, timeout_s=WITHIN_S)).shape == (1, 3)
         return await client.submit_embed(["a 0"], model=MODEL)  # type: ignore[return-value]  # any result
 
-    with warnings.catch_warnings(action="ignore"):  # nobody closed it in the first loop
-        jobs = [asyncio.run(once()), asyncio.run(once())]
-        gc.collect()
-
     async def beside() -> None:
         assert (await client.job(jobs[0].id)).id == jobs[0].id
         with pytest.raises(ClientUseError, match="another event loop"):
@@ -386,7 +382,11 @@ def test_one_loop_after_another(url: str) -> None:
         with pytest.raises(ClientUseError, match="closed"):
             await client.models()
 
-    asyncio.run(beside())
+    with warnings.catch_warnings(action="ignore"):  # nobody closed it in the first two loops
+        jobs = [asyncio.run(once()), asyncio.run(once())]
+        asyncio.run(beside())
+        jobs.clear()
+        gc.collect()
 
 
 def test_without_a_loop_it_is_one_sentence(url: str) -> None:

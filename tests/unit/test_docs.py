@@ -113,8 +113,10 @@ def test_every_error_is_told() -> None:
     told = {error: (fields, again.strip()) for _, error, fields, again in rows}
     depths = {error: len(arrows.split()) for arrows, error, _, _ in rows}
 
-    assert {error.__name__ for error in error_classes()} == told.keys()
-    for error in error_classes():
+    # Those of adapters are there as well once a test has imported one.
+    errors = [error for error in error_classes() if error.__module__ == "penstock.errors"]
+    assert {error.__name__ for error in errors} == told.keys()
+    for error in errors:
         fields, again = told[error.__name__]
         own = "__init__" in vars(error)
         names = [*inspect.signature(error).parameters] if own else []

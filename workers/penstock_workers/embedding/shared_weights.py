@@ -6,12 +6,13 @@ own files.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -49,8 +50,11 @@ def share(tensors: Sequence[Tensor]) -> list[Tensor]:
         own_files.make_folder(file.parent)
         parts = _map(file, rows, rooms)
         if parts is None:
-            _write(file, rows, rooms)
-            parts = _map(file, rows, rooms)
+            with _alone(file.parent):
+                parts = _map(file, rows, rooms)  # another process may have written it in between
+                if parts is None:
+                    _write(file, rows, rooms)
+                    parts = _map(file, rows, rooms)
         else:
             os.utime(file)
     except OSError as error:
@@ -59,6 +63,17 @@ def share(tensors: Sequence[Tensor]) -> list[Tensor]:
     if parts is None:
         return list(tensors)
     return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing: each would map a file of its own, and nothing be shared."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
 
 
 def _map(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> list[Tensor] | None:
