@@ -83,25 +83,21 @@ class Embedder:
             ModelLoadError: One line says why.
         """
         with explained(name):
-            return cls._load(name, model, device)
-
-    @classmethod
-    def _load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:
-        loaded, weights = _load(name, model, device)
-        engine = cls(name, loaded)
-        fingerprint = hash_model(loaded, model)
-        if model.cache is not None:
-            engine.fingerprint = fingerprint
-        if model.dtype == "float16":
-            loaded.half()
-            engine._way = Padded(loaded, engine._collator, dtype="float16")
-        probe = engine._embed_probe()
-        if not np.isfinite(probe.plain).all():
-            weights.check_all(name)
-            raise ModelLoadError(name, "it gives vectors that are not finite")
-        engine._choose_ranges(model, probe.plain)
-        engine._way = engine._ways(model, probe).choose(fingerprint)
-        return engine
+            loaded, weights = _load(name, model, device)
+            engine = cls(name, loaded)
+            fingerprint = hash_model(loaded, model)
+            if model.cache is not None:
+                engine.fingerprint = fingerprint
+            if model.dtype == "float16":
+                loaded.half()
+                engine._way = Padded(loaded, engine._collator, dtype="float16")
+            probe = engine._embed_probe()
+            if not np.isfinite(probe.plain).all():
+                weights.check_all(name)
+                raise ModelLoadError(name, "it gives vectors that are not finite")
+            engine._choose_ranges(model, probe.plain)
+            engine._way = engine._ways(model, probe).choose(fingerprint)
+            return engine
 
     @property
     def dtype(self) -> str:

@@ -73,23 +73,19 @@ class Reranker:
             ModelLoadError: One line says why.
         """
         with explained(name):
-            return cls._load(name, model, device)
-
-    @classmethod
-    def _load(cls, name: str, model: ModelSettings, device: torch.device) -> Self:
-        loaded, weights = _load(name, model, device)
-        engine = cls(name, loaded)
-        if (n_labels := engine._model.num_labels) != 1:
-            raise ModelLoadError(name, f"it gives {n_labels} numbers for a pair; to rerank takes one")
-        engine._choose_padding(weights)
-        if model.dtype == "float16":
-            engine._model.half()
-        elif model.dtype == "bfloat16":
-            use_bfloat16(engine._model)
-        engine.dtype = "float32" if model.dtype == "auto" else model.dtype
-        if not np.isfinite(engine._forward(engine.prepare(PROBE))).all():
-            raise ModelLoadError(name, f"it gives no finite score for a pair in {engine.dtype}")
-        return engine
+            loaded, weights = _load(name, model, device)
+            engine = cls(name, loaded)
+            if (n_labels := engine._model.num_labels) != 1:
+                raise ModelLoadError(name, f"it gives {n_labels} numbers for a pair; to rerank takes one")
+            engine._choose_padding(weights)
+            if model.dtype == "float16":
+                engine._model.half()
+            elif model.dtype == "bfloat16":
+                use_bfloat16(engine._model)
+            engine.dtype = "float32" if model.dtype == "auto" else model.dtype
+            if not np.isfinite(engine._forward(engine.prepare(PROBE))).all():
+                raise ModelLoadError(name, f"it gives no finite score for a pair in {engine.dtype}")
+            return engine
 
     def prepare(self, request: RerankRequest) -> list[Encoded]:
         """Tokenize a request's pairs; safe to call in many threads."""
