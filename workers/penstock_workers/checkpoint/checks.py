@@ -8,7 +8,6 @@ from typing import Any, Final
 from penstock.errors import ModelLoadError
 from penstock.request import Task
 from penstock.settings import ModelSettings
-from penstock_workers.checkpoint.failures import explained
 from penstock_workers.checkpoint.source import read_json
 
 logger = logging.getLogger(__name__)
@@ -36,28 +35,28 @@ def check_files(name: str, source: str, model: ModelSettings) -> dict[str, Any]:
 
     Raises:
         ModelLoadError: The files are an adapter, are for another task, or name code in another repository.
+        Exception: A file cannot be read, or holds something else than such files do.
     """
-    with explained(name):
-        config = read_json(source, "config.json", model.revision) or {}
-        modules = read_json(source, "modules.json", model.revision)
-        kind = read_json(source, "config_sentence_transformers.json", model.revision) or {}
-        extra = read_json(source, "sentence_bert_config.json", model.revision) or {}
-        adapter = read_json(source, "adapter_config.json", model.revision)
-        if model.task == "generate":
-            # transformers would ignore one that it cannot read
-            read_json(source, "generation_config.json", model.revision)
-        if model.trust_remote_code:
-            _check_code(name, source, model.revision)
-        if adapter is not None and find_spec("peft") is None:
-            raise ModelLoadError(name, "it is an adapter: merge it into its model (merge_and_unload of peft)")
-        _check_task(name, model.task, config, modules, kind)
-        asked = {
-            str(part.get(key))
-            for file in (config, extra)
-            for part in (file, *_parts(file))
-            for key in ("attn_implementation", "_attn_implementation")
-            if part.get(key) not in _OWN_ATTENTION
-        }
+    config = read_json(source, "config.json", model.revision) or {}
+    modules = read_json(source, "modules.json", model.revision)
+    kind = read_json(source, "config_sentence_transformers.json", model.revision) or {}
+    extra = read_json(source, "sentence_bert_config.json", model.revision) or {}
+    adapter = read_json(source, "adapter_config.json", model.revision)
+    if model.task == "generate":
+        # transformers would ignore one that it cannot read
+        read_json(source, "generation_config.json", model.revision)
+    if model.trust_remote_code:
+        _check_code(name, source, model.revision)
+    if adapter is not None and find_spec("peft") is None:
+        raise ModelLoadError(name, "it is an adapter: merge it into its model (merge_and_unload of peft)")
+    _check_task(name, model.task, config, modules, kind)
+    asked = {
+        str(part.get(key))
+        for file in (config, extra)
+        for part in (file, *_parts(file))
+        for key in ("attn_implementation", "_attn_implementation")
+        if part.get(key) not in _OWN_ATTENTION
+    }
     if not asked:
         return {}
     logger.warning("model %s: attention %s is not used here, torch's is", name, ", ".join(sorted(asked)))

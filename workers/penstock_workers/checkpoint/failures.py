@@ -22,10 +22,10 @@ def explained(name: str) -> Iterator[None]:
     except (ConfigError, ModelLoadError):
         raise
     except Exception as error:
-        raise explain_failure(name, error) from error
+        raise _explain(name, error) from error
 
 
-def explain_failure(name: str, error: Exception) -> ModelLoadError:
+def _explain(name: str, error: Exception) -> ModelLoadError:
     """Return what a library raised while loading as one clear line."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:

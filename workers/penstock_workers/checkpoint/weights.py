@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from penstock.errors import ModelLoadError
-from penstock_workers.checkpoint.failures import explain_failure
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,8 @@ def reading(name: str) -> Iterator[Weights]:
     """Note what transformers loads in the block, whoever calls it.
 
     Raises:
-        ModelLoadError: One line, whatever libraries raise over foreign files.
+        ModelLoadError: A weight has another shape in the files.
+        Exception: Whatever else libraries raise over foreign files.
     """
     weights = Weights()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # has no annotations
@@ -101,10 +101,10 @@ def reading(name: str) -> Iterator[Weights]:
     except ModelLoadError:
         raise
     except Exception as error:
-        if tables.mismatch is not None:
-            told = f"its weights are of another shape than its configuration says, as {tables.mismatch}"
-            raise ModelLoadError(name, told) from error
-        raise explain_failure(name, error) from error
+        if tables.mismatch is None:
+            raise
+        told = f"its weights are of another shape than its configuration says, as {tables.mismatch}"
+        raise ModelLoadError(name, told) from error
     finally:
         transformer.from_pretrained = before
         log.removeFilter(tables)

@@ -16,7 +16,7 @@ from penstock.request import EmbedRequest
 from penstock.settings import ModelSettings
 from penstock.validation import describe
 from penstock_workers.checkpoint.checks import check_files
-from penstock_workers.checkpoint.failures import explain_failure, explained
+from penstock_workers.checkpoint.failures import explained
 from penstock_workers.checkpoint.memory import check_memory, weights_bytes
 from penstock_workers.checkpoint.source import resolve_source
 from penstock_workers.checkpoint.weights import Weights, reading
@@ -227,18 +227,19 @@ class Embedder:
         """Embed the probe by the model's own modules; finds out how long a text may be, if longer ones fail.
 
         Raises:
-            ModelLoadError: The model cannot embed.
+            ModelLoadError: The tokenizer finds no token.
+            Exception: The model's own code fails at short texts too.
         """
         texts = self._probe_texts()
         if not texts:
             raise ModelLoadError(self.name, "its tokenizer finds no token in any text of the probe")
         try:
             return Probe(self.name, texts, self._way)
-        except FOREIGN as error:
+        except FOREIGN:
             # a GPU does not go on after an index that is out of its table
             limit = self._find_limit(texts) if self._way.device.type == "cpu" else 0
             if not limit:
-                raise explain_failure(self.name, error) from error
+                raise
             logger.warning("model %s: texts are cut at %d tokens, longer ones fail", self.name, limit)
         self._model.max_seq_length = self.max_tokens = limit
         self._tokenizer = TextTokenizer(self._model, self._texts, 1, self._collator.preprocess)
