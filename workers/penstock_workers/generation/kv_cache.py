@@ -113,12 +113,12 @@ class KVCache(Cache):
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one column of one row in all layers; 0 where layers keep states alone."""
-        return sum(t.shape[1] * t.shape[3] * t.itemsize for _, t in self._tensors())
+        return sum(t.shape[1] * t.shape[3] * t.itemsize for t in self._tensors())
 
     @property
     def n_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return sum(t.nbytes for _, t in self._tensors())
+        return sum(t.nbytes for t in self._tensors())
 
     @property
     def n_slots(self) -> int:
@@ -178,7 +178,7 @@ class KVCache(Cache):
         if n_ours + n_theirs > grid.allocated_rows or width > grid.end:
             self._reallocate_with_spare(n_ours + n_theirs, width)
         start, rows = grid.end - width, slice(n_ours, n_ours + n_theirs)
-        for (_, tensor), (_, new) in zip(self._tensors(), other._tensors(), strict=True):
+        for tensor, new in zip(self._tensors(), other._tensors(), strict=True):
             tensor[:n_ours, :, start : grid.start] = 0  # whatever was there once, it may have been NaN
             tensor[rows, :, start : grid.end - other.grid.width] = 0
             tensor[rows, :, grid.end - other.grid.width : grid.end] = new[
@@ -193,7 +193,7 @@ class KVCache(Cache):
     def compact(self, order: Sequence[int], width: int) -> None:
         """Keep the rows of `order` at its places, and the last `width` columns."""
         used = slice(self.grid.start, self.grid.end)
-        for _, tensor in self._tensors():
+        for tensor in self._tensors():
             for place, row in enumerate(order):
                 if place != row:
                     tensor[place, :, used] = tensor[row, :, used]
@@ -232,8 +232,8 @@ class KVCache(Cache):
                 yield layer, "keys", cast(Tensor, layer.keys)
                 yield layer, "values", cast(Tensor, layer.values)
 
-    def _tensors(self) -> Iterator[tuple[_KeysAndValues, Tensor]]:
-        return ((layer, tensor) for layer, _, tensor in self._named_tensors())
+    def _tensors(self) -> Iterator[Tensor]:
+        return (tensor for _, _, tensor in self._named_tensors())
 
     def _states(self) -> Iterator[dict[int, Tensor | None]]:
         for layer in self.layers:
