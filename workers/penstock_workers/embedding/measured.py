@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-from penstock.identity import process_token
 from penstock.stacks import cache_folder
 from penstock_workers.hardware import own_files
 from penstock_workers.hardware.machine import cpu_name
@@ -62,11 +61,9 @@ def remember(key: str, choices: dict[str, str]) -> None:
     """Keep what was chosen, if there is a folder for it."""
     try:
         file = _file(key)
-        draft = file.with_suffix(f".{process_token()}")
         own_files.make_folder(file.parent)
-        with own_files.created(draft) as opened:
+        with own_files.replaced(file) as opened:
             opened.write(json.dumps({"at": time.time(), "choices": choices}).encode())
-        draft.replace(file)  # whole or not at all: the processes of a machine start together
     except OSError as error:
         logger.info("what was measured is not kept: %s", error)
 

@@ -19,7 +19,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from penstock.identity import process_token
 from penstock.stacks import cache_folder
 from penstock_workers.hardware import own_files
 
@@ -101,12 +100,7 @@ def _write(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> None:
                 old.unlink()  # whoever has it mapped keeps it
     if 2 * sum(rooms) > shutil.disk_usage(file.parent).free:
         raise OSError(errno.ENOSPC, "they would take half of what is free", str(file.parent))
-    draft = file.with_suffix(f".{process_token()}")
-    try:
-        with own_files.created(draft) as to:
-            for row, room in zip(rows, rooms, strict=True):
-                to.write(row.numpy().data)
-                to.write(bytes(room - len(row)))
-        draft.replace(file)  # whole or not at all: the processes of a machine start together
-    finally:
-        draft.unlink(missing_ok=True)
+    with own_files.replaced(file) as to:
+        for row, room in zip(rows, rooms, strict=True):
+            to.write(row.numpy().data)
+            to.write(bytes(room - len(row)))

@@ -3,8 +3,12 @@
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final, cast
+
+from penstock.identity import process_token
 
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
@@ -41,15 +45,24 @@ def opened(file: Path) -> BinaryIO:
         raise
 
 
-def created(file: Path) -> BinaryIO:
-    """Make a file that this user alone can read; it replaces one that another start may have left.
+@contextmanager
+def replaced(file: Path) -> Iterator[BinaryIO]:
+    """Make a file of what the block writes, for this user alone; an older file stays until the block ends.
+
+    The file is there whole or not at all: the processes of a machine start together.
 
     Raises:
         OSError: The file cannot be made.
     """
-    file.unlink(missing_ok=True)
+    draft = file.with_suffix(f".{process_token()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    return cast(BinaryIO, os.fdopen(os.open(file, flags, 0o600), "wb"))
+    number = os.open(draft, flags, 0o600)
+    try:
+        with os.fdopen(number, "wb") as writer:
+            yield writer
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _check(path: Path, found: os.stat_result) -> None:
