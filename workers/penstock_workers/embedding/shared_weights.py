@@ -47,21 +47,27 @@ def share(tensors: Sequence[Tensor]) -> list[Tensor]:
     try:
         file = cache_folder() / "weights" / f"{digest.hexdigest()}.bin"
         own_files.make_folder(file.parent)
-        parts = _map(file, rows, rooms)
-        if parts is None:
-            with _alone(file.parent):
-                parts = _map(file, rows, rooms)  # another process may have written it in between
-                if parts is None:
-                    _write(file, rows, rooms)
-                    parts = _map(file, rows, rooms)
-        else:
-            os.utime(file)
+        parts = _map_or_write(file, rows, rooms)
     except OSError as error:
         logger.info("weights are not shared between processes: %s", error)
         parts = None
     if parts is None:
         return list(tensors)
     return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _map_or_write(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> list[Tensor] | None:
+    """Return the rows from a file, which is written first if it is missing or damaged; None if that fails."""
+    parts = _map(file, rows, rooms)
+    if parts is not None:
+        os.utime(file)
+        return parts
+    with _alone(file.parent):
+        parts = _map(file, rows, rooms)  # another process may have written it in between
+        if parts is None:
+            _write(file, rows, rooms)
+            parts = _map(file, rows, rooms)
+        return parts
 
 
 @contextlib.contextmanager
