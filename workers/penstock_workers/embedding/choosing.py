@@ -78,7 +78,7 @@ class Ways:
         way.settle()
         remember(
             key,
-            {"engine": "torch" if way is not graph else "openvino", "dtype": way.dtype, "products": products},
+            {"engine": "openvino" if way is graph else "torch", "dtype": way.dtype, "products": products},
         )
         return way
 
