@@ -153,10 +153,7 @@ class AsyncClient:
         """
         async with self._call(timeout_s, closing=TAKEN_BACK) as call:
             request, lane = await self._sender.check(EmbedRequest, embed_fields(texts, model, options))
-
-            async def attempt() -> Vectors:
-                return await self._coalescer.embed(request, lane, call)
-
+            attempt = partial(self._coalescer.embed, request, lane, call)
             return await self._sender.retry(options.get("wait"), attempt, request, call)
 
     async def submit_embed(
