@@ -23,7 +23,7 @@ from penstock.errors import (
     rebuild_error,
 )
 from penstock.record_fields import RECORDS, build_record, is_timings
-from penstock.result import EmbedResult, RerankResult, Result
+from penstock.result import Result
 
 CONTENT_TYPE = "application/x-penstock-result"
 SERIALIZER = "penstock"
@@ -156,10 +156,6 @@ def _read_outcome(job_id: str, payload: bytes | memoryview) -> Outcome:
         result = meta.get("result")
         if not isinstance(result, Result):
             raise ResultDecodeError("the result is of another task")
-        if isinstance(result, EmbedResult) and not isinstance(result.vectors, np.ndarray):
-            raise ResultDecodeError("its vectors are no array")
-        if isinstance(result, RerankResult) and not isinstance(result.scores, np.ndarray):
-            raise ResultDecodeError("its scores are no array")
         return Outcome(status="SUCCESS", result=result)
     failure = meta.get("result")
     if meta["status"] == "REVOKED":
