@@ -22,9 +22,6 @@ from typing import Any, Final, Literal, Self
 from penstock.keys import ANNOUNCED_KEY, MODELS_KEY, RESULTS_KEY, TENANTS_KEY, WORKERS_KEY, binding_keys
 from penstock.request import PoolName, Task
 from penstock.scripts import script
-from penstock.urls import announce_results as announce_results
-from penstock.urls import locate_results as locate_results
-from penstock.urls import mask_url as mask_url
 
 HEARTBEAT_S: Final = 2.0
 ALIVE_S: Final = 15.0

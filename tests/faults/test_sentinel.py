@@ -20,9 +20,9 @@ from penstock.errors import BrokerUnavailableError
 from penstock.inbox import Inbox
 from penstock.keys import result_key
 from penstock.records import decode_meta
-from penstock.registry import locate_results
 from penstock.request import Lane, Priority
 from penstock.scripts import NO_LIMITS
+from penstock.urls import locate_results
 from penstock_workers.command.local_redis import free_port, wait_until_ready
 from tests.deployment import BUNDLED, ROOT, WorkerProcess, server_command
 from tests.eventually import eventually

@@ -4,16 +4,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from penstock.errors import ConfigError
-from penstock.registry import (
-    ALIVE_S,
-    ModelInfo,
-    Registry,
-    WorkerInfo,
-    WorkerState,
-    announce_results,
-    locate_results,
-    mask_url,
-)
+from penstock.registry import ALIVE_S, ModelInfo, Registry, WorkerInfo, WorkerState
+from penstock.urls import announce_results, locate_results, mask_url
 from tests.announced import model, worker
 
 MODEL = model(pools=("gpu", "cpu"))

@@ -7,9 +7,9 @@ from kombu import Connection
 
 from penstock.connections import connect, connect_sync
 from penstock.errors import ConfigError
-from penstock.registry import announce_results, locate_results, mask_url
 from penstock.sentinel_urls import SentinelUrl
 from penstock.settings import Settings, effective_values, load_settings
+from penstock.urls import announce_results, locate_results, mask_url
 from penstock_workers.delivery.celery_urls import celery_url, first_url, result_backend, transport_options
 from penstock_workers.serving.app import build_app
 
