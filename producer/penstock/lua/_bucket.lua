@@ -27,12 +27,11 @@ end
 
 -- Take from all buckets or from none.
 -- keys: buckets. arguments, from the `first` on: longest wait in seconds; then for each bucket its rate per
--- second, its burst, the cost. `earliest`: not before this second.
+-- second, its burst, the cost.
 -- Returns 1 if it was taken, else 0, and the seconds to wait: before acting, or before asking again.
-local function take(keys, arguments, first, earliest)
+local function take(keys, arguments, first)
   local now = now_s()
-  local start = math.max(now, earliest or 0)
-  local full = {}
+  local start, full = now, {}
   for i, key in ipairs(keys) do
     local rate, burst, cost = unpack(arguments, first + 3 * i - 2, first + 3 * i)
     full[i] = full_at(key, rate, burst, now)

@@ -52,17 +52,16 @@ local function show_anew(queue)
   end
   local key = WAITING .. queue
   local shown = redis.pcall('LLEN', key)
-  if type(shown) ~= 'number' then return n end
+  if type(shown) ~= 'number' then return end
   if shown > n then
     redis.pcall('LTRIM', key, shown - n, -1)
   end
   while shown < n do
     local ones = {}
     for i = 1, math.min(n - shown, 1000) do ones[i] = '1' end
-    if type(redis.pcall('LPUSH', key, unpack(ones))) ~= 'number' then return n end
+    if type(redis.pcall('LPUSH', key, unpack(ones))) ~= 'number' then return end
     shown = shown + #ones
   end
-  return n
 end
 
 local shown = {} -- queue -> by how much more its number is to say, or 'anew'
@@ -75,7 +74,7 @@ local function show_change(queue, change)
   if change > 0 and change < 1000 then
     local ones = {}
     for i = 1, change do ones[i] = '1' end
-    is_short = (number_in(redis.pcall('LPUSH', key, unpack(ones)), 0)) < (seen[queue] or 0)
+    is_short = number_in(redis.pcall('LPUSH', key, unpack(ones)), 0) < (seen[queue] or 0)
   elseif change < 0 and change > -1000 then
     local gone = redis.pcall('RPOP', key, -change)
     is_short = type(gone) ~= 'table' or #gone < -change
