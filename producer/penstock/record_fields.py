@@ -21,14 +21,14 @@ VECTOR_TYPES: Final = ("float32", "float16", "int8", "uint8")
 _MOST: Final = 1 << 63
 
 
-def is_number(value: object) -> bool:
+def _is_number(value: object) -> bool:
     """Tell a number that can be computed with, and printed."""
     return type(value) is float or (type(value) is int and abs(value) < _MOST)
 
 
 def is_timings(value: object) -> bool:
     """Tell what errors say of a job's time: seconds by name."""
-    return isinstance(value, dict) and all(map(is_number, value.values()))
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
 
 
 def build_record(name: str, fields: Mapping[str, Any]) -> Any:
@@ -116,7 +116,7 @@ _ANSWER: Final[dict[str, _Check]] = {
     "logprobs": _optional(_record(Logprobs)),
 }
 _CHECKS: Final[Mapping[str, Mapping[str, _Check]]] = {
-    "Timings": dict.fromkeys(("queued_s", "prepared_s", "batched_s", "computed_s"), is_number),
+    "Timings": dict.fromkeys(("queued_s", "prepared_s", "batched_s", "computed_s"), _is_number),
     "Usage": {
         "prompt_tokens": _is_count,
         "completion_tokens": _is_count,
