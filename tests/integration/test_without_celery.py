@@ -9,23 +9,14 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from penstock.keys import MODELS_KEY
-from penstock.registry import ModelInfo
+from penstock.keys import MODELS_KEY, RESULTS_KEY
 from penstock_workers.command.local_redis import free_port
+from tests import announced
 from tests.deployment import ROOT, Server
 
 ABSENT = ("amqp", "billiard", "celery", "kombu", "packaging", "vine")
 PROLOGUE = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); "
-MODEL = ModelInfo(
-    name="minilm",
-    task="embed",
-    pools=("cpu",),
-    dim=384,
-    max_tokens=256,
-    max_texts=4096,
-    deadline_s=None,
-    dtype="float32",
-)
+MODEL = announced.model()
 SEND = """
 import os
 from penstock import Client
@@ -44,7 +35,7 @@ def server() -> Iterator[Server]:
     with Server(free_port()).running() as running:
         with redis.Redis.from_url(running.broker_url) as client:
             client.hset(MODELS_KEY, MODEL.name, MODEL.to_json())
-            client.set("penstock:results", "/1")
+            client.set(RESULTS_KEY, "/1")
         yield running
 
 
