@@ -1,4 +1,4 @@
-"""Names of `penstock.records` that other programs import from here: the documentation told them to."""
+"""Earlier name of the serializer in `penstock.records`, for programs that import it from here."""
 
 from penstock.records import decode_meta as decode_meta
 from penstock.records import encode_meta as encode_meta

@@ -396,5 +396,5 @@ def test_other_versions_are_refused_by_number(version: int) -> None:
 
 
 def test_other_programs_find_the_serializer_where_they_were_told() -> None:
-    """Programs with stock Celery import it from `penstock.codec`; see docs/reference/messages.md."""
+    """`penstock.records` has it, and `penstock.codec`, the name in earlier documentation, goes on working."""
     assert (codec.encode_meta, codec.decode_meta) == (encode_meta, decode_meta)
