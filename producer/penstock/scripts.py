@@ -1,8 +1,8 @@
 """The scripts of `lua/`: each file is one, and runs on the Redis server as a whole.
 
 A script's first lines say what it does, what its KEYS and ARGV are, and which parts it uses: those are the
-files whose names begin with an underscore. With `allow-oom` in its first
-line it runs on a full server too, where it makes room. Redis 7 or Valkey is needed.
+files whose names begin with an underscore. With `allow-oom` in its first line it runs on a full server too,
+where it makes room. Redis 7 or Valkey is needed.
 """
 
 import re
