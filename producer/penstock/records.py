@@ -39,6 +39,10 @@ MAX_HEADER_BYTES = 32 << 20
 """Limit of a header, which holds an answer's text: many times what a context window holds."""
 MAX_STRUCTURE_BYTES = 2 << 20
 """Limit of a header without its texts: three bytes of `{},` become sixty in memory, and more."""
+
+Status = Literal["SUCCESS", "FAILURE", "REVOKED"]
+"""How a job ended, in Celery's words."""
+
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
@@ -46,7 +50,7 @@ _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 class Outcome:
     """The end of a job: a result, or the error that its caller gets."""
 
-    status: Literal["SUCCESS", "FAILURE", "REVOKED"]
+    status: Status
     result: Result | None = None
     error: PenstockError | None = None
 

@@ -7,7 +7,7 @@ ends: its sender is the only one who can ask.
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import Final, cast, get_args
 
 import redis.asyncio as aioredis
 
@@ -16,13 +16,13 @@ from penstock.connections import connect_sync, get_large, redis_errors
 from penstock.errors import JobCancelledError, PenstockError
 from penstock.inbox import Inbox
 from penstock.keys import CANCELLED_KEY, RECORD_TTL_S, is_reply_channel, record_key, result_key, stream_key
-from penstock.records import Outcome, decode_outcome, encode_failure
+from penstock.records import Outcome, Status, decode_outcome, encode_failure
 from penstock.scripts import script
 from penstock.threads import Threads
 
 SENT: Final = "sent"
 """Record of a job that has not ended."""
-ENDED: Final = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
+ENDED: Final = frozenset(get_args(Status))
 """Records of jobs that ended."""
 MAX_CANCELLED: Final = 100_000
 """How many cancelled jobs are remembered; a worker that misses one computes in vain."""
