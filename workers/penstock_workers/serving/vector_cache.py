@@ -86,8 +86,7 @@ class StoredForm:
 
     def write(self, answer: Embedded) -> bytes | None:
         """Return an answer's bytes; None if the format cannot hold its numbers."""
-        fits = np.abs(answer.vector).max() <= np.finfo(np.float16).max  # NaN does not
-        if self._dtype.itemsize < 4 and not fits:
+        if self._dtype.itemsize < 4 and not _fits_float16(answer.vector):
             return None
         return _HEAD.pack(_MARK, answer.n_tokens) + answer.vector.astype(self._dtype).tobytes()
 
@@ -97,6 +96,10 @@ class StoredForm:
             return None
         vector = np.frombuffer(value, self._dtype, offset=_HEAD.size).astype(np.float32, copy=False)
         return Embedded(vector=vector, n_tokens=_HEAD.unpack_from(value)[1])
+
+
+def _fits_float16(vector: NDArray[np.float32]) -> bool:
+    return bool(np.abs(vector).max() <= np.finfo(np.float16).max)  # NaN does not
 
 
 class CacheStore:
