@@ -200,7 +200,8 @@ class Serving:
 
     def count(self, request: Request, usage: Usage) -> None:
         """Count what a job cost, so that senders can tell beforehand; any thread may call."""
-        self._costs.setdefault(request.model, Cost()).count(request.n_characters, usage)
+        cost = self._costs.get(request.model) or self._costs.setdefault(request.model, Cost())
+        cost.count(request.n_characters, usage)
 
     def costs(self) -> Mapping[str, Cost]:
         """Return what jobs cost, by model."""
