@@ -1,7 +1,8 @@
-"""Fakes of what stands between tasks, batching and engines; see `penstock_workers.batching.engine`.
+"""Fakes of what stands between tasks, batching and engines.
 
-None needs a model, a thread or Redis. A fake feed answers at once what its function says, and keeps what it
-was given; a fake engine makes an item of each text.
+See `penstock_workers.batching.engine` and `penstock_workers.serving.models`. None needs a model, a thread or
+Redis. A fake feed answers at once what its function says, and keeps the jobs it was given; a fake engine
+makes an item of each text.
 """
 
 from collections.abc import Callable, Sequence

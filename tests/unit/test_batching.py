@@ -45,7 +45,7 @@ class FakeModel:
         self._fails = fails
 
     def run(self, items: Sequence[Text]) -> Iterator[tuple[int, str | PenstockError] | None]:
-        """See `penstock_workers.batching.batcher.Run`; the answers come last first."""
+        """See `penstock_workers.batching.engine.Run`; the answers come last first."""
         self.batches.append([item.text for item in items])
         self.go_on.wait(HELD_S)
         if (error := self._fails(items)) is not None:

@@ -1,6 +1,6 @@
 """The contract of this folder: a job, its items, what computes a batch of them, and what answers jobs.
 
-Fakes of both protocols are in `tests/fakes.py`.
+What makes items of requests has its protocols in `serving.models`. Fakes of both are in `tests/fakes.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
