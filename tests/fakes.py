@@ -54,7 +54,6 @@ class FakeFeed(Generic[A]):
 
     Attributes:
         jobs: Jobs that were submitted.
-        items: Items of all of them.
     """
 
     answer: Callable[[Text], A]
@@ -65,12 +64,10 @@ class FakeFeed(Generic[A]):
     says: str = ""
     stalled: bool = False
     jobs: list[Job] = field(default_factory=list)
-    items: list[Text] = field(default_factory=list)
 
     def submit(self, job: Job, items: Sequence[Text], listen: Listen | None = None) -> FakePending[A]:
         """See `StreamingFeed.submit`."""
         self.jobs.append(job)
-        self.items += items
         for piece in self.pieces if listen else ():
             listen(0, piece)
         return FakePending([self.answer(item) for item in items], self.error)

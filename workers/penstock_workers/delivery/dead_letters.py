@@ -67,9 +67,9 @@ class DeadLetters:
     def bury(self, tag: bytes, token: str, entry: str, *, must_tell: bool) -> None:
         """Move a message that this process holds to the dead letters; see `dead_letter` for `entry`."""
         arguments = (tag, token, entry, int(must_tell), 2 * self._lease_s)
-        self._upkeep.do("bury", *arguments, then=self.buried)
+        self._upkeep.do("bury", *arguments, then=self._buried)
 
-    def buried(self, entry: bytes | None) -> None:
+    def _buried(self, entry: bytes | None) -> None:
         """Tell of an entry that was added; None where another process had the message."""
         if not entry:
             return
