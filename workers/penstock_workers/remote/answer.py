@@ -37,9 +37,9 @@ def read_choice(choice: Mapping[str, Any], *, has_tools: bool, n_top_logprobs: i
     """Read one of a server's choices, which has ended in one of `FINISH`.
 
     Args:
-        choice: of a chat, whole or joined from pieces, or of a completion.
-        has_tools: the model may ask for calls.
-        n_top_logprobs: see `Prompt`.
+        choice: Choice of a chat, whole or joined from pieces, or of a completion.
+        has_tools: True if the model may ask for calls.
+        n_top_logprobs: See `Prompt`.
 
     Raises:
         UnusableError: what was asked for is not there.

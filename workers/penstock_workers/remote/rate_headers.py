@@ -12,7 +12,7 @@ def read_delay(headers: Mapping[str, str], now: float | None = None) -> float | 
     """Return how long a server that refused for now wants to be left alone, seconds; None: it does not say.
 
     Args:
-        headers: of its answer, any case.
+        headers: Headers of its answer; upper or lower case is alike.
         now: Unix seconds, for dates; None takes the server's own, where it tells it.
 
     Source: RFC 9110, section 10.2.3 (Retry-After, seconds or date); draft-ietf-httpapi-ratelimit-headers-09
@@ -37,7 +37,7 @@ def read_spent(headers: Mapping[str, str]) -> float | None:
     """Return when an allowance that is used up is there again, seconds; None: some of it is left.
 
     Args:
-        headers: of any answer, any case.
+        headers: Headers of any answer; upper or lower case is alike.
 
     Source: see `read_delay`.
     """

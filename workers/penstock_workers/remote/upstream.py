@@ -84,11 +84,11 @@ class Upstream:
     """One server, as one worker process sees it. For one event loop.
 
     Args:
-        store: the broker's Redis.
-        server: scheme, host and port.
-        model: its id there.
-        token: what it is asked with.
-        limit: what it allows.
+        store: The broker's Redis.
+        server: Scheme, host and port.
+        model: Id of the model there.
+        token: Token that requests carry; None for none.
+        limit: Rate that it allows.
     """
 
     def __init__(

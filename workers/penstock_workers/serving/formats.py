@@ -28,9 +28,9 @@ def form(vectors: Floats, request: EmbedRequest, int8_ranges: Floats | None = No
     """Return a model's vectors in the form that a request asks for.
 
     Args:
-        vectors: as the model gives them, float32, shape (n_texts, dim).
-        request: what is asked.
-        int8_ranges: lowest and highest value, float32, shape (2, dim), or (2, 1) for all dimensions alike;
+        vectors: Vectors as the model gives them, float32, shape (n_texts, dim).
+        request: Names the form.
+        int8_ranges: Lowest and highest value, float32, shape (2, dim), or (2, 1) for all dimensions alike;
             `int8` needs them.
 
     Returns:
