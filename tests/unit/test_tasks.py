@@ -21,22 +21,14 @@ from penstock_workers.serving import tasks
 from penstock_workers.serving.models import AnyServed, Served, Serving
 from penstock_workers.serving.streams import Stream, Streams
 from penstock_workers.serving.tasks import Delivery
+from tests.announced import model
 from tests.fakes import DIM, FakeEmbedder, FakeFeed, FakeGenerator, FakeReranker, Text, vector_of
 
 MAX_TEXTS = 3
 
 
 def info(task: Task) -> ModelInfo:
-    return ModelInfo(
-        name="fake",
-        task=task,
-        pools=("cpu",),
-        dim=DIM if task == "embed" else None,
-        max_tokens=None,
-        max_texts=MAX_TEXTS,
-        deadline_s=None,
-        dtype="float32",
-    )
+    return model("fake", task=task, dim=DIM if task == "embed" else None, max_texts=MAX_TEXTS)
 
 
 def serving(served: AnyServed) -> Serving:
