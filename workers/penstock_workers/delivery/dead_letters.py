@@ -5,19 +5,17 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from queue import SimpleQueue
-from typing import Any, Final
+from typing import Any
 
 import redis
 
 from penstock.keys import DEAD_KEY, UNTOLD_KEY, split_key
 from penstock_workers.background import Background
-from penstock_workers.delivery.upkeep import Upkeep
+from penstock_workers.delivery.upkeep import BATCH, Upkeep
 
 logger = logging.getLogger(__name__)
 
 OnDead = Callable[[Mapping[str, Any], int], None]
-
-_BATCH: Final = 200
 
 
 class DeadLetters:
@@ -82,7 +80,7 @@ class DeadLetters:
     def claim_untold(self) -> float:
         """Take on those whose teller did not finish; a duty."""
         if self._on_dead is not None:
-            for entry in self._upkeep.call("claim_untold", 2 * self._lease_s, _BATCH):
+            for entry in self._upkeep.call("claim_untold", 2 * self._lease_s, BATCH):
                 self._to_tell.put(entry)
         return self._lease_s / 2
 

@@ -20,7 +20,7 @@ from penstock.scripts import Value
 from penstock_workers.delivery.dead_letters import DeadLetters, OnDead, dead_letter
 from penstock_workers.delivery.held import Held, Lease
 from penstock_workers.delivery.sweep import Sweep
-from penstock_workers.delivery.upkeep import Upkeep
+from penstock_workers.delivery.upkeep import BATCH, Upkeep
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ MAX_DELIVERIES: Final = 4
 
 SETTLE_S: Final = 5.0
 """How long a process that ends waits for Redis; after that its leases run out."""
-
-_BATCH: Final = 200
 
 IsAlive = Callable[[], bool]
 
@@ -116,8 +114,8 @@ class Leases:
         leases = self.held.release_all(lease_ids)
         # The first that was taken goes back last, and so is the next one again.
         ordered = leases[::-1] if as_next else leases
-        for start in range(0, len(ordered), _BATCH):
-            self._upkeep.do("hand_back", int(as_next), *_pairs(ordered[start : start + _BATCH]))
+        for start in range(0, len(ordered), BATCH):
+            self._upkeep.do("hand_back", int(as_next), *_pairs(ordered[start : start + BATCH]))
         return leases
 
     def fail(self, lease_id: str) -> Lease | None:
@@ -185,8 +183,8 @@ class Leases:
             redis.RedisError: it could not be asked.
         """
         leases = self.held.all()
-        for start in range(0, len(leases), _BATCH):
-            batch = leases[start : start + _BATCH]
+        for start in range(0, len(leases), BATCH):
+            batch = leases[start : start + BATCH]
             theirs = set(self._upkeep.call("renew", self.lease_s, *_pairs(batch)))
             self._forget(lease for lease in batch if lease.key in theirs)
 
@@ -195,7 +193,7 @@ class Leases:
         return self._upkeep.settle(within_s, lambda: not self.held.has_acknowledged)
 
     def _send_acks(self) -> None:
-        while batch := self.held.acknowledged(_BATCH):
+        while batch := self.held.acknowledged(BATCH):
             theirs = set(self._upkeep.call("ack", *_pairs(batch)))
             self._forget(lease for lease in batch if lease.key in theirs)
             self.held.forget_acknowledged(batch)

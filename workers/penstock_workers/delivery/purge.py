@@ -1,14 +1,12 @@
 """Dropping what waits in a queue, and who hears of it."""
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
 import redis
 
 from penstock.envelope import is_clean
 from penstock.scripts import script
-
-_BATCH: Final = 200
+from penstock_workers.delivery.upkeep import BATCH
 
 OnPurged = Callable[[Sequence[tuple[str, str]]], None]
 
@@ -23,7 +21,7 @@ def purge(client: redis.Redis, lists: Sequence[str], on_purged: OnPurged | None 
     """
     drop, n_dropped, is_left = client.register_script(script("purge")), 0, 1
     while is_left:
-        n, is_left, *fields = drop(keys=lists, args=[_BATCH])
+        n, is_left, *fields = drop(keys=lists, args=[BATCH])
         n_dropped += n
         texts = [field.decode(errors="replace") for field in fields]
         jobs = list(zip(texts[::2], texts[1::2], strict=True))

@@ -3,15 +3,13 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-from penstock_workers.delivery.upkeep import Upkeep
+from penstock_workers.delivery.upkeep import BATCH, Upkeep
 
 RECOUNT_S: Final = 30.0
 """How often a queue's held jobs are counted anew: senders may write there too."""
 
 MOVE_S: Final = 0.5
 """How late a delayed message is at most, seconds, when a sender adds one that is due first."""
-
-_BATCH: Final = 200
 
 GiveUp = Callable[[bytes, str, bytes, bytes, int, str], None]
 """Takes tag, token, list, message, deliveries and reason of a message that this process holds now."""
@@ -47,7 +45,7 @@ class Sweep:
     def take_over(self) -> float:
         """Put messages back whose leases ran out, or give them up; a duty."""
         token = self._new_token()
-        n_lapsed, *found = self._upkeep.call("take_over", self._lease_s, self._max_deliveries, _BATCH, token)
+        n_lapsed, *found = self._upkeep.call("take_over", self._lease_s, self._max_deliveries, BATCH, token)
         for source, tag, n_deliveries, message in _rows(found):
             reason = (
                 f"delivered {n_deliveries} times, no worker finished it"
@@ -55,12 +53,12 @@ class Sweep:
                 else "left behind by another transport"
             )
             self._give_up(tag, token, source, message, n_deliveries, reason)
-        return 0.0 if n_lapsed == _BATCH else self._lease_s / 4
+        return 0.0 if n_lapsed == BATCH else self._lease_s / 4
 
     def move_due(self) -> float:
         """Move delayed messages that are due into their lists; a duty."""
-        n_moved, wait_ms = self._upkeep.call("move_due", _BATCH)
-        if n_moved == _BATCH:
+        n_moved, wait_ms = self._upkeep.call("move_due", BATCH)
+        if n_moved == BATCH:
             return 0.0
         return min(MOVE_S, wait_ms / 1000) if wait_ms >= 0 else MOVE_S
 

@@ -25,6 +25,9 @@ _SCRIPTS: Final = (
 )
 _BACKOFF_S: Final = (0.05, 1.0)
 
+BATCH: Final = 200
+"""Messages that one call of a script moves at most: Redis serves nobody else meanwhile."""
+
 Duty = Callable[[], float]
 """Does something on the broker; returns seconds until it is to be done again."""
 
