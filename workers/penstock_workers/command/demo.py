@@ -17,7 +17,7 @@ from penstock.conversation import Message
 from penstock.errors import PenstockError, WorkerError
 from penstock.result import Vectors
 from penstock.settings import Loaded
-from penstock_workers.command.stack import Stack, plan_stack
+from penstock_workers.command.stack import WORKERS_STAGE, Stack, plan_stack
 from penstock_workers.command.status import judge
 from penstock_workers.command.supervisor import StackEndedError, Supervisor
 
@@ -104,7 +104,7 @@ def run_demo(
 async def _in_stack(
     supervisor: Supervisor, loaded: Loaded, stack: Stack, corpus: Path, say: Callable[[str], None]
 ) -> dict[str, object]:
-    n_workers = sum(child.stage == 1 for child in stack.children)
+    n_workers = sum(child.stage == WORKERS_STAGE for child in stack.children)
     say(f"starting Redis and {n_workers} worker processes ...")
     started = time.perf_counter()
     async with supervisor.running(), AsyncClient(stack.login_url) as client:

@@ -49,7 +49,7 @@ def up(config: Path | None, assignments: tuple[str, ...]) -> None:
         click.echo(f"penstock | {note}")
     supervisor = _supervisor(stack.children, deployment)
     with ExitStack() as file:
-        file.enter_context(_ending_in_order())
+        file.enter_context(_exit_on_signals())
         try:
             file.enter_context(announced(stack.told(tuple(settings.models))))
         except ConfigError as error:
@@ -61,8 +61,11 @@ def up(config: Path | None, assignments: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def _ending_in_order() -> Iterator[None]:
-    """Leave blocks when a signal comes before the supervisor listens, or after: a stack's file goes too."""
+def _exit_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise SystemExit while no supervisor listens, so that the stack's file goes too.
+
+    The supervisor listens in its loop alone, and gives these handlers back when it ends.
+    """
 
     def leave(number: int, frame: object) -> None:
         del frame
