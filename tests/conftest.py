@@ -14,7 +14,7 @@ from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.upstream import Upstream
 
 if not Path("/dev/nvidia0").exists():
-    # Read where Triton is imported: kernels for cards then run in Python.
+    # Read where Triton is imported: kernels for GPUs then run in Python.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

@@ -101,10 +101,10 @@ class RedisSettings(_Section):
 
 
 class CpuPool(_Section):
-    """Worker processes on processors."""
+    """Worker processes on CPUs."""
 
     device: Literal["cpu"] = "cpu"
-    """Processors only; CUDA is never touched."""
+    """CPUs only; CUDA is never touched."""
     processes: Processes = AUTO
     """Worker processes that `penstock up` starts; auto: what cores and memory allow."""
     threads: Threads = AUTO
@@ -112,14 +112,14 @@ class CpuPool(_Section):
 
 
 class GpuPool(CpuPool):
-    """Worker processes on accelerators; one process per card."""
+    """Worker processes on GPUs."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # type: ignore[assignment]  # wider than a CPU pool's
-    """auto: CUDA, else MPS, else no start; cpu is allowed, for trying the routing without a card."""
+    """auto: CUDA, else MPS, else no start; cpu is allowed, to try the routing without a GPU."""
     processes: Processes = AUTO
-    """Worker processes that `penstock up` starts, each on the next card; auto: one for each card."""
+    """Processes that `penstock up` starts, on GPUs in turn; auto: one a GPU, four if all models are small."""
     threads: Threads = AUTO
-    """Torch threads in each process; auto: one, since the card computes."""
+    """Threads in each process, which tokenize; auto: the cores over the processes, four at most."""
 
 
 class Pools(_Section):
@@ -222,7 +222,7 @@ class ModelSettings(_Section):
     dtype: Dtype = "auto"
     """auto takes bfloat16 where it is fast and vectors keep their direction, else float32."""
     device_map: Literal["auto"] | None = None
-    """auto spreads a generation model over all cards that a process sees, by accelerate; none: one card."""
+    """auto spreads a generation model over all GPUs that a process sees, by accelerate; none: one GPU."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False

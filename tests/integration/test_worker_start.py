@@ -166,7 +166,7 @@ def test_options_of_celery_without_effect_are_refused(server: Server, tmp_path: 
 
 
 def test_a_gpu_pool_without_a_gpu_is_refused(server: Server, tmp_path: Path) -> None:
-    """Pool `gpu` never falls back to a processor by itself."""
+    """Pool `gpu` never falls back to a CPU by itself."""
     toml = BUNDLED.replace('source = "bundled:minilm"', 'source = "bundled:minilm"\npools = ["gpu"]')
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     worker = WorkerProcess(tmp_path, server, toml=toml, queues="gpu.minilm", environment=hidden)
@@ -179,7 +179,7 @@ def test_a_gpu_pool_without_a_gpu_is_refused(server: Server, tmp_path: Path) -> 
 
 
 def test_a_gpu_pool_on_a_processor_serves_its_queues(server: Server, tmp_path: Path) -> None:
-    """With `device = "cpu"` the GPU pool's routing can be tried without a card."""
+    """With `device = "cpu"` the GPU pool's routing can be tried without a GPU."""
     toml = '[pools.gpu]\ndevice = "cpu"\n' + MODEL.format("bundled:minilm").replace("broken", "onlygpu")
     toml += 'engine = "torch"\npools = ["gpu"]\n'
     worker = WorkerProcess(tmp_path, server, toml=toml, queues="gpu.onlygpu")

@@ -541,7 +541,7 @@ def test_sampling_model_without_temperature_has_temperature_one(tmp_path: Path) 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", "float32"), ("bfloat16", "bfloat16")])
 def test_dtype_is_the_one_asked_for(dtype: Any, expected: str, folder: Path) -> None:
-    """`auto` keeps a small model in float32 on a processor; a named format is obeyed."""
+    """`auto` keeps a small model in float32 on a CPU; a named format is obeyed."""
     settings = ModelSettings(task="generate", source=str(folder), dtype=dtype)
 
     generator = Generator.load("chat", settings, CPU)

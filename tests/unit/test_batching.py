@@ -634,7 +634,7 @@ def test_deadline_in_the_past_is_told_at_once() -> None:
     assert answers(batcher.submit(Job(id="next"), texts("b"))) == ["B"]
 
 
-# Two batches under way, as on a card
+# Two batches under way, as on a GPU
 
 
 def start_two(model: FakeModel) -> Batcher[Text, str]:

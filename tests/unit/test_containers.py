@@ -387,7 +387,7 @@ def test_models_are_kept_where_the_image_looks_for_them(service: dict[str, Any])
 
 
 def test_only_the_gpu_profile_asks_for_a_card() -> None:
-    """Without a profile everything starts that needs no card; the profile adds one worker with one card."""
+    """Without a profile everything starts that needs no GPU; the profile adds one worker with one GPU."""
     profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
     (device,) = SERVICES["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
 

@@ -27,7 +27,7 @@ def test_preferred_pool_with_a_ready_worker_is_chosen() -> None:
 
 
 def test_next_pool_takes_the_jobs_where_the_preferred_one_has_no_worker() -> None:
-    """Without a card the processors do the work."""
+    """Without a GPU the CPUs do the work."""
     assert registry((CPU, 0.0)).choose_pool(MODEL) == "cpu"
 
 

@@ -125,10 +125,10 @@ def test_pools_get_their_processes() -> None:
 
 
 def test_processes_of_a_pool_are_forked_where_they_can_be() -> None:
-    """Not one by itself, and none that computes on a card: a fork cannot use what its parent knows of it."""
+    """Not one by itself, and none on a GPU: a fork cannot use a GPU that its parent has touched."""
     two = plan(BROKER | {"pools.cpu.processes": "2", "pools.cpu.threads": "3"})
     one = plan(BROKER | {"pools.cpu.processes": "1"})
-    cards = plan(BROKER | {"pools.cpu.processes": "0", "pools.gpu.processes": "2"})
+    gpus = plan(BROKER | {"pools.cpu.processes": "0", "pools.gpu.processes": "2"})
     trial = plan(BROKER | {"pools.cpu.processes": "0", "pools.gpu.processes": "2", "pools.gpu.device": "cpu"})
 
     first, second = (child.preload for child in two.children)
@@ -136,7 +136,7 @@ def test_processes_of_a_pool_are_forked_where_they_can_be() -> None:
     assert first == second
     assert {"penstock_workers.embedding.embedder", "penstock_workers.generation.generator"} < {*first.modules}
     assert ("OMP_NUM_THREADS", "3") in first.environment
-    assert [child.preload for child in (*one.children, *cards.children)] == [None] * 3
+    assert [child.preload for child in (*one.children, *gpus.children)] == [None] * 3
     assert trial.children[0].preload is not None
     assert "penstock_workers.generation.generator" not in trial.children[0].preload.modules
 
