@@ -1,16 +1,14 @@
 """Starts worker processes from one that has imported what they need: most of a start is imports.
 
-Two servers fork, one for workers of models and one for those that must not need torch. A start that is itself
-what is tested, or has a variable that a library may read as it loads, comes from nothing.
+Two servers fork, one for workers of models and one for those that must not need torch. They are those of
+`penstock up`, whose side of the link needs an event loop; tests have threads. A start that is itself what is
+tested, or has a variable that a library may read as it loads, comes from nothing.
 """
 
 import atexit
-import gc
 import json
 import os
-import runpy
 import select
-import selectors
 import signal
 import socket
 import subprocess
@@ -20,9 +18,11 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
-from importlib import import_module
+from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+from penstock_workers.command import forkserver
 
 ROOT = Path(__file__).parent.parent
 MODULES = {
@@ -40,7 +40,7 @@ MODULES = {
 """What each server imports. Nothing here reads the configuration."""
 OURS = ("PENSTOCK_", "NOOP_", "LIGHT_", "UPSTREAM_", "NO_COLOR", "PYTEST_CURRENT_TEST")
 """Variables that only what is not imported yet reads."""
-_MOST_BYTES = 1 << 18
+_MOST_BYTES = 1 << 16
 _LINUX = sys.platform == "linux"
 
 
@@ -86,12 +86,13 @@ class _ForkServer:
     """The tests' side of one server."""
 
     def __init__(self, imports: str) -> None:
+        self._numbers = count()
         self._living: dict[int, Forked] = {}
         self._lock = threading.RLock()
         self._link, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.warm", str(its_end.fileno()), *MODULES[imports]],
+                [sys.executable, "-m", forkserver.__name__, str(its_end.fileno()), *MODULES[imports]],
                 cwd=ROOT,
                 env=_environment,
                 pass_fds=[its_end.fileno()],
@@ -99,13 +100,14 @@ class _ForkServer:
         atexit.register(self._close)
 
     def fork(self, arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> Forked:
-        """Start `python -m`, then `arguments`; return when it has been born."""
-        order = json.dumps({"arguments": list(arguments), "environment": dict(environment)})
+        """Start `python -m`, then `arguments`, with more variables; return when it has been born."""
         with self._lock:
-            socket.send_fds(self._link, [order.encode()], [output.fileno()])
+            number = next(self._numbers)
+            order = {"number": number, "arguments": list(arguments), "environment": dict(environment)}
+            socket.send_fds(self._link, [json.dumps(order).encode()], [output.fileno()])
             while (born := self._hear()) is None:
                 pass
-            self._living[born] = forked = Forked(self, born)
+            self._living[number] = forked = Forked(self, born)
         return forked
 
     def listen(self, within_s: float) -> None:
@@ -117,12 +119,12 @@ class _ForkServer:
 
     def _hear(self) -> int | None:
         """Take a message; return the process that it says was born."""
-        told: dict[str, int] = json.loads(self._link.recv(_MOST_BYTES) or b"null")
-        assert told, "the fork server has died"
-        if "code" not in told:
-            return told["pid"]
-        self._living.pop(told["pid"]).returncode = told["code"]
-        return None
+        message = self._link.recv(_MOST_BYTES)
+        assert message, "the fork server has died"
+        told: dict[str, int] = json.loads(message)
+        if "returncode" in told:
+            self._living.pop(told["number"]).returncode = told["returncode"]
+        return told.get("pid")
 
     def _close(self) -> None:
         self._link.close()
@@ -158,62 +160,8 @@ def start(
         imports: what the server has, a name of `MODULES`; None for a start from nothing.
     """
     if imports is not None and _LINUX and tuple(command[:2]) == (sys.executable, "-m"):
-        changed = {name for name, _ in _environment.items() ^ environment.items()}
-        if all(name.startswith(OURS) for name in changed):
-            return _server(imports).fork(command[2:], environment, output)
+        changed = environment.items() - _environment.items()
+        # A server adds variables, and takes none away.
+        if environment.keys() >= _environment.keys() and all(name.startswith(OURS) for name, _ in changed):
+            return _server(imports).fork(command[2:], dict(changed), output)
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-
-
-def main() -> None:
-    """Import, fork whatever is asked for, and in a fork run it."""
-    link = socket.socket(fileno=int(sys.argv[1]))
-    for name in sys.argv[2:]:
-        import_module(name)
-    gc.collect()
-    gc.freeze()
-    if order := _serve(link):
-        module, *arguments = order["arguments"]
-        sys.argv[:] = [module, *arguments]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-def _serve(link: socket.socket) -> dict[str, Any] | None:
-    """Fork until the tests have ended; returns None then, and in each child what it is to run."""
-    before = signal.signal(signal.SIGCHLD, lambda *_: None)
-    wakes, wake = socket.socketpair()
-    wake.setblocking(False)
-    signal.set_wakeup_fd(wake.fileno())
-    with wakes, wake, link, selectors.DefaultSelector() as selector:
-        selector.register(link, selectors.EVENT_READ)
-        selector.register(wakes, selectors.EVENT_READ)
-        n_children = 0
-        while True:
-            ready = [key.fileobj for key, _ in selector.select()]
-            if wakes in ready:
-                wakes.recv(4096)
-                while n_children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                    n_children -= 1
-                    told = {"pid": ended[0], "code": os.waitstatus_to_exitcode(ended[1])}
-                    link.send(json.dumps(told).encode())
-            if link not in ready:
-                continue
-            message, files, *_ = socket.recv_fds(link, _MOST_BYTES, 1)
-            if not message:
-                return None
-            order: dict[str, Any] = json.loads(message)
-            if (pid := os.fork()) == 0:
-                signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, before)
-                for number in (1, 2):
-                    os.dup2(files[0], number)
-                os.close(files[0])
-                os.environ.clear()
-                os.environ.update(order["environment"])
-                return order
-            n_children += 1
-            os.close(files[0])
-            link.send(json.dumps({"pid": pid}).encode())
-
-
-if __name__ == "__main__":
-    main()
