@@ -1,7 +1,7 @@
 """Token buckets in Redis: what all processes of a cluster together may do in a time.
 
 Knows the script `take` and nothing of what is counted. One call asks and takes, on Redis's own clock; a
-call that may wait books its place, so that a rate is used up although every process wakes a little late.
+call that may wait reserves its place, so that a rate is used up although every process wakes a little late.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ async def take(store: aioredis.Redis, *shares: Share, within_s: float = 0.0) -> 
     Args:
         store: The Redis that holds them.
         shares: Amounts from different buckets.
-        within_s: Longest wait that is booked, seconds; with 0, now or not at all.
+        within_s: Longest wait that is reserved, seconds; with 0, now or not at all.
     """
     keys, arguments = take_arguments(*shares, within_s=within_s)
     return read_taken(await store.register_script(script("take"))(keys=keys, args=arguments))

@@ -165,7 +165,7 @@ def test_a_full_broker_is_worked_off(fleet: Fleet, own: Server) -> None:
     assert worker.process.poll() is None
 
 
-def test_sigterm_hands_back_at_once(fleet: Fleet) -> None:
+def test_sigterm_requeues_at_once(fleet: Fleet) -> None:
     """What a worker has not begun is at the front of the queue again while what it runs goes on."""
     (worker,) = fleet.start(1, "-c", "1", "--prefetch-multiplier", "3")
     ids = [fleet.push(name, 4) for name in ("running", "second", "third", "waiting")]

@@ -100,11 +100,11 @@ SCRIPTS = (
     "push",
     "pop",
     "ack",
-    "hand_back",
+    "requeue",
     "reclaim",
-    "postpone",
+    "delay",
     "retry",
-    "bury",
+    "dead_letter",
     "revive",
     "take_over",
     "move_due",
@@ -179,31 +179,31 @@ class Life:
         """Be done with some."""
         self.run("ack", *self.some())
 
-    def hand_back(self) -> None:
+    def requeue(self) -> None:
         """Return some."""
-        self.run("hand_back", self.random.randrange(2), *self.some())
+        self.run("requeue", self.random.randrange(2), *self.some())
 
     def reclaim(self) -> None:
         """Return all of a pop whose reply was lost."""
         self.run("reclaim", f"worker/{self.random.randrange(1, self._n_pops + 2)}")
 
-    def postpone(self) -> None:
+    def delay(self) -> None:
         """Delay one."""
         for pair in self.some()[:2] and [self.some()[:2]]:
             if pair:
-                self.run("postpone", *pair, self.client.time()[0] + 1)
+                self.run("delay", *pair, self.client.time()[0] + 1)
 
     def retry(self) -> None:
         """Put one off."""
         if pair := self.some()[:2]:
             self.run("retry", *pair, 1, 100, 200, keys=("penstock:bucket:retries",))
 
-    def bury(self) -> None:
+    def dead_letter(self) -> None:
         """Give one up."""
         if pair := self.some()[:2]:
             raw: Any = self.client.hget("unacked", pair[0])
             letter = {"message": raw.decode(errors="replace")} if raw else {}
-            self.run("bury", *pair, json.dumps(letter), 0, 60)
+            self.run("dead_letter", *pair, json.dumps(letter), 0, 60)
 
     def revive(self) -> None:
         """Put a dead letter back, or die between the two steps of it."""
@@ -213,7 +213,7 @@ class Life:
             raw = json.loads(entry).get("message", "{}")
             tag = self.run("revive", entry, raw, self.random.choice(LISTS + PARTS), "people/1", 60)
             if tag and self.random.random() < 0.7:
-                self.run("hand_back", 0, tag, "people/1")
+                self.run("requeue", 0, tag, "people/1")
 
     def die(self) -> None:
         """Let some leases run out, and take them over."""
@@ -240,7 +240,7 @@ class Life:
     def step(self) -> str:
         """Do one thing; return what."""
         often = [self.push, self.push, self.pop, self.pop, self.ack]
-        seldom = [self.push_late, self.push_foreign, self.hand_back, self.reclaim, self.postpone, self.bury]
+        seldom = [self.push_late, self.push_foreign, self.requeue, self.reclaim, self.delay, self.dead_letter]
         seldom += [self.retry]
         seldom += [self.revive, self.die, self.move_due, self.purge]
         deed: Callable[[], None] = self.random.choice(often if self.random.random() < 0.6 else seldom)

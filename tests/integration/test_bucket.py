@@ -51,7 +51,7 @@ def test_a_burst_is_free_and_then_the_rate_counts(server: Server, bucket: Callab
     assert [wait_s for _, wait_s in answers[3:]] == pytest.approx([10, 10], abs=2)
 
 
-def test_places_are_booked_one_after_the_other(server: Server, bucket: Callable[..., Bucket]) -> None:
+def test_places_are_reserved_one_after_the_other(server: Server, bucket: Callable[..., Bucket]) -> None:
     """With `within_s`, each caller gets a place of its own, until the next would be too late."""
     limit = bucket(rate=0.1, burst=1)
 
@@ -120,9 +120,9 @@ def test_a_full_bucket_is_no_key(server: Server, bucket: Callable[..., Bucket]) 
 
 
 def test_many_callers_use_a_rate_up_and_no_more(server: Server, bucket: Callable[..., Bucket]) -> None:
-    """Eight processes that book together stay within rate and burst in every window, without gaps."""
+    """Eight processes that reserve together stay within rate and burst in every window, without gaps."""
     limit = bucket(rate=200, burst=4)
-    clock = asyncio.run(_book(server, limit, n_clients=8, n_each=25))
+    clock = asyncio.run(_reserve(server, limit, n_clients=8, n_each=25))
 
     times = sorted(clock)
     gaps = [later - earlier for earlier, later in zip(times[4:], times[8:], strict=False)]
@@ -130,19 +130,19 @@ def test_many_callers_use_a_rate_up_and_no_more(server: Server, bucket: Callable
     assert times[-1] - times[0] == pytest.approx((200 - 4) / 200, abs=0.5)
 
 
-async def _book(server: Server, limit: Bucket, *, n_clients: int, n_each: int) -> list[float]:
+async def _reserve(server: Server, limit: Bucket, *, n_clients: int, n_each: int) -> list[float]:
     """Return the seconds, on Redis's clock, at which callers may act."""
 
     async def one(store: aioredis.Redis) -> list[float]:
-        booked = []
+        reserved = []
         for _ in range(n_each):
             async with store.pipeline(transaction=True) as pipe:
                 keys, arguments = take_arguments(limit.of(1), within_s=60)
                 pipe.eval(script("take"), len(keys), *keys, *arguments)
                 pipe.time()
                 reply, (second, microsecond) = await pipe.execute()
-            booked.append(second + microsecond / 1e6 + read_taken(reply).wait_s)
-        return booked
+            reserved.append(second + microsecond / 1e6 + read_taken(reply).wait_s)
+        return reserved
 
     async with clients(server, n_clients) as stores:
-        return [at for booked in await asyncio.gather(*map(one, stores)) for at in booked]
+        return [at for reserved in await asyncio.gather(*map(one, stores)) for at in reserved]

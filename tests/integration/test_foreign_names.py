@@ -99,7 +99,7 @@ def test_a_giant_does_not_leave_the_server(broker: redis.Redis) -> None:
 
     assert told == b"\0%d\n" % len(giant) + giant[-16384:]
     assert broker.llen(QUEUE) == 1
-    letter = run(broker, "bury", tag, "w/1", "{}", 0, 40)
+    letter = run(broker, "dead_letter", tag, "w/1", "{}", 0, 40)
     assert letter is not None
     assert not broker.exists("unacked", "penstock:leases", f"penstock:load:{QUEUE}")
 
@@ -115,7 +115,7 @@ def test_a_pop_has_a_bound_in_bytes(broker: redis.Redis) -> None:
 
 
 def test_a_message_that_its_workers_fail_on_is_given_up(broker: redis.Redis) -> None:
-    """Each failure counts as a delivery; after the last the caller holds the message, to bury it."""
+    """Each failure counts as a delivery; after the last the caller holds the message, to dead-letter it."""
     _, raw = message("task", [], queue=QUEUE)
     broker.lpush(QUEUE, raw)
     ((_, tag, *_),) = pop(broker)

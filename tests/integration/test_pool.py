@@ -1,4 +1,4 @@
-"""The pool of job threads: how jobs are handed back, and how a worker process ends."""
+"""The pool of job threads: how jobs are requeued, and how a worker process ends."""
 
 import base64
 import json
@@ -89,7 +89,7 @@ def test_events_of_a_moment_are_sent_together(server: Server, tmp_path: Path) ->
     assert len(messages) <= seconds / EVENTS_S + 3 * n_jobs / 24 + 3  # Celery sends 24 events at once
 
 
-def test_jobs_past_the_limit_are_handed_back(server: Server, tmp_path: Path) -> None:
+def test_jobs_past_the_limit_are_requeued(server: Server, tmp_path: Path) -> None:
     """A job that does not end within the limit goes back to its queue, and its thread keeps nothing alive."""
     with NoopWorker(tmp_path, server, worker_drain_s=1) as worker:
         ended, hanging = worker.hold("ended"), worker.send("hang")
@@ -112,7 +112,7 @@ def test_jobs_past_the_limit_are_handed_back(server: Server, tmp_path: Path) -> 
     [(signal.SIGQUIT,), (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)],
     ids=lambda signals: "-".join(number.name for number in signals),
 )
-def test_an_impatient_stop_hands_back_at_once(
+def test_an_impatient_stop_requeues_at_once(
     server: Server, tmp_path: Path, signals: tuple[signal.Signals, ...]
 ) -> None:
     """SIGQUIT, or a second signal, waits for no job; the code is 0."""
@@ -133,7 +133,7 @@ def test_an_impatient_stop_hands_back_at_once(
         assert "Traceback" not in worker.log
 
 
-def test_jobs_that_have_not_started_are_handed_back_first(server: Server, tmp_path: Path) -> None:
+def test_jobs_that_have_not_started_are_requeued_first(server: Server, tmp_path: Path) -> None:
     """What was taken but not begun is its peers' while the last job still runs."""
     with NoopWorker(tmp_path, server, threads=1, worker_prefetch_multiplier=4) as worker:
         running = worker.hold("running")
@@ -153,7 +153,7 @@ def test_jobs_that_have_not_started_are_handed_back_first(server: Server, tmp_pa
 
 
 def test_an_error_outside_of_the_job_frees_its_place(server: Server, tmp_path: Path) -> None:
-    """A job whose handling fails is handed back and not forgotten; the only thread serves the next one."""
+    """A job whose handling fails is requeued and not forgotten; the only thread serves the next one."""
     with NoopWorker(tmp_path, server, threads=1) as worker:
         failing, next_ = worker.send("fail_in_the_pool"), worker.send("add", 1, 2)
 

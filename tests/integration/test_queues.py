@@ -1,4 +1,4 @@
-"""What `penstock queues` counts, and what becomes of dead letters that people put back or drop."""
+"""What `penstock queues` counts, and what becomes of dead letters that people requeue or drop."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def give_up(broker: redis.Redis, results: redis.Redis) -> str:
     arguments = pop_arguments("worker/1", lease_s=20, most=1, credits_=[1], rooms=[None], held=[(0, 0)])
     _, tag, *_ = run(broker, "pop", *arguments, keys=(QUEUE,))
     letter = {"id": job_id, "queue": QUEUE, "n_deliveries": 4, "message": raw.decode()}
-    assert run(broker, "bury", tag, "worker/1", json.dumps(letter), 1, 40)
+    assert run(broker, "dead_letter", tag, "worker/1", json.dumps(letter), 1, 40)
     results.mset({result_key(job_id): b"lost", record_key(job_id): b"FAILURE"})
     return job_id
 

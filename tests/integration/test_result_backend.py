@@ -179,7 +179,7 @@ def test_results_wait_for_a_restarting_server(server: Server, tmp_path: Path) ->
 
 
 def test_results_that_wait_are_bounded_by_the_drain(server: Server, tmp_path: Path) -> None:
-    """A worker that stops while the result server is away hands back what it could not store."""
+    """A worker that stops while the result server is away requeues what it could not store."""
     own = Server(free_port())
     with ExitStack() as until_killed:
         until_killed.enter_context(own.running())
@@ -232,7 +232,7 @@ def test_a_full_server_is_waited_for(server: Server, tmp_path: Path) -> None:
 
 
 def test_a_server_that_stays_full_costs_no_place(server: Server, tmp_path: Path) -> None:
-    """After a bounded time the job is handed back; its place takes it again, and then it is stored."""
+    """After a bounded time the job is requeued; its place takes it again, and then it is stored."""
     own = Server(free_port())
     settings = {"threads": 1, "result_patience_s": 0.3}
     with own.running(), NoopWorker(tmp_path, server, results=own, **settings) as worker:

@@ -390,9 +390,9 @@ def test_two_messages_of_one_tag_are_two(broker: redis.Redis) -> None:
     assert broker.hlen("unacked") == 2
 
 
-@pytest.mark.parametrize("script", ["ack", "renew", "hand_back", "postpone", "bury"])
+@pytest.mark.parametrize("script", ["ack", "renew", "requeue", "delay", "dead_letter"])
 def test_only_the_holder_may(broker: redis.Redis, script: str) -> None:
-    """A process neither acknowledges, renews, hands back, delays nor buries by a lease that it lost."""
+    """A process neither acknowledges, renews, requeues, delays nor dead-letters by a lease that it lost."""
     put(broker, "job")
     (lease,) = pop(broker, "one/1")
     lapse(broker)
@@ -403,9 +403,9 @@ def test_only_the_holder_may(broker: redis.Redis, script: str) -> None:
     arguments: dict[str, tuple[str | float, ...]] = {
         "ack": (lease.tag, lease.token),
         "renew": (60, lease.tag, lease.token),
-        "hand_back": (1, lease.tag, lease.token),
-        "postpone": (lease.tag, lease.token, 9e9),
-        "bury": (lease.tag, lease.token, "{}", 0, 1),
+        "requeue": (1, lease.tag, lease.token),
+        "delay": (lease.tag, lease.token, 9e9),
+        "dead_letter": (lease.tag, lease.token, "{}", 0, 1),
     }
     run(broker, script, *arguments[script])
 
@@ -415,10 +415,10 @@ def test_only_the_holder_may(broker: redis.Redis, script: str) -> None:
 
 
 def test_nothing_is_left_of_an_acknowledged_message(broker: redis.Redis) -> None:
-    """Also its count of lost leases goes, and a hand-back counts none."""
+    """Also its count of lost leases goes, and a requeue counts none."""
     put(broker, "job")
     (lease,) = pop(broker, "one/1")
-    run(broker, "hand_back", 1, lease.tag, lease.token)
+    run(broker, "requeue", 1, lease.tag, lease.token)
     (again,) = pop(broker, "one/2")
     lapse(broker)
     run(broker, "take_over", 1, 4, 10, "two/1")
@@ -431,7 +431,7 @@ def test_nothing_is_left_of_an_acknowledged_message(broker: redis.Redis) -> None
     assert broker.keys() == []
 
 
-def test_what_is_put_off_waits_for_its_share_of_all_retries(broker: redis.Redis) -> None:
+def test_what_is_delayed_waits_for_its_share_of_all_retries(broker: redis.Redis) -> None:
     """Each is due after its own pause, and no more of them a second than the budget allows."""
     put(broker, *"abc")
     for lease in pop(broker, "one/1"):
@@ -634,7 +634,7 @@ def test_of_a_dead_letter_its_sender_hears_once(broker: redis.Redis, process: Ca
     (lease,) = pop(broker, dying.new_token())
     dying.held.add(lease)
     dying.start()
-    dying.bury(lease.id, raw, "a reason", must_tell=True)
+    dying.dead_letter(lease.id, raw, "a reason", must_notify=True)
     eventually(lambda: told)
     dying.close()
     others = [process(on_dead=tell) for _ in range(3)]
@@ -678,7 +678,7 @@ def test_a_reply_that_came_too_late_is_checked(
 
 
 def test_a_pop_whose_reply_is_lost_is_undone(broker: redis.Redis, connect: Callable[..., Connection]) -> None:
-    """What a pop took when its connection broke is put back at once, and not counted as a death."""
+    """What a pop took when its connection broke is requeued at once, and not counted as a death."""
     connection = connect(lease_s=60)
     (job_id,) = put(broker, "job")
     with Consumer(connection.default_channel, [Queue("q")], on_message=print, auto_declare=False):
@@ -714,7 +714,7 @@ def test_a_place_that_becomes_free_is_filled_at_once(
     assert [each.payload[0][0] for each in held] == ["a", "b"]
 
 
-def test_a_lost_connection_puts_nothing_back(
+def test_a_lost_connection_requeues_nothing(
     broker: redis.Redis, connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a worker that goes on, a job outlives its connection, and is acknowledged without one."""
@@ -736,7 +736,7 @@ def test_a_lost_connection_puts_nothing_back(
     leases.close()
 
 
-def test_a_worker_that_stops_puts_back_what_it_holds(
+def test_a_worker_that_stops_requeues_what_it_holds(
     broker: redis.Redis, connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 0 is a reason to stop too; the oldest is the next one again."""
@@ -756,7 +756,7 @@ def test_a_worker_that_stops_puts_back_what_it_holds(
     leases.close()
 
 
-def test_rejected_messages_are_dropped_or_put_last(
+def test_rejected_messages_are_dropped_or_requeued_last(
     broker: redis.Redis, connect: Callable[..., Connection]
 ) -> None:
     """As in stock kombu on Redis; who gets one again sees that it was delivered before."""

@@ -97,10 +97,10 @@ def test_all_who_count_agree(own: Server, client: Client, broker: redis.Redis) -
     assert len(tags) == 5
     assert counts(own, broker) == {n - 5}
 
-    run(broker, "hand_back", 1, tags[0], "one", tags[1], "one")
+    run(broker, "requeue", 1, tags[0], "one", tags[1], "one")
     assert broker.llen(WAITING) == n - 3
     run(broker, "ack", tags[2], "one")
-    run(broker, "postpone", tags[3], "one", time.time() + 3600)
+    run(broker, "delay", tags[3], "one", time.time() + 3600)
 
     assert counts(own, broker) == {n - 3}
 
@@ -122,7 +122,7 @@ def test_the_number_is_right_after_a_crash_a_purge_and_a_requeue(
     (tag,) = pop(broker, "poisoned", most=1)
     raw = broker.hget("unacked", tag)
     letter = {"id": tag.decode(), "queue": QUEUE, "n_deliveries": 4, "message": raw.decode()}
-    run(broker, "bury", tag, "poisoned", json.dumps(letter), 0, 40)
+    run(broker, "dead_letter", tag, "poisoned", json.dumps(letter), 0, 40)
     assert counts(own, broker) == {n - 1}
     settings = load_settings(
         arguments={"redis.broker_url": own.broker_url, "redis.results_url": own.results_url}, environ={}
@@ -166,7 +166,7 @@ def test_purged_messages_leave_no_past(broker: redis.Redis) -> None:
     """Counts of lost leases and of tries go with the messages that they are of."""
     run(broker, "push", *NO_LIMITS.arguments(), message("penstock.embed", [])[1], "", keys=(QUEUE,))
     (tag,) = pop(broker, "one")
-    run(broker, "hand_back", 1, tag, "one")
+    run(broker, "requeue", 1, tag, "one")
     broker.hset("penstock:tries", tag, 3)
     assert broker.hlen("penstock:lost") == 1
 
@@ -196,7 +196,7 @@ def test_dead_letters_are_bounded_and_what_went_is_counted(own: Server, broker: 
     run(broker, "push", *NO_LIMITS.arguments(), message("penstock.embed", [])[1], "", keys=(QUEUE,))
     (tag,) = pop(broker, "one")
 
-    run(broker, "bury", tag, "one", '{"id": "new"}', 1, 40)
+    run(broker, "dead_letter", tag, "one", '{"id": "new"}', 1, 40)
 
     assert broker.llen("penstock:dead") == 10_000
     assert json.loads(broker.lindex("penstock:dead", 0))["id"] == "3"

@@ -198,7 +198,7 @@ def test_items_of_waiting_jobs_share_a_batch() -> None:
 
 
 def test_idle_model_starts_at_once() -> None:
-    """A single item does not wait for company."""
+    """A single item does not wait for batch mates."""
     model = FakeModel()
     batcher = start(model)
 
@@ -410,7 +410,7 @@ def test_item_without_an_answer_fails_its_job_only() -> None:
 
 
 @pytest.mark.parametrize("death", [SystemExit(1), KeyboardInterrupt(), GeneratorExit()], ids=repr)
-def test_dead_model_thread_hands_back_what_it_did_not_touch(death: BaseException) -> None:
+def test_dead_model_thread_requeues_what_it_did_not_touch(death: BaseException) -> None:
     """Waiting jobs go back to their queue; those of the batch, which may be why, are left to their leases."""
     model = FakeModel(lambda _: death)
     batcher, first = start_busy(model, max_items=1)

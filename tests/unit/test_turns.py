@@ -13,7 +13,7 @@ from penstock_workers.batching.scheduler import Scheduler
 from penstock_workers.batching.turns import Device, Turn
 from tests.eventually import eventually
 from tests.unit.test_batching import Text, texts
-from tests.unit.test_scheduling import FakeSteps, Spelling, Word, spell, words
+from tests.unit.test_scheduler import FakeSteps, Spelling, Word, spell, words
 
 
 @dataclass

@@ -1,7 +1,7 @@
 -- Part: how a message goes from a list into a lease and back, and the turns of tenants; after _counts.lua.
 --
 -- A tag is the message's own `delivery_tag`. A token names one pop of one process, so what a process took twice
--- has two tokens: only the last holder acknowledges, renews or hands back.
+-- has two tokens: only the last holder acknowledges, renews or requeues.
 
 -- Tenants take turns: who has had least goes first, and what they take counts by their share. A tenant who (re)enters
 -- starts at the virtual time of the last message served, or at their own if that is later.
@@ -101,15 +101,15 @@ local function delay(list, message, due)
   redis.call('ZADD', DUE, due, name)
 end
 
--- Among the delayed ones, by whoever holds it.
-local function put_off(name, token, due)
+-- The same, by whoever holds the message.
+local function delay_held(name, token, due)
   local list, tokens, bytes = list_held(name, token)
   delay(list, redis.call('HGET', UNACKED, name), due)
   drop(name, list, tokens, bytes)
 end
 
--- Back to where it came from, as the next one or as the last.
-local function put_back(name, list, tokens, bytes, as_next)
+-- Back to the list that it came from, as the next one or as the last.
+local function requeue(name, list, tokens, bytes, as_next)
   local message = redis.call('HGET', UNACKED, name)
   if message then
     -- A key of that name which is no list: the lease runs out, and it becomes a dead letter.

@@ -1,4 +1,4 @@
--- Asks whether a request may leave for a server of remote models, and books its place.
+-- Asks whether a request may be sent to a server of remote models, and reserves its place in the rate.
 -- A broken server gets one request when its time is up; others ask again soon, for the answer may be there.
 --
 -- KEYS: state, buckets.

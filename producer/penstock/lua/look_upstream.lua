@@ -1,4 +1,4 @@
--- Says how a server of remote models is, and books nothing.
+-- Says how a server of remote models is, and reserves nothing.
 --
 -- KEYS: state.
 -- ARGV: none.

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Hands back what a pop took whose reply never arrived.
+-- Requeues what a pop took whose reply never arrived.
 --
 -- KEYS: none.
 -- ARGV: token of the pop.
@@ -8,6 +8,6 @@
 local leases = redis.call('HGETALL', LEASES)
 for i = 1, #leases, 2 do
   local list, tokens, bytes = list_held(leases[i], ARGV[1])
-  if list then put_back(leases[i], list, tokens, bytes, true) end
+  if list then requeue(leases[i], list, tokens, bytes, true) end
 end
 settle()

@@ -7,7 +7,7 @@
 
 if list_held(ARGV[1], ARGV[2]) then
   local taken = take(KEYS, {math.huge, tonumber(ARGV[4]), tonumber(ARGV[5]), 1}, 1)
-  put_off(ARGV[1], ARGV[2], now() + tonumber(ARGV[3]) + tonumber(taken[2]))
+  delay_held(ARGV[1], ARGV[2], now() + tonumber(ARGV[3]) + tonumber(taken[2]))
   redis.call('HINCRBY', TRIES, tag_in(ARGV[1]), 1)
 end
 settle()

@@ -1,5 +1,5 @@
 #!lua flags=
--- Takes a message out of the dead-letter list; the caller holds it then, and hands it back.
+-- Takes a message out of the dead-letter list; the caller holds it then, and requeues it.
 --
 -- KEYS: none.
 -- ARGV: entry of the dead-letter list, its message, the list it goes to, token, lease in seconds.

@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
--- Puts messages back whose leases ran out, as the next ones in their lists.
--- After the last delivery, or if a message cannot go back, the caller holds it and must bury it.
+-- Requeues messages whose leases ran out, as the next ones in their lists.
+-- After the last delivery, or if a message cannot go back, the caller holds it and must dead-letter it.
 --
 -- KEYS: none.
 -- ARGV: lease in seconds, most deliveries, most messages, token of the caller.
--- Returns how many leases ran out; then list, tag, deliveries, message of each that is to be buried.
+-- Returns how many leases ran out; then list, tag, deliveries, message of each that is to be dead-lettered.
 -- Uses _lists.lua, _counts.lua, _moves.lua.
 
 local time, lease, most = now(), tonumber(ARGV[1]), tonumber(ARGV[2])

@@ -211,7 +211,7 @@ class Queues:
             self._results.delete(result_key(job_id))
             self._results.set(record_key(job_id), SENT, ex=RECORD_TTL_S)
         with redis_errors(self._settings.redis.broker_url):
-            self._run("hand_back", 0, tag, token)
+            self._run("requeue", 0, tag, token)
         return True
 
     def drop(self, job: DeadJob) -> bool:

@@ -80,7 +80,7 @@ class ResultBackend(RedisBackend):  # type: ignore[misc]  # Celery has no types
         self._ensure_retryable(super().on_chord_part_return, request, state, result, **options)
 
     def mark_as_retry(self, *args: object, **options: object) -> None:
-        """Store nothing: a job that is put off has no result yet, and its caller waits on."""
+        """Store nothing: a job that is delayed has no result yet, and its caller waits on."""
 
     def store_result(self, task_id: str, result: object, state: str, *args: Any, **options: Any) -> Any:
         """Store how a job ended; one that was found unwanted ended as if its caller had cancelled it."""

@@ -226,7 +226,9 @@ class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types
         error, retries = _error_of(exc_info), self._request_dict.get("retries") or 0
         is_transient = isinstance(error, UpstreamError) and error.retryable
         if retries and is_transient and self._kwargs.get("deadline") is None:
-            self.message.channel.qos.bury(self.message, f"tried {retries + 1} times: {type(error).__name__}")
+            self.message.channel.qos.dead_letter(
+                self.message, f"tried {retries + 1} times: {type(error).__name__}"
+            )
         try:
             return super().on_failure(exc_info, *args, **options)
         finally:

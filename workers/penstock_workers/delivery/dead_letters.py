@@ -1,4 +1,4 @@
-"""Dead letters: messages that were given up, and how their senders hear of it."""
+"""Dead letters: messages that were given up, and how their senders are notified."""
 
 import base64
 import json
@@ -19,36 +19,36 @@ OnDead = Callable[[Mapping[str, Any], int], None]
 
 
 class DeadLetters:
-    """Tells the senders of dead letters, also of those whose teller died.
+    """Dead-letters messages and notifies their senders, also where another process died before it did.
 
     Args:
         client: Connects to the broker.
         upkeep: Runs the scripts.
-        on_dead: Tells one sender; None where this process tells nobody.
+        on_dead: Notifies one sender; None where this process notifies nobody.
         lease_s: How long a lease lasts, seconds.
     """
 
     def __init__(self, client: redis.Redis, upkeep: Upkeep, on_dead: OnDead | None, lease_s: float) -> None:
         self._client, self._upkeep = client, upkeep
         self._on_dead, self._lease_s = on_dead, lease_s
-        self._to_tell: SimpleQueue[bytes | None] = SimpleQueue()
+        self._pending: SimpleQueue[bytes | None] = SimpleQueue()
         # A thread of its own: renewing must not wait for it.
-        self._thread = Background("dead-letters", self._tell)
+        self._thread = Background("dead-letters", self._notify)
 
     def start(self) -> None:
-        """Start the thread, if there is anything to tell."""
+        """Start the thread, if this process notifies senders."""
         if self._on_dead is not None:
             self._thread.start()
 
     def close(self) -> None:
         """Let the thread end."""
         self._thread.end()
-        self._to_tell.put(None)
+        self._pending.put(None)
 
     def give_up(
         self, tag: bytes, token: str, source: bytes, message: bytes, n_deliveries: int, reason: str
     ) -> None:
-        """Bury a message that this process holds; its sender hears of it if it came from a list.
+        """Dead-letter a message that this process holds; its sender is notified if it came from a list.
 
         Args:
             tag: Name of the message in Redis.
@@ -59,50 +59,50 @@ class DeadLetters:
             reason: Why, in a few words without its content.
         """
         queue, _ = split_key(source.decode(errors="replace"))
-        entry = dead_letter(message, queue=queue, reason=reason, n_deliveries=n_deliveries)
-        self.bury(tag, token, entry, must_tell=bool(source))
+        entry = letter_of(message, queue=queue, reason=reason, n_deliveries=n_deliveries)
+        self.add(tag, token, entry, must_notify=bool(source))
 
-    def bury(self, tag: bytes, token: str, entry: str, *, must_tell: bool) -> None:
-        """Move a message that this process holds to the dead letters; see `dead_letter` for `entry`."""
-        arguments = (tag, token, entry, int(must_tell), 2 * self._lease_s)
-        self._upkeep.do("bury", *arguments, then=self._buried)
+    def add(self, tag: bytes, token: str, entry: str, *, must_notify: bool) -> None:
+        """Move a message that this process holds to the dead letters; see `letter_of` for `entry`."""
+        arguments = (tag, token, entry, int(must_notify), 2 * self._lease_s)
+        self._upkeep.do("dead_letter", *arguments, then=self._added)
 
-    def _buried(self, entry: bytes | None) -> None:
-        """Tell of an entry that was added; None where another process had the message."""
+    def _added(self, entry: bytes | None) -> None:
+        """Log an entry that was added, and have its sender notified; None if another process had it."""
         if not entry:
             return
         letter = json.loads(entry)
         fields = {key: letter[key] for key in ("id", "task", "queue", "n_deliveries")}
         logger.error("message moved to %s: %s", DEAD_KEY, letter["reason"], extra={"dead": fields})
         if self._on_dead is not None:
-            self._to_tell.put(entry)
+            self._pending.put(entry)
 
-    def claim_untold(self) -> float:
-        """Take on those whose teller did not finish; a duty."""
+    def claim_notices(self) -> float:
+        """Take on notices that are still pending, for their process may have died; a duty."""
         if self._on_dead is not None:
-            for entry in self._upkeep.call("claim_untold", 2 * self._lease_s, BATCH):
-                self._to_tell.put(entry)
+            for entry in self._upkeep.call("claim_notices", 2 * self._lease_s, BATCH):
+                self._pending.put(entry)
         return self._lease_s / 2
 
-    def _tell(self) -> None:
-        if (entry := self._to_tell.get()) is None:
+    def _notify(self) -> None:
+        if (entry := self._pending.get()) is None:
             return
         try:
-            self._tell_of(entry)
+            self._notify_sender(entry)
         except Exception:
             # The mark stays, so whoever comes by after it lapses tries again.
             logger.exception("telling of a dead letter failed")
 
-    def _tell_of(self, entry: bytes) -> None:
+    def _notify_sender(self, entry: bytes) -> None:
         assert self._on_dead is not None
-        # Marked only if its sender must hear, and as long as nobody has told them.
+        # Marked only if its sender must be notified, and as long as nobody has notified them.
         if self._client.zscore(UNTOLD_KEY, entry) is not None:
             letter = json.loads(entry)
             self._on_dead(_decoded(letter.get("message", "")), letter["n_deliveries"])
             self._client.zrem(UNTOLD_KEY, entry)
 
 
-def dead_letter(message: bytes, *, queue: str, reason: str, n_deliveries: int) -> str:
+def letter_of(message: bytes, *, queue: str, reason: str, n_deliveries: int) -> str:
     """Return an entry of the dead-letter list, without the time, which Redis adds.
 
     The message is text under `message`, or under `message_base64` if it is not UTF-8.

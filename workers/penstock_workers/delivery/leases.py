@@ -17,7 +17,7 @@ from penstock.bucket import RETRIES
 from penstock.envelope import printable
 from penstock.identity import process_name
 from penstock.scripts import Value
-from penstock_workers.delivery.dead_letters import DeadLetters, OnDead, dead_letter
+from penstock_workers.delivery.dead_letters import DeadLetters, OnDead, letter_of
 from penstock_workers.delivery.held import Held, Lease
 from penstock_workers.delivery.sweep import Sweep
 from penstock_workers.delivery.upkeep import BATCH, Upkeep
@@ -81,15 +81,15 @@ class Leases:
     def start(self) -> None:
         """Start the threads."""
         sweep, letters = self._sweep, self._letters
-        duties = (self._renew, sweep.take_over, sweep.move_due, letters.claim_untold, sweep.recount)
+        duties = (self._renew, sweep.take_over, sweep.move_due, letters.claim_notices, sweep.recount)
         self._upkeep.start(self._send_acks, duties)
         self._letters.start()
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Hand back what is held and stop; waits for Redis, `SETTLE_S` at most."""
+        """Requeue what is held and stop; waits for Redis, `SETTLE_S` at most."""
         if self._upkeep.is_running:
-            self.hand_back_all()
+            self.requeue_all()
             self._letters.close()
             self._upkeep.close()
             atexit.unregister(self.close)
@@ -104,8 +104,8 @@ class Leases:
         self._upkeep.wake()
         return lease
 
-    def hand_back(self, lease_ids: Iterable[str], *, as_next: bool) -> list[Lease]:
-        """Put messages back into their queues, without counting a delivery.
+    def requeue(self, lease_ids: Iterable[str], *, as_next: bool) -> list[Lease]:
+        """Requeue messages, without counting a delivery.
 
         Args:
             lease_ids: In the order they were taken.
@@ -115,51 +115,51 @@ class Leases:
         # The first that was taken goes back last, and so is the next one again.
         ordered = leases[::-1] if as_next else leases
         for start in range(0, len(ordered), BATCH):
-            self._upkeep.do("hand_back", int(as_next), *_pairs(ordered[start : start + BATCH]))
+            self._upkeep.do("requeue", int(as_next), *_pairs(ordered[start : start + BATCH]))
         return leases
 
     def fail(self, lease_id: str) -> Lease | None:
-        """Put a message back that its worker failed on: it counts as lost, and is given up as those are."""
+        """Requeue a message that its worker failed on: it counts as lost, and is given up as those are."""
         lease = self.held.release(lease_id)
         if lease is not None:
             then = partial(self._failed, lease)
             self._upkeep.do("fail", lease.key, lease.token, self._max_deliveries, then=then)
         return lease
 
-    def hand_back_all(self) -> None:
-        """Put back all that is held, for a process that stops; waits once for Redis, `SETTLE_S` at most."""
-        self.hand_back(self.held.ids(), as_next=True)
+    def requeue_all(self) -> None:
+        """Requeue all that is held, for a process that stops; waits once for Redis, `SETTLE_S` at most."""
+        self.requeue(self.held.ids(), as_next=True)
         if not self.settle(self._patience_s) and self._patience_s:
             self._patience_s = 0.0
             logger.warning(
                 "broker out of reach: what is held is delivered again when its leases have run out"
             )
 
-    def bury(self, lease_id: str, message: bytes, reason: str, *, must_tell: bool) -> Lease | None:
-        """Move a message to the dead-letter list.
+    def dead_letter(self, lease_id: str, message: bytes, reason: str, *, must_notify: bool) -> Lease | None:
+        """Dead-letter a message.
 
         Args:
             lease_id: The lease on it.
             message: The message itself.
             reason: Says why, in a few words without its content.
-            must_tell: Whether `on_dead` is called for it, here or in another process.
+            must_notify: Whether `on_dead` is called for it, here or in another process.
         """
         lease = self.held.release(lease_id)
         if lease is not None:
             n_deliveries = (lease.n_lost or 0) + lease.n_tries + 1
-            entry = dead_letter(message, queue=lease.queue, reason=reason, n_deliveries=n_deliveries)
-            self._letters.bury(lease.key, lease.token, entry, must_tell=must_tell)
+            entry = letter_of(message, queue=lease.queue, reason=reason, n_deliveries=n_deliveries)
+            self._letters.add(lease.key, lease.token, entry, must_notify=must_notify)
         return lease
 
-    def postpone(self, lease_id: str, due_at: float) -> Lease | None:
-        """Put a message that was taken too early among the delayed ones."""
+    def delay(self, lease_id: str, due_at: float) -> Lease | None:
+        """Delay a message that was taken before it is due."""
         lease = self.held.release(lease_id)
         if lease is not None:
-            self._upkeep.do("postpone", lease.key, lease.token, due_at)
+            self._upkeep.do("delay", lease.key, lease.token, due_at)
         return lease
 
     def retry(self, lease_id: str, pause_s: float) -> Lease | None:
-        """Put a message off until it is worth another try, at the rate that all of a broker share."""
+        """Delay a message until it is worth another try, at the rate that all of a broker share."""
         lease = self.held.release(lease_id)
         if lease is not None:
             arguments = (lease.key, lease.token, pause_s, RETRIES.rate, RETRIES.burst)
@@ -167,7 +167,7 @@ class Leases:
         return lease
 
     def reclaim(self, token: str) -> None:
-        """Put back what a pop took whose reply never arrived."""
+        """Requeue what a pop took whose reply never arrived."""
         self._upkeep.do("reclaim", token)
 
     def nudge(self) -> None:

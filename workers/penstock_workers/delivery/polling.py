@@ -181,7 +181,7 @@ class PolledChannel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no 
             return
         for lease, _ in found:
             self.leases.held.add(lease)
-        self.leases.hand_back([lease.id for lease, _ in found], as_next=True)
+        self.leases.requeue([lease.id for lease, _ in found], as_next=True)
 
     def _load_pop(self) -> None:
         if not self._pop_sha:
@@ -251,10 +251,10 @@ def pop_arguments(
 
 def leases_in(reply: list[Any], token: str) -> list[tuple[Lease, bytes]]:
     """Return what the script `pop` has taken: each message, and the lease on it."""
-    rows = zip(*[iter(reply)] * 6, strict=True)
+    entries = zip(*[iter(reply)] * 6, strict=True)
     return [
         (_lease(source, tag, token, n_lost, n_tries, n_tokens), raw)
-        for source, tag, n_lost, n_tries, n_tokens, raw in rows
+        for source, tag, n_lost, n_tries, n_tokens, raw in entries
     ]
 
 

@@ -1,4 +1,4 @@
-"""The pool of job threads: how jobs start, how they are handed back, and how the process ends.
+"""The pool of job threads: how jobs start, how they are requeued, and how the process ends.
 
 Celery's own threads pool acknowledges nothing while it stops until its last job has ended, waits for that
 without a bound, cannot answer SIGQUIT, and forgets a job whose result could not be stored: its place is gone.
@@ -43,7 +43,7 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
 
     SIGTERM, SIGINT, SIGHUP: no new jobs; what runs may end within `worker_drain_s`, and each job is
     acknowledged as it ends. The same signal again, or SIGQUIT: no waiting. Whatever has not ended is left to
-    the transport, which hands it back as its channel closes. The process ends with 0, whatever threads do.
+    the transport, which requeues it as its channel closes. The process ends with 0, whatever threads do.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -86,8 +86,8 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
         return ApplyResult(future)
 
     def on_stop(self) -> None:
-        """Hand back the jobs that have not started, and let the others end within the limit."""
-        # A transport hands back what it holds only if the worker stops; an error or a remote command says
+        """Requeue the jobs that have not started, and let the others end within the limit."""
+        # A transport requeues what it holds only if the worker stops; an error or a remote command says
         # so nowhere else.
         state.should_stop = state.should_stop or EX_OK
         self._deadlines.append(time.monotonic() + self._drain_s)
@@ -141,14 +141,14 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
     def _on_done(self, future: Future[None]) -> None:
         request = self._running[future]
         if future.cancelled():
-            _hand_back(request)
+            _requeue(request)
         elif (error := future.exception()) is not None:
             reason = error.reason if isinstance(error, Reject) else type(error).__name__
             logger.error("job handed back: %s", printable(reason), extra={"job_id": request.id})
             if not isinstance(error, Reject):
                 # Nobody knows why: it counts as a delivery, so that it cannot come back for ever.
                 request.message.channel.qos.fail(request.message.delivery_tag)
-            _hand_back(request)
+            _requeue(request)
         # Last, so that whoever waits for the jobs finds what to do with their messages already arranged.
         del self._running[future]
 
@@ -197,14 +197,14 @@ class TaskPool(CeleryTaskPool):  # type: ignore[misc]  # Celery has no types
         os._exit(EX_FAILURE)
 
 
-def _hand_back(request: Any) -> None:
+def _requeue(request: Any) -> None:
     """Return a job to its queue and free its place."""
     state.task_ready(request)
     request.reject(requeue=True)
 
 
 def _end_process(sender: Any, **_: object) -> None:
-    # An ordinary exit would wait for the threads of jobs that were handed back, maybe for ever.
+    # An ordinary exit would wait for the threads of jobs that were requeued, maybe for ever.
     atexit._run_exitfuncs()  # flushes logs; Celery saves its state here
     sys.stdout.flush()
     sys.stderr.flush()

@@ -71,42 +71,44 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu has no types
             self.channel.freed(self.channel.leases.ack(delivery_tag))
 
     def retry(self, delivery_tag: str, pause_s: float) -> None:
-        """Put a message off until it is worth another try; from any thread."""
+        """Delay a message until it is worth another try; from any thread."""
         if self._delivered.pop(delivery_tag, None) is not None:
             self.channel.freed(self.channel.leases.retry(delivery_tag, pause_s))
 
     def fail(self, delivery_tag: str) -> None:
-        """Put a message back that this process failed on, as often as is allowed; from any thread."""
+        """Requeue a message that this process failed on, as often as is allowed; from any thread."""
         if self._delivered.pop(delivery_tag, None) is not None:
             self.channel.freed(self.channel.leases.fail(delivery_tag))
 
-    def bury(self, message: Any, reason: str) -> None:
-        """Move a message, whose sender has been told, to the dead letters; from any thread."""
+    def dead_letter(self, message: Any, reason: str) -> None:
+        """Dead-letter a message whose sender has been notified; from any thread."""
         if self._delivered.pop(message.delivery_tag, None) is not None:
             envelope = message.serializable()
-            envelope["headers"]["retries"] = 0  # whoever puts it back wants all of them
+            envelope["headers"]["retries"] = 0  # whoever requeues it wants all of them
             if isinstance(envelope["body"], bytes):  # JSON, as it came; kombu would write an object
                 envelope["body"] = envelope["body"].decode()
             envelope["properties"] |= {"delivery_tag": message.delivery_tag.rpartition("@")[0]}
             raw = dumps(envelope).encode()
-            self.channel.freed(self.channel.leases.bury(message.delivery_tag, raw, reason, must_tell=False))
+            self.channel.freed(
+                self.channel.leases.dead_letter(message.delivery_tag, raw, reason, must_notify=False)
+            )
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        """Drop a message, or put it at the end of its queue; at the front if this process stops."""
+        """Drop a message, or requeue it: last in its queue, or first if this process stops."""
         if not requeue:
             self.ack(delivery_tag)
         elif self._delivered.pop(delivery_tag, None) is not None:
-            for lease in self.channel.leases.hand_back([delivery_tag], as_next=is_stopping()):
+            for lease in self.channel.leases.requeue([delivery_tag], as_next=is_stopping()):
                 self.channel.freed(lease)
 
     def restore_unacked(self) -> None:
-        """Put all that this channel took back to the front of its queues."""
+        """Requeue all that this channel took, at the front of its queues."""
         delivered = list(self._delivered)
         self._delivered.clear()
-        self.channel.leases.hand_back(delivered, as_next=True)
+        self.channel.leases.requeue(delivered, as_next=True)
 
     def restore_unacked_once(self, stderr: object = None) -> None:
-        """Put back what is held, unless it is a worker's connection that is lost.
+        """Requeue what is held, unless it is a worker's connection that is lost.
 
         Those come and go: what runs goes on running, and is acknowledged through the next one.
         """
@@ -115,7 +117,7 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu has no types
         if not self.channel.has_leased:
             return
         if is_stopping():
-            self.channel.leases.hand_back_all()
+            self.channel.leases.requeue_all()
         elif "celery.worker.state" not in sys.modules:
             self.restore_unacked()
             self.channel.leases.settle()

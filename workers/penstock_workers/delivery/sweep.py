@@ -43,10 +43,10 @@ class Sweep:
         self._new_token, self._give_up = new_token, give_up
 
     def take_over(self) -> float:
-        """Put messages back whose leases ran out, or give them up; a duty."""
+        """Requeue messages whose leases ran out, or give them up; a duty."""
         token = self._new_token()
         n_lapsed, *found = self._upkeep.call("take_over", self._lease_s, self._max_deliveries, BATCH, token)
-        for source, tag, n_deliveries, message in _rows(found):
+        for source, tag, n_deliveries, message in _fours(found):
             reason = (
                 f"delivered {n_deliveries} times, no worker finished it"
                 if source
@@ -69,6 +69,6 @@ class Sweep:
         return RECOUNT_S
 
 
-def _rows(flat: Sequence[Any]) -> Iterable[tuple[Any, ...]]:
-    """Split what `take_over` returns into its rows of four."""
+def _fours(flat: Sequence[Any]) -> Iterable[tuple[Any, ...]]:
+    """Split what `take_over` returns into fours: list, tag, deliveries, message."""
     return zip(*[iter(flat)] * 4, strict=True)

@@ -241,7 +241,7 @@ class Channel(PolledChannel):
                 message = self._open(lease, raw)
                 if message is not None and message.errors:
                     reason = f"refused: {message.errors[0][1].problem}"
-                    self.leases.bury(lease.id, raw, reason, must_tell=False)
+                    self.leases.dead_letter(lease.id, raw, reason, must_notify=False)
                 elif message is not None:
                     self.qos.append(message, lease.id)
                     return message
@@ -254,7 +254,7 @@ class Channel(PolledChannel):
         super().close()
 
     def take(self, flight: Pop, found: list[tuple[Lease, bytes]]) -> None:
-        """Deliver what was popped; whatever stops in between puts the rest back."""
+        """Deliver what was popped; whatever stops in between requeues the rest."""
         for lease, _ in found:
             self.leases.held.add(lease)
         ids = [lease.id for lease, _ in found]
@@ -268,12 +268,12 @@ class Channel(PolledChannel):
                 if lease.id in self.leases.held:
                     self._hand_out(lease, raw)
         finally:
-            self.leases.hand_back(ids[n_done:], as_next=True)
+            self.leases.requeue(ids[n_done:], as_next=True)
 
     def _hand_out(self, lease: Lease, raw: bytes) -> None:
         taker, no_ack = self.takers.get(lease.queue, (None, False))
         if taker is None:  # cancelled in between
-            self.leases.hand_back([lease.id], as_next=True)
+            self.leases.requeue([lease.id], as_next=True)
             return
         message = self._open(lease, raw)
         if message is None:
@@ -288,15 +288,15 @@ class Channel(PolledChannel):
             raise
         except (RefusedError, InvalidMessageError) as error:
             problem = error.problem if isinstance(error, InvalidMessageError) else str(error)
-            self._bury(lease, raw, f"refused: {problem}", must_tell=False)
+            self._dead_letter(lease, raw, f"refused: {problem}", must_notify=False)
         except _MALFORMED as error:
             # Celery's own would end the worker, and the next one that gets it.
             logger.exception("message refused", extra={"tag": printable(lease.tag)})
-            self._bury(lease, raw, f"refused: {type(error).__name__}", must_tell=True)
+            self._dead_letter(lease, raw, f"refused: {type(error).__name__}", must_notify=True)
 
-    def _bury(self, lease: Lease, raw: bytes, reason: str, *, must_tell: bool) -> None:
+    def _dead_letter(self, lease: Lease, raw: bytes, reason: str, *, must_notify: bool) -> None:
         self.qos.forget(lease.id)
-        self.leases.bury(lease.id, raw, reason, must_tell=must_tell)
+        self.leases.dead_letter(lease.id, raw, reason, must_notify=must_notify)
 
     def _open(self, lease: Lease, raw: bytes) -> Any:
         """Return kombu's message; None if it is none, or not due yet.
@@ -322,7 +322,7 @@ class Channel(PolledChannel):
             return self._refused(lease, raw, EntryError("not a message", is_message=False))
         if due_at is not None:
             if due_at > self._now():
-                self.leases.postpone(lease.id, due_at)
+                self.leases.delay(lease.id, due_at)
                 return None
             # By Redis' clock; the worker's may be slow, and it would hold it.
             message.headers |= {"eta": None, _WAS_ETA: headers["eta"]}
@@ -331,7 +331,7 @@ class Channel(PolledChannel):
         return message
 
     def _refused(self, lease: Lease, raw: bytes, refusal: EntryError) -> Any:
-        """Bury an entry that is no message, or that nobody can be told of; return a stand-in for others."""
+        """Dead-letter an entry that is no message or names no sender; return a stand-in for others."""
         if refusal.sender is None:
             logger.error(
                 "queue entry refused: %s",
@@ -339,7 +339,7 @@ class Channel(PolledChannel):
                 extra={"queue": printable(lease.queue), "n_bytes": len(raw)},
             )
             reason = f"refused: {refusal.problem}" if refusal.is_message else "not a message"
-            self.leases.bury(lease.id, raw, reason, must_tell=False)
+            self.leases.dead_letter(lease.id, raw, reason, must_notify=False)
             return None
         sender = refusal.sender
         payload = {

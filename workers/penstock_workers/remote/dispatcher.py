@@ -28,7 +28,7 @@ from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.remote.backlog import A, Backlog, Entry, I, Limits, Submission, count_tokens
 from penstock_workers.remote.faults import Fault
 from penstock_workers.remote.in_flight import Call, InFlight
-from penstock_workers.remote.permits import BOOK_S, Permits
+from penstock_workers.remote.permits import RESERVE_S, Permits
 from penstock_workers.remote.upstream import Permit, Upstream
 
 logger = logging.getLogger(__name__)
@@ -166,12 +166,12 @@ class Dispatcher(ModelThread[I, A]):
             return
         if not permit.is_granted:
             # a place in the rate is reserved shortly before its time
-            wait_s = min(max(permit.wait_s - (BOOK_S if permit.state == "full" else 0), 0.01), ASK_AGAIN_S)
+            wait_s = min(max(permit.wait_s - (RESERVE_S if permit.state == "full" else 0), 0.01), ASK_AGAIN_S)
             await asyncio.sleep(wait_s * random.uniform(1.0, 1.1))  # noqa: S311  spreads the workers, no secret
             return
         if permit.wait_s > 0:
             await asyncio.sleep(permit.wait_s)
-            if permit.wait_s > BOOK_S / 10 and (await self._permits.look()).state in ("hold", "open"):
+            if permit.wait_s > RESERVE_S / 10 and (await self._permits.look()).state in ("hold", "open"):
                 return  # what was reserved is lost: nothing could be sent in its time
         entries = self._backlog.take(self._remote.limits)
         if not entries:  # cancelled meanwhile

@@ -15,7 +15,7 @@ from penstock_workers.remote.upstream import Permit, Upstream
 
 logger = logging.getLogger(__name__)
 
-BOOK_S: Final = 0.25
+RESERVE_S: Final = 0.25
 """Reserve a place in the server's rate up to this long ahead; what to send is chosen when it comes."""
 
 
@@ -57,7 +57,7 @@ class Permits:
             timeout_s: Longest time the request may take.
         """
         try:
-            permit = await self.upstream.ask(n_tokens, within_s=BOOK_S, timeout_s=timeout_s)
+            permit = await self.upstream.ask(n_tokens, within_s=RESERVE_S, timeout_s=timeout_s)
         except (redis.RedisError, OSError) as error:
             logger.warning("%s: nothing is sent while Redis is away: %s", self._name, type(error).__name__)
             return None

@@ -72,7 +72,7 @@ def build_app(settings: Settings) -> Celery:
         _, model = split_queue(queue)
         return serving.room(model)
 
-    def tell(message: Mapping[str, Any], n_deliveries: int) -> None:
+    def notify(message: Mapping[str, Any], n_deliveries: int) -> None:
         headers, properties = message.get("headers") or {}, message.get("properties") or {}
         if isinstance(job_id := headers.get("id"), str):
             sender = Context(id=job_id, reply_to=properties.get("reply_to"))
@@ -82,7 +82,7 @@ def build_app(settings: Settings) -> Celery:
     def tell_purged(jobs: Sequence[tuple[str, str]]) -> None:
         app.backend.revoke(jobs)
 
-    install(is_alive=is_alive, on_dead=tell, room=room, clock=BROKER_CLOCK, on_purged=tell_purged)
+    install(is_alive=is_alive, on_dead=notify, room=room, clock=BROKER_CLOCK, on_purged=tell_purged)
     return app
 
 

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
--- Moves a message to the dead-letter list.
+-- Dead-letters a message.
 --
 -- KEYS: none.
--- ARGV: tag, token, JSON object without `at`, 1 if its sender must hear of it, seconds until another may tell.
+-- ARGV: tag, token, JSON object without `at`, 1 if its sender must be notified, seconds until another may do so.
 -- Returns the entry of the dead-letter list, or nil if the token does not hold the message.
 -- Uses _lists.lua, _counts.lua, _moves.lua.
 

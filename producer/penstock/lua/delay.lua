@@ -5,5 +5,5 @@
 -- ARGV: tag, token, when it is due in Unix seconds.
 -- Uses _lists.lua, _counts.lua, _moves.lua.
 
-if list_held(ARGV[1], ARGV[2]) then put_off(ARGV[1], ARGV[2], tonumber(ARGV[3])) end
+if list_held(ARGV[1], ARGV[2]) then delay_held(ARGV[1], ARGV[2], tonumber(ARGV[3])) end
 settle()

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Puts messages back into their lists; counts no lost lease.
+-- Requeues messages; counts no lost lease.
 --
 -- KEYS: none.
 -- ARGV: 1 to be the next ones in their lists, 0 the last; then tag, token; of each.
@@ -7,6 +7,6 @@
 
 for i = 2, #ARGV, 2 do
   local list, tokens, bytes = list_held(ARGV[i], ARGV[i + 1])
-  if list then put_back(ARGV[i], list, tokens, bytes, ARGV[1] == '1') end
+  if list then requeue(ARGV[i], list, tokens, bytes, ARGV[1] == '1') end
 end
 settle()

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
--- Finds dead letters whose teller did not finish; the caller tells.
+-- Finds dead letters whose notice is still pending; the caller notifies their senders.
 --
 -- KEYS: none.
--- ARGV: seconds until another may tell, most entries.
+-- ARGV: seconds until another may notify, most entries.
 -- Returns the entries.
 -- Uses _lists.lua.
 

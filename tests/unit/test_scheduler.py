@@ -191,7 +191,7 @@ def test_pieces_reach_their_listener(steps: FakeSteps, scheduler: Scheduler[Word
     assert sorted(heard) == [(0, "A"), (0, "B"), (1, "C")]
 
 
-def test_dead_thread_hands_back_what_it_did_not_touch(
+def test_dead_thread_requeues_what_it_did_not_touch(
     steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]
 ) -> None:
     """What ran may be why it died, and is left to its lease; the process is told to end."""
