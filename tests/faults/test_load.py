@@ -160,8 +160,8 @@ class Life:
             token,
             lease_s=60,
             most=most,
-            credits_=[most],
-            rooms=[self.random.choice((None, 100, 1000))],
+            prefetch=[most],
+            token_budgets=[self.random.choice((None, 100, 1000))],
             held=[(0, 0)] * len(LISTS),
             share=self.random.choice((1, 2)),
         )
@@ -459,7 +459,7 @@ def order(client: redis.Redis, n: int) -> list[str]:
     for number in range(n):
         held = [(0, 0)] * len(LISTS)
         arguments = pop_arguments(
-            f"w/{number}", lease_s=60, most=1, credits_=[1], rooms=[None], held=held, share=1
+            f"w/{number}", lease_s=60, most=1, prefetch=[1], token_budgets=[None], held=held, share=1
         )
         name, tag, *_ = pop(keys=LISTS, args=arguments)
         taken.append(name.decode().removeprefix(QUEUE))

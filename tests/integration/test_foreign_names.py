@@ -51,7 +51,9 @@ def push(client: redis.Redis, key: str | bytes, raw: bytes) -> Any:
 
 def pop(client: redis.Redis, *, most: int = 32) -> list[list[Any]]:
     """Pop as a worker does; return rows of list, tag, lost leases, tries, tokens, message."""
-    asked = pop_arguments("w/1", lease_s=20, most=most, credits_=[most], rooms=[None], held=[(0, 0)], share=1)
+    asked = pop_arguments(
+        "w/1", lease_s=20, most=most, prefetch=[most], token_budgets=[None], held=[(0, 0)], share=1
+    )
     reply = run(client, "pop", *asked, keys=(QUEUE,))
     return [reply[at : at + 6] for at in range(0, len(reply), 6)]
 
@@ -134,7 +136,7 @@ def test_a_key_that_is_no_list_keeps_nobody_waiting(broker: redis.Redis) -> None
     broker.set(QUEUE, "text")
     broker.lpush(f"{QUEUE}\x06\x163", raw)
     asked = pop_arguments(
-        "w/1", lease_s=20, most=9, credits_=[9], rooms=[None], held=[(0, 0), (0, 0)], share=1
+        "w/1", lease_s=20, most=9, prefetch=[9], token_budgets=[None], held=[(0, 0), (0, 0)], share=1
     )
 
     reply = run(broker, "pop", *asked, keys=(QUEUE, f"{QUEUE}\x06\x163"))

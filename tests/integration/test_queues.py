@@ -53,7 +53,9 @@ def give_up(broker: redis.Redis, results: redis.Redis) -> str:
     """Give a job up as a worker does, its sender still to be told; return its id."""
     job_id, raw = message("penstock.embed", [], queue=QUEUE)
     run(broker, "push", *NO_LIMITS.arguments(), raw, "", keys=(QUEUE,))
-    arguments = pop_arguments("worker/1", lease_s=20, most=1, credits_=[1], rooms=[None], held=[(0, 0)])
+    arguments = pop_arguments(
+        "worker/1", lease_s=20, most=1, prefetch=[1], token_budgets=[None], held=[(0, 0)]
+    )
     _, tag, *_ = run(broker, "pop", *arguments, keys=(QUEUE,))
     letter = {"id": job_id, "queue": QUEUE, "n_deliveries": 4, "message": raw.decode()}
     assert run(broker, "dead_letter", tag, "worker/1", json.dumps(letter), 1, 40)

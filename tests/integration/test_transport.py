@@ -149,8 +149,8 @@ def ask(
         token,
         lease_s=lease_s,
         most=most,
-        credits_=[most] * n_queues,
-        rooms=[None] * n_queues,
+        prefetch=[most] * n_queues,
+        token_budgets=[None] * n_queues,
         held=[(0, 0)] * (n_lists or n_queues),
         **others,
     )
@@ -303,7 +303,7 @@ def test_wake_lists_stay_tiny(broker: redis.Redis) -> None:
     assert broker.pttl("penstock:wake:q") <= 2000
 
 
-def test_credits_are_per_queue(broker: redis.Redis, connect: Callable[..., Connection]) -> None:
+def test_prefetch_is_per_queue(broker: redis.Redis, connect: Callable[..., Connection]) -> None:
     """A queue whose places are taken leaves those of the other alone; what is acknowledged makes room."""
     put(broker, *"abcdef", queue="slow")
     connection = connect()

@@ -55,7 +55,7 @@ def run(client: redis.Redis, name: str, *arguments: str | bytes | float, keys: t
 def pop(broker: redis.Redis, token: str, most: int = 32) -> list[bytes]:
     """Take messages; return their tags."""
     arguments = pop_arguments(
-        token, lease_s=1, most=most, credits_=[most], rooms=[None], held=[(0, 0)] * 4, share=1
+        token, lease_s=1, most=most, prefetch=[most], token_budgets=[None], held=[(0, 0)] * 4, share=1
     )
     return list(run(broker, "pop", *arguments, keys=LISTS)[1::6])
 

@@ -2,24 +2,24 @@
 -- Takes messages out of their lists and leases them to a process.
 --
 -- KEYS: lists, the most urgent level first, in each level one of every queue.
--- ARGV: see the names below; then the credits of each queue; of each the tokens that the process may hold, or ''; of each
--- list the jobs and tokens of it that the process holds.
+-- ARGV: see the names below; then how many messages of each queue may be taken; how many tokens of each the process may
+-- hold, or ''; of each list the jobs and tokens of it that the process holds.
 -- Returns list, tag, leases that ran out or -1, tries, tokens, message; of each that was taken. After MAX_POP_BYTES no
 -- more are taken; of a message above MAX_ENTRY_BYTES only its size and its end are told.
 -- Uses _lists.lua, _counts.lua, _moves.lua.
 
 local token = ARGV[1]
 local lease_end = now() + tonumber(ARGV[2]) -- after so many seconds
-local room = tonumber(ARGV[3]) -- for so many messages
-local suspects = tonumber(ARGV[4]) -- how many of these may be taken
+local n_left = tonumber(ARGV[3]) -- how many messages may be taken
+local suspects = tonumber(ARGV[4]) -- how many suspected poison messages may be taken
 local suspect_at = tonumber(ARGV[5]) -- lost leases that make one
 local part_taken = tonumber(ARGV[6]) -- 2 to leave half of a list to others who are idle, else 1
 local fewest_jobs = tonumber(ARGV[7]) -- that the process may hold, whatever they cost
 local n_queues = (#ARGV - 7) / 2 - #KEYS
-local first_most = 7 + n_queues -- before what each queue's tokens may be
+local first_budget = 7 + n_queues -- before each queue's token budget
 local first_held = 7 + 2 * n_queues -- before what is held of each list
-local credits = {}
-for queue = 1, n_queues do credits[queue] = tonumber(ARGV[7 + queue]) end
+local prefetch = {}
+for queue = 1, n_queues do prefetch[queue] = tonumber(ARGV[7 + queue]) end
 local taken, share, fair = {}, {}, {}
 local popped_bytes = 0
 
@@ -84,7 +84,7 @@ local AGE, PART = 1000, 1 / 8
 local queues = {}
 for queue = 1, n_queues do
   local of = {bases = {}, n = {}, tokens = {}, closed = {}, touched = {}, full = {}}
-  of.most = tonumber(ARGV[first_most + queue])
+  of.budget = tonumber(ARGV[first_budget + queue])
   for level = 1, #KEYS / n_queues do
     local at = (level - 1) * n_queues + queue
     of.bases[level] = KEYS[at]
@@ -96,10 +96,10 @@ end
 
 -- What is held of less urgent levels keeps nobody from taking what is urgent.
 local function is_full(of, level)
-  if not of.most then return false end
+  if not of.budget then return false end
   local n, tokens = 0, 0
   for each = 1, level do n, tokens = n + of.n[each], tokens + of.tokens[each] end
-  return n >= fewest_jobs and tokens >= of.most
+  return n >= fewest_jobs and tokens >= of.budget
 end
 
 local function keys_of(of)
@@ -155,14 +155,14 @@ local function take_one(of)
 end
 
 local any = true
-while any and room > 0 and popped_bytes < MAX_POP_BYTES do
+while any and n_left > 0 and popped_bytes < MAX_POP_BYTES do
   any = false
   for queue = 1, n_queues do
-    if room > 0 and popped_bytes < MAX_POP_BYTES and credits[queue] > 0 then
+    if n_left > 0 and popped_bytes < MAX_POP_BYTES and prefetch[queue] > 0 then
       if take_one(queues[queue]) then
-        any, room, credits[queue] = true, room - 1, credits[queue] - 1
+        any, n_left, prefetch[queue] = true, n_left - 1, prefetch[queue] - 1
       else
-        credits[queue] = 0
+        prefetch[queue] = 0
       end
     end
   end

@@ -46,8 +46,8 @@ class Held:
     The latter stay until Redis knows; they are renewed until then, and take no places. Any thread may ask.
 
     Attributes:
-        suspect_at: A message with so many lost leases is a suspect: two more, and it becomes a dead letter.
-        n_suspects: Number of suspects that are held; a process takes one at a time.
+        suspect_at: Number of lost leases that makes a suspected poison message; two more make a dead letter.
+        n_suspects: Number of suspected messages that are held; a process takes one at a time.
     """
 
     def __init__(self, suspect_at: int) -> None:

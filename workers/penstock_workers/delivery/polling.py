@@ -39,7 +39,7 @@ class Pop:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """A wait for a token that was sent, and the lists with room in this process that it waits for."""
+    """A wait for a token that was sent, and the lists that it waits for: this process may take from them."""
 
     lists: frozenset[str]
 
@@ -51,14 +51,14 @@ class PolledChannel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no 
     pop found nothing, a wait for a token. No command that blocks takes a message.
 
     Attributes:
-        flight: The command on that connection that is not yet answered.
+        in_flight: The command on that connection that is not yet answered.
         must_look: True if the next command is a pop, else it is a wait.
         takers: The function that takes each queue's messages, and True if it acknowledges none.
         has_leased: True once a queue was consumed here with acknowledgements.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self.flight: Pop | Wait | None = None
+        self.in_flight: Pop | Wait | None = None
         self.must_look = True
         self.takers: dict[str, tuple[Callable[[Any], object], bool]] = {}
         self.has_leased = False
@@ -83,16 +83,16 @@ class PolledChannel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no 
         return leases_for(self)
 
     def freed(self, lease: Lease | None) -> None:
-        """Look again if there is room now that the wait under way is not for."""
-        flight = self.flight
-        if not lease or not isinstance(flight, Wait):
+        """Look again if a list may be taken from that the wait in flight does not cover."""
+        sent = self.in_flight
+        if not lease or not isinstance(sent, Wait):
             return
-        if self.leases.held.is_suspect(lease) or not flight.lists.issuperset(
+        if self.leases.held.is_suspect(lease) or not sent.lists.issuperset(
             self.qos.open_lists([lease.queue])
         ):
             self.leases.nudge()
 
-    def take(self, flight: Pop, found: list[tuple[Lease, bytes]]) -> None:
+    def take(self, pop: Pop, found: list[tuple[Lease, bytes]]) -> None:
         """Deliver what was popped."""
         raise NotImplementedError
 
@@ -106,77 +106,79 @@ class PolledChannel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no 
         connection = self.client.connection
         if self.must_look:
             self._load_pop()
-            self.flight = Pop(self.leases.new_token(), time.monotonic())
-            keys, arguments = self.arguments_of_pop(self.flight.token, queues)
+            self.in_flight = Pop(self.leases.new_token(), time.monotonic())
+            keys, arguments = self.arguments_of_pop(self.in_flight.token, queues)
             command = ["EVALSHA", self._pop_sha, len(keys), *keys, *arguments]
         else:
             open_lists = self.qos.open_lists(queues)
-            self.flight = Wait(frozenset(open_lists))
+            self.in_flight = Wait(frozenset(open_lists))
             wakes = [self.leases.process, *open_lists]
             command = ["BRPOP", *(WAKE_PREFIX + name for name in wakes), timeout or self.brpop_timeout]
         self._in_poll, self._brpop_sent_at = connection, time.monotonic()
         connection.send_command(*command)
         # What became free since then would be missed for as long as the wait lasts.
-        if isinstance(self.flight, Wait) and not self.flight.lists.issuperset(self.qos.open_lists(queues)):
+        if isinstance(self.in_flight, Wait) and not self.in_flight.lists.issuperset(
+            self.qos.open_lists(queues)
+        ):
             self.leases.nudge()
 
     def _brpop_read(self, **options: Any) -> bool:
-        flight, self.flight = self.flight, None
-        if flight is None:
+        sent, self.in_flight = self.in_flight, None
+        if sent is None:
             return bool(super()._brpop_read(**options))
         self.must_look = True
-        reply = self._read_reply(flight, **options)
-        if isinstance(flight, Wait):
+        reply = self._read_reply(sent, **options)
+        if isinstance(sent, Wait):
             raise Empty
         if not reply:
             self.must_look = False
             raise Empty
-        self.take(flight, leases_in(reply, flight.token))
+        self.take(sent, leases_in(reply, sent.token))
         return True
 
-    def _read_reply(self, flight: Pop | Wait, **options: Any) -> Any:
+    def _read_reply(self, sent: Pop | Wait, **options: Any) -> Any:
         connection = self.client.connection
-        command = "EVALSHA" if isinstance(flight, Pop) else "BRPOP"
+        command = "EVALSHA" if isinstance(sent, Pop) else "BRPOP"
         try:
             return self.client.parse_response(connection, command, **options)
         except NoScriptError:  # the server was restarted, or told to forget its scripts
             self._pop_sha = ""
             raise Empty from None
         except ResponseError as error:
-            self._lose(connection, flight)
+            self._lose(connection, sent)
             # A replica, a full disk, a missing right: an answer like this must not end the worker.
             raise redis.ConnectionError(str(error)) from error
         except self.connection_errors:
-            self._lose(connection, flight)
+            self._lose(connection, sent)
             raise
         finally:
             self._in_poll = None
             self._flush_brpop_reauth()
 
-    def _lose(self, connection: Any, flight: Pop | Wait | None) -> None:
-        if isinstance(flight, Pop):
-            self.leases.reclaim(flight.token)
+    def _lose(self, connection: Any, sent: Pop | Wait | None) -> None:
+        if isinstance(sent, Pop):
+            self.leases.reclaim(sent.token)
         connection.disconnect()
 
     def _on_connection_disconnect(self, connection: Any) -> None:
-        flight = self.flight
-        if self._in_poll is connection and isinstance(flight, Pop):
-            self.leases.reclaim(flight.token)
+        sent = self.in_flight
+        if self._in_poll is connection and isinstance(sent, Pop):
+            self.leases.reclaim(sent.token)
         if self._in_poll is connection:
-            self.flight = None
+            self.in_flight = None
         super()._on_connection_disconnect(connection)
 
-    def land(self) -> None:
-        """Read what was popped and put it back; forget a wait."""
-        flight, self.flight = self.flight, None
-        if flight is None:
+    def abandon(self) -> None:
+        """End the command in flight: requeue what a pop took, forget a wait."""
+        sent, self.in_flight = self.in_flight, None
+        if sent is None:
             return
-        if isinstance(flight, Wait):
+        if isinstance(sent, Wait):
             self._in_poll = None
             self.client.connection.disconnect()
             return
         try:
-            found = leases_in(self._read_reply(flight), flight.token)
+            found = leases_in(self._read_reply(sent), sent.token)
         except (Empty, *self.connection_errors):
             return
         for lease, _ in found:
@@ -208,8 +210,8 @@ class PolledChannel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no 
             token,
             lease_s=leases.lease_s,
             most=1 if is_asked_for_one else POP_MOST,
-            credits_=[1 if is_asked_for_one else self.qos.credit(queue) for queue in queues],
-            rooms=[None if is_asked_for_one else self.qos.most_tokens(queue) for queue in queues],
+            prefetch=[1 if is_asked_for_one else self.qos.prefetch_left(queue) for queue in queues],
+            token_budgets=[None if is_asked_for_one else self.qos.token_budget(queue) for queue in queues],
             held=[leases.held.counts(queue, level) for level in self.priority_steps for queue in queues],
             n_suspects=max(0, 1 - leases.held.n_suspects),
             suspect_at=leases.held.suspect_at,
@@ -221,8 +223,8 @@ def pop_arguments(
     *,
     lease_s: float,
     most: int,
-    credits_: Sequence[int],
-    rooms: Sequence[float | None],
+    prefetch: Sequence[int],
+    token_budgets: Sequence[float | None],
     held: Sequence[tuple[int, int]],
     n_suspects: int = 1,
     suspect_at: int = MAX_DELIVERIES - 2,
@@ -234,17 +236,17 @@ def pop_arguments(
         token: Names this pop.
         lease_s: How long the leases last, seconds.
         most: Most messages that are taken.
-        credits_: How many more messages of each queue the process may hold.
-        rooms: How many tokens of each queue it may hold; None for any.
+        prefetch: How many more messages of each queue the process may hold.
+        token_budgets: How many tokens of each queue it may hold; None for any.
         held: How many messages of each list it holds already, and their tokens.
-        n_suspects: How many suspects it may take.
-        suspect_at: How many lost leases make a suspect.
+        n_suspects: How many suspected poison messages it may take.
+        suspect_at: How many lost leases make a message one.
         share: 2 to leave half of a list to others, else 1.
     """
     return [
         *(token, lease_s, most, n_suspects, suspect_at, share, FEWEST_JOBS),
-        *credits_,
-        *("" if room is None else room for room in rooms),
+        *prefetch,
+        *("" if budget is None else budget for budget in token_budgets),
         *(count for counts in held for count in counts),
     ]
 

@@ -15,7 +15,7 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu has no types
 
     `prefetch_count` counts for each queue by itself, so jobs of one model leave the places of another alone.
     Where the process tells its `room`, tokens count too: what it cannot compute soon is left to others. Less
-    urgent jobs that are held take no room from urgent ones, which would wait for them otherwise.
+    urgent jobs that are held take none of the budget of urgent ones, which would wait for them otherwise.
     Counted are the leases of the process, not those of a channel: jobs outlive connections.
     """
 
@@ -24,36 +24,36 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu has no types
     def can_consume(self) -> bool:
         """Say whether some queue has a free place."""
         channel = self.channel
-        if not channel.is_leasing or isinstance(channel.flight, Pop):
+        if not channel.is_leasing or isinstance(channel.in_flight, Pop):
             return True  # what was popped must be read: nobody renews it before
         if not channel.leases.is_healthy:
             return False
-        return any(self.credit(queue) > 0 for queue in channel.active_queues)
+        return any(self.prefetch_left(queue) > 0 for queue in channel.active_queues)
 
     def can_consume_max_estimate(self) -> int:
         """Count the free places of all queues."""
-        return sum(self.credit(queue) for queue in self.channel.active_queues)
+        return sum(self.prefetch_left(queue) for queue in self.channel.active_queues)
 
-    def credit(self, queue: str) -> int:
+    def prefetch_left(self, queue: str) -> int:
         """Count the free places of a queue."""
         if not self.prefetch_count:
             return POP_MOST
         return max(0, int(self.prefetch_count) - self.channel.leases.held.n_of(queue))
 
-    def most_tokens(self, queue: str) -> float | None:
-        """Return how many tokens of a queue may be held."""
+    def token_budget(self, queue: str) -> float | None:
+        """Return how many tokens of a queue may be held; None for any number."""
         return None if HOOKS.room is None else HOOKS.room(queue)
 
     def open_lists(self, queues: list[str]) -> list[str]:
         """Return the lists that more may be taken from, the most urgent first; as the script `pop` does."""
         channel, found = self.channel, []
-        open_queues = {queue: self.most_tokens(queue) for queue in queues if self.credit(queue)}
+        open_queues = {queue: self.token_budget(queue) for queue in queues if self.prefetch_left(queue)}
         held = dict.fromkeys(open_queues, (0, 0))
         for level in channel.priority_steps:
-            for queue, most in open_queues.items():
+            for queue, budget in open_queues.items():
                 n, tokens = map(sum, zip(held[queue], channel.leases.held.counts(queue, level), strict=True))
                 held[queue] = n, tokens
-                if most is None or n < FEWEST_JOBS or tokens < most:
+                if budget is None or n < FEWEST_JOBS or tokens < budget:
                     found.append(channel._q_for_pri(queue, level))
         return found
 

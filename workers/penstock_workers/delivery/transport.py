@@ -226,7 +226,7 @@ class Channel(PolledChannel):
         super()._basic_cancel(consumer_tag)
         self.takers.pop(queue, None)
         if not self.takers:
-            self.land()
+            self.abandon()
 
     def basic_get(self, queue: str, no_ack: bool = False, **options: Any) -> Any:
         """Take one message now, or None."""
@@ -250,17 +250,17 @@ class Channel(PolledChannel):
     def close(self) -> None:
         """Close the channel; see `QoS.restore_unacked_once` for what becomes of its messages."""
         if not self.closed:
-            self.land()
+            self.abandon()
         super().close()
 
-    def take(self, flight: Pop, found: list[tuple[Lease, bytes]]) -> None:
+    def take(self, pop: Pop, found: list[tuple[Lease, bytes]]) -> None:
         """Deliver what was popped; whatever stops in between requeues the rest."""
         for lease, _ in found:
             self.leases.held.add(lease)
         ids = [lease.id for lease, _ in found]
         n_done = 0
         try:
-            if time.monotonic() - flight.sent_at > self.leases.lease_s / 2:
+            if time.monotonic() - pop.sent_at > self.leases.lease_s / 2:
                 self.leases.confirm()  # stopped in between: others may have taken over
             for lease, raw in found:
                 n_done += 1
