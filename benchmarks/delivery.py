@@ -835,7 +835,7 @@ def _drain(site: Site, noop: Template, size: int) -> tuple[float, float]:
 
 DEVICES_S: Final = (0.1, 0.02)
 """Seconds of a job. The figure is at 0.1: eight processes then finish 640 jobs per second. At 0.02 they could
-finish 3,200, which takes more processor than two cores have, with the program that sends and counts."""
+finish 3,200, which takes more CPU time than two cores have, with the program that sends and counts."""
 HELD_JOBS: Final = 2 * DEVICE_PLACES  # as our workers do, so that the next is there when one ends
 
 
@@ -907,7 +907,7 @@ def valkey(setup: Setup) -> Iterator[None]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the processor time of a process and its children so far; 0 where there is no /proc."""
+    """Return the CPU time of a process and its children so far; 0 where there is no /proc."""
     stat = Path(f"/proc/{pid}/stat")
     if not stat.exists():
         return 0.0

@@ -149,7 +149,7 @@ def _add_tasks(app: Celery, setup: Setup) -> None:
     places = threading.Semaphore(DEVICE_PLACES)
 
     def device(job_id: str, seconds: float) -> None:
-        """Wait for a place of the process' device, and take its time: a fifth more or less, no processor."""
+        """Wait for a place of the process' device, and take its time: a fifth more or less, no CPU."""
         del job_id
         with places:
             time.sleep(seconds * random.uniform(0.8, 1.2))

@@ -237,7 +237,7 @@ def main() -> None:
             neighbours = Neighbours()
             found = sections[name](bench)
             if (share := neighbours.share()) > TOLERABLE:
-                disturbed.append(f"{name}: other programs took {share:.0%} of the processors, measure again")
+                disturbed.append(f"{name}: other programs took {share:.0%} of the CPUs, measure again")
             rows += [*found.rows, Row(way=f"{name}, share of other programs", unit="", values=[share])]
             figures |= found.figures
     finish(Report(name="embedding", rows=rows, figures=figures), options)

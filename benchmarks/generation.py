@@ -363,7 +363,7 @@ def make_words(n: int, *, seed: int) -> tuple[int, ...]:
 
 
 def equality(*, n_requests: int) -> Found:
-    """Count answers that company changes, among requests that come and go at random."""
+    """Count answers that batch mates change, among requests that come and go at random."""
     # Small, with large weights: decisive logits, so that rounding does not choose between tokens.
     model = make_model(
         vocab_size=1024,

@@ -1,4 +1,4 @@
-"""How much of the processors do other programs take while something is measured? Linux only."""
+"""Noisy neighbours: how much CPU time other programs take while something is measured. Linux only."""
 
 import os
 import time

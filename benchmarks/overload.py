@@ -13,7 +13,7 @@ upstream   eight workers of a hosted model that allows 60 requests a minute: how
 recovery   one of two workers stands still (SIGSTOP) under 0.8 x capacity; callers try again by `WaitPolicy`
 
 Latencies count from when a job was due, so that a client that is late with sending hides nothing. Sections
-during which other programs took over 5 % of the processors are named, and the run ends with an error.
+during which other programs took over 5 % of the CPUs are named, and the run ends with an error.
 
 Run: python -m benchmarks.overload [--quick] [--only SECTION ...] [--json FILE] [--plot FILE]
 `--quick` takes about four minutes, the whole run 20.
@@ -224,7 +224,7 @@ def main() -> None:
         seconds = QUICK if options.quick else FULL
         found = upstream(seconds) if name == "upstream" else run(*sections[name], seconds)
         if (share := neighbours.share()) > TOLERABLE:
-            disturbed.append(f"{name}: other programs took {share:.0%} of the processors, measure again")
+            disturbed.append(f"{name}: other programs took {share:.0%} of the CPUs, measure again")
         rows += [*found[0], Row(way=f"{name}, share of other programs", unit="", values=[share])]
         figures |= found[1]
     finish(Report(name="overload", rows=rows, figures=figures), options)

@@ -1,7 +1,7 @@
 """The ways to embed that Penstock is measured against, each in a process of its own.
 
 A process loads its model, says so, and is stopped (SIGSTOP) until it is asked for vectors: it takes no
-processor time from the others, whatever its library's threads do between calls. It may run in another
+CPU time from the others, whatever its library's threads do between calls. It may run in another
 Python, so this module imports nothing but numpy before a way is chosen. What is not installed is left out.
 
 Each way is set up as its users would on a machine of their own: all cores, batches sorted by length.

@@ -1,4 +1,4 @@
-"""What ends an answer badly, through real workers: the caller gets its error, neighbours their answers."""
+"""What ends an answer badly, through real workers: the caller gets its error, batch mates their answers."""
 
 import json
 import shutil
@@ -222,7 +222,7 @@ DEEP = {
 
 
 def test_definitions_that_lead_deep_end_no_worker(caller: Client) -> None:
-    """A schema whose definitions lead through a thousand others is followed, and neighbours are answered."""
+    """A schema whose definitions lead through a thousand others is followed, and batch mates are answered."""
     expected = [caller.generate(line, model="poisoned").text for line in LINES]
 
     deep = caller.submit_generate("?", model="poisoned", response_format=DEEP)

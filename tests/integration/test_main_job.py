@@ -130,7 +130,7 @@ def test_answers_follow_their_formats(client: Client) -> None:
 
 
 def test_a_format_that_fails_is_a_typed_error(client: Client) -> None:
-    """An impossible format and one that the limit cuts are told apart, and no one else suffers."""
+    """An impossible format and one that the limit cuts are told apart, and fail nobody else."""
     impossible: ResponseFormat = {"type": "json_schema", "json_schema": {"schema": {"enum": []}}}
     long: ResponseFormat = {"type": "regex", "pattern": "a{99}"}
     free = client.submit_generate("Who are you?", model="chat")

@@ -112,7 +112,7 @@ def test_no_score_is_too_large(kernels: Kernels) -> None:
 
 
 def test_what_is_not_finite_stays_so(kernels: Kernels) -> None:
-    """A text that the model cannot compute is not made up; its neighbour is not touched."""
+    """A text that the model cannot compute is not made up; its batch mate is not touched."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(20, 2, 32).bfloat16() for _ in range(3))
     query[3] = key[3] = value[3] = torch.nan
@@ -251,7 +251,7 @@ def test_an_encoder_that_only_seems_plain_is_found_out(
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kind", PACKED)
-def test_a_text_never_sees_its_neighbours(tmp_path: Path, kind: str) -> None:
+def test_a_text_never_sees_its_batch_mates(tmp_path: Path, kind: str) -> None:
     """Other words around a text change no bit of its vector."""
     build(tmp_path, kind)
     engine = load(tmp_path)

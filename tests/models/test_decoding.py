@@ -52,24 +52,26 @@ def start(model: PreTrainedModel, *, max_rows: int = 8, budget_tokens: int = 1 <
     return Decoding("llama", model, BatchMode.CONTINUOUS, max_rows=max_rows, budget_tokens=budget_tokens)
 
 
-def make_row(
+def make_sequence(
     prompt: list[int],
     n_new: int,
     sampling: SamplingParams = GREEDY,
     is_over: Callable[[], bool] = lambda: False,
 ) -> ScheduledSequence[str]:
-    """Return a row that ends after `n_new` tokens."""
+    """Return a sequence that ends after `n_new` tokens."""
     tokens = TokenSequence(sampling=sampling, prompt=prompt)
     return ScheduledSequence(
         tokens, n_new, take=lambda _: DONE if len(tokens.output) == n_new else None, is_over=is_over
     )
 
 
-def make_rows(n: int, sampling: SamplingParams = GREEDY, *, seed: int = 3) -> list[ScheduledSequence[str]]:
-    """Return rows of different lengths."""
+def make_sequences(
+    n: int, sampling: SamplingParams = GREEDY, *, seed: int = 3
+) -> list[ScheduledSequence[str]]:
+    """Return sequences of different lengths."""
     dice = random.Random(seed)
     return [
-        make_row(
+        make_sequence(
             [dice.randrange(8, 320) for _ in range(dice.randrange(1, 60))],
             dice.randrange(1, 30),
             replace(sampling, seed=index),
@@ -78,19 +80,24 @@ def make_rows(n: int, sampling: SamplingParams = GREEDY, *, seed: int = 3) -> li
     ]
 
 
-def run(decoding: Decoding[str], rows: list[ScheduledSequence[str]]) -> dict[ScheduledSequence[str], object]:
-    """Run all rows to their ends."""
-    for row in rows:
-        decoding.add(row)
+def run(
+    decoding: Decoding[str], sequences: list[ScheduledSequence[str]]
+) -> dict[ScheduledSequence[str], object]:
+    """Run all sequences to their ends."""
+    for sequence in sequences:
+        decoding.add(sequence)
     outcomes: dict[ScheduledSequence[str], object] = {}
     while not decoding.is_idle:
         outcomes |= dict(decoding.step())
     return outcomes
 
 
-def tokens_alone(model: PreTrainedModel, rows: list[ScheduledSequence[str]]) -> list[list[int]]:
-    """Return what each row gets in a batch of its own."""
-    copies = [make_row(list(row.tokens.prompt), row.max_new_tokens, row.tokens.sampling) for row in rows]
+def tokens_alone(model: PreTrainedModel, sequences: list[ScheduledSequence[str]]) -> list[list[int]]:
+    """Return what each sequence gets in a batch of its own."""
+    copies = [
+        make_sequence(list(sequence.tokens.prompt), sequence.max_new_tokens, sequence.tokens.sampling)
+        for sequence in sequences
+    ]
     for copy in copies:
         assert run(start(model), [copy]) == {copy: DONE}
     return [copy.tokens.output for copy in copies]
@@ -110,23 +117,23 @@ def tokens_alone(model: PreTrainedModel, rows: list[ScheduledSequence[str]]) -> 
 )
 def test_tokens_do_not_depend_on_batch_mates(llama: PreTrainedModel, options: dict[str, Any]) -> None:
     """Whoever comes and goes meanwhile, a request gets the tokens that it gets alone."""
-    rows = make_rows(40, replace(GREEDY, **options))
+    sequences = make_sequences(40, replace(GREEDY, **options))
 
-    outcomes = run(start(llama), rows)
+    outcomes = run(start(llama), sequences)
 
     assert set(outcomes.values()) == {DONE}
-    assert [row.tokens.output for row in rows] == tokens_alone(llama, rows)
+    assert [sequence.tokens.output for sequence in sequences] == tokens_alone(llama, sequences)
 
 
 def test_who_is_over_leaves_within_a_step(llama: PreTrainedModel) -> None:
-    """A cancelled row gets no further token, and the next one has its place one step later."""
+    """A cancelled sequence gets no further token, and the next one has its place one step later."""
     over: set[str] = set()
-    first = make_row([9, 8, 7], 50, is_over=lambda: "first" in over)
-    waiting = make_row([9, 9], 50, is_over=lambda: "waiting" in over)
-    last = make_row([5, 5, 5], 2)
+    first = make_sequence([9, 8, 7], 50, is_over=lambda: "first" in over)
+    waiting = make_sequence([9, 9], 50, is_over=lambda: "waiting" in over)
+    last = make_sequence([5, 5, 5], 2)
     decoding = start(llama, max_rows=1)
-    for row in (first, waiting, last):
-        decoding.add(row)
+    for sequence in (first, waiting, last):
+        decoding.add(sequence)
     for _ in range(4):
         decoding.step()
 
@@ -141,14 +148,18 @@ def test_who_is_over_leaves_within_a_step(llama: PreTrainedModel) -> None:
 
 
 def test_long_prompt_does_not_stop_others(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a long prompt is prefilled in chunks, running rows get a token per step and short ones enter."""
+    """While a long prompt is prefilled in chunks, others get a token a step and short ones are admitted."""
     decoding = start(llama)
     monkeypatch.setattr(PrefillBudget, "n_tokens", 32)  # measured otherwise
-    running, long, short = make_row([9], 30), make_row(list(range(8, 308)), 3), make_row([7, 6], 3)
+    running, long, short = (
+        make_sequence([9], 30),
+        make_sequence(list(range(8, 308)), 3),
+        make_sequence([7, 6], 3),
+    )
     decoding.add(running)
     decoding.step()
-    for row in (long, short):
-        decoding.add(row)
+    for sequence in (long, short):
+        decoding.add(sequence)
 
     for n in range(2, 10):
         decoding.step()
@@ -163,9 +174,9 @@ def test_long_prompt_does_not_stop_others(llama: PreTrainedModel, monkeypatch: p
 def test_cache_stays_within_its_budget(llama: PreTrainedModel) -> None:
     """Rows wait where the cache would grow past the budget; when all have left, nothing is held."""
     _, bytes_per_token = find_batch_mode(llama)
-    decoding, rows = start(llama, max_rows=32, budget_tokens=1500), make_rows(40)
-    for row in rows:
-        decoding.add(row)
+    decoding, sequences = start(llama, max_rows=32, budget_tokens=1500), make_sequences(40)
+    for sequence in sequences:
+        decoding.add(sequence)
     held, n_running = [], []
 
     while not decoding.is_idle:
@@ -176,14 +187,14 @@ def test_cache_stays_within_its_budget(llama: PreTrainedModel) -> None:
     assert max(held) <= 1500 * bytes_per_token
     assert 3 <= max(n_running) < 32
     assert held[-1] == 0
-    assert [row.tokens.output for row in rows] == tokens_alone(llama, rows)
+    assert [sequence.tokens.output for sequence in sequences] == tokens_alone(llama, sequences)
 
 
 def test_row_beyond_the_budget_runs_alone(llama: PreTrainedModel) -> None:
     """A budget never keeps a request out that could be answered alone."""
-    rows = make_rows(3)
+    sequences = make_sequences(3)
 
-    assert set(run(start(llama, budget_tokens=1), rows).values()) == {DONE}
+    assert set(run(start(llama, budget_tokens=1), sequences).values()) == {DONE}
 
 
 @pytest.mark.parametrize("where", ["prompts", "steps"])
@@ -191,8 +202,8 @@ def test_out_of_memory_is_learned(
     llama: PreTrainedModel, spoil: Callable[[Callable[[torch.Tensor, Any], None]], None], where: str
 ) -> None:
     """Rows that do not fit leave, come back, and lose nothing; the budget is lower from then on."""
-    rows = make_rows(24)
-    expected = tokens_alone(llama, rows)
+    sequences = make_sequences(24)
+    expected = tokens_alone(llama, sequences)
     decoding, n_refused = start(llama), []
 
     def check(ids: torch.Tensor, cache: Any) -> None:
@@ -202,10 +213,10 @@ def test_out_of_memory_is_learned(
             raise torch.OutOfMemoryError("faked")
 
     spoil(check)
-    outcomes = run(decoding, rows)
+    outcomes = run(decoding, sequences)
 
     assert set(outcomes.values()) == {DONE}
-    assert [row.tokens.output for row in rows] == expected
+    assert [sequence.tokens.output for sequence in sequences] == expected
     assert 0 < len(n_refused) < 24
     assert decoding.budget_tokens < 1 << 20
 
@@ -214,16 +225,16 @@ def test_row_that_never_fits_fails_alone(
     llama: PreTrainedModel, spoil: Callable[[Callable[[torch.Tensor, Any], None]], None]
 ) -> None:
     """Who does not fit even alone gets `OutOfMemoryError`; the others are answered."""
-    rows = [*make_rows(6), make_row([8] * 200, 5), *make_rows(6, seed=4)]
+    sequences = [*make_sequences(6), make_sequence([8] * 200, 5), *make_sequences(6, seed=4)]
 
     def check(ids: torch.Tensor, cache: Any) -> None:
         if ids.shape[1] + cache.get_seq_length() > 150:
             raise torch.OutOfMemoryError("faked")
 
     spoil(check)
-    outcomes = run(start(llama), rows)
+    outcomes = run(start(llama), sequences)
 
-    assert isinstance(error := outcomes.pop(rows[6]), OutOfMemoryError)
+    assert isinstance(error := outcomes.pop(sequences[6]), OutOfMemoryError)
     assert error.n_tokens == 200
     assert len(outcomes) == 12
     assert set(outcomes.values()) == {DONE}
@@ -233,12 +244,12 @@ def test_row_that_never_fits_fails_alone(
 def test_row_that_breaks_the_model_fails_alone(
     llama: PreTrainedModel, spoil: Callable[[Callable[[torch.Tensor, Any], None]], None], when: str
 ) -> None:
-    """Of eight rows one makes each forward pass fail that it is in; the other seven get their answers."""
-    rows = make_rows(8)
-    expected = tokens_alone(llama, rows)
+    """Of eight sequences one makes each pass fail that it is in; the other seven get their answers."""
+    sequences = make_sequences(8)
+    expected = tokens_alone(llama, sequences)
     bad = 3
-    rows[bad].tokens.prompt = [5, 5, 5]  # a token that no other prompt has
-    rows[bad].max_new_tokens = 30
+    sequences[bad].tokens.prompt = [5, 5, 5]  # a token that no other prompt has
+    sequences[bad].max_new_tokens = 30
 
     def check(ids: torch.Tensor, cache: Any) -> None:
         if when == "prompt" and (ids == 5).any():
@@ -246,32 +257,32 @@ def test_row_that_breaks_the_model_fails_alone(
         if (
             when == "step"
             and ids.shape[1] == 1
-            and rows[bad].tokens.output
-            and rows[bad] in decoding._running.decoding
+            and sequences[bad].tokens.output
+            and sequences[bad] in decoding._running.decoding
         ):
             raise RuntimeError("faked")
 
     decoding = start(llama)
     spoil(check)
-    outcomes = run(decoding, rows)
+    outcomes = run(decoding, sequences)
 
-    assert isinstance(outcomes.pop(rows[bad]), EngineError)
+    assert isinstance(outcomes.pop(sequences[bad]), EngineError)
     assert set(outcomes.values()) == {DONE}
-    del rows[bad], expected[bad]
-    assert [row.tokens.output for row in rows] == expected
+    del sequences[bad], expected[bad]
+    assert [sequence.tokens.output for sequence in sequences] == expected
 
 
 def test_text_that_fails_hurts_nobody_else(llama: PreTrainedModel) -> None:
-    """What a row's own code raises ends that row."""
-    rows = make_rows(4)
+    """What a sequence's own code raises ends that sequence."""
+    sequences = make_sequences(4)
 
     def fail(token: int) -> str | None:
         raise ValueError(token)
 
-    rows[1].take = fail
-    outcomes = run(start(llama), rows)
+    sequences[1].take = fail
+    outcomes = run(start(llama), sequences)
 
-    assert isinstance(outcomes.pop(rows[1]), EngineError)
+    assert isinstance(outcomes.pop(sequences[1]), EngineError)
     assert set(outcomes.values()) == {DONE}
 
 
@@ -284,22 +295,22 @@ def widths(spoil: Callable[[Callable[[torch.Tensor, Any], None]], None]) -> list
 
 
 def share_prefix(n: int, *, n_same: int = 100, n_new: int = 10) -> list[ScheduledSequence[str]]:
-    """Return rows whose prompts have their first tokens in common, and 1 to n others."""
+    """Return sequences whose prompts have their first tokens in common, and 1 to n others."""
     dice = random.Random(7)
     same = [dice.randrange(8, 320) for _ in range(n_same)]
-    return [make_row([*same, *(dice.randrange(8, 320) for _ in range(1 + i))], n_new) for i in range(n)]
+    return [make_sequence([*same, *(dice.randrange(8, 320) for _ in range(1 + i))], n_new) for i in range(n)]
 
 
 def test_equal_prompts_are_computed_once(llama: PreTrainedModel, widths: list[tuple[int, int]]) -> None:
     """Rows with the same prompt share its forward pass and draw by their own seeds."""
     hot = replace(GREEDY, temperature=2.0)
-    rows = [make_row([7, 8, 9] * 5, 12, replace(hot, seed=seed)) for seed in range(6)]
-    outcomes = run(start(llama), rows)
+    sequences = [make_sequence([7, 8, 9] * 5, 12, replace(hot, seed=seed)) for seed in range(6)]
+    outcomes = run(start(llama), sequences)
 
     assert set(outcomes.values()) == {DONE}
     assert widths[:2] == [(1, 15), (6, 1)]
-    assert len({tuple(row.tokens.output) for row in rows}) == 6
-    assert [row.tokens.output for row in rows] == tokens_alone(llama, rows)
+    assert len({tuple(sequence.tokens.output) for sequence in sequences}) == 6
+    assert [sequence.tokens.output for sequence in sequences] == tokens_alone(llama, sequences)
 
 
 def test_equal_long_prompts_are_computed_once(
@@ -307,56 +318,58 @@ def test_equal_long_prompts_are_computed_once(
 ) -> None:
     """So are prompts that are prefilled in chunks; who is cancelled meanwhile leaves the others."""
     over: list[int] = []
-    rows = [make_row(list(range(8, 308)), 5, is_over=lambda i=i: i in over) for i in range(4)]  # type: ignore[misc]  # i
+    sequences = [make_sequence(list(range(8, 308)), 5, is_over=lambda i=i: i in over) for i in range(4)]  # type: ignore[misc]  # i
     decoding = start(llama)
     monkeypatch.setattr(PrefillBudget, "n_tokens", 128)  # measured otherwise
-    for row in rows:
-        decoding.add(row)
+    for sequence in sequences:
+        decoding.add(sequence)
     for _ in range(3):
         decoding.step()
     over += [0, 2]
 
     outcomes = run(decoding, [])
 
-    assert outcomes == {rows[1]: DONE, rows[3]: DONE}
+    assert outcomes == {sequences[1]: DONE, sequences[3]: DONE}
     assert widths[:4] == [(1, 128), (1, 128), (1, 44), (2, 1)]
-    assert [rows[1].tokens.output, rows[3].tokens.output] == tokens_alone(llama, [rows[1], rows[3]])
+    assert [sequences[1].tokens.output, sequences[3].tokens.output] == tokens_alone(
+        llama, [sequences[1], sequences[3]]
+    )
 
 
 def test_a_common_prefix_is_computed_once(llama: PreTrainedModel, widths: list[tuple[int, int]]) -> None:
     """Prompts that come at once wait for the one that computes what they begin with, and copy it."""
-    rows = share_prefix(6)
-    outcomes = run(start(llama), rows)
+    sequences = share_prefix(6)
+    outcomes = run(start(llama), sequences)
 
     assert set(outcomes.values()) == {DONE}
     assert widths[0] == (1, 101)
     assert max(width for _, width in widths[1:]) <= 6
-    assert [row.tokens.output for row in rows] == tokens_alone(llama, rows)
+    assert [sequence.tokens.output for sequence in sequences] == tokens_alone(llama, sequences)
 
 
 def test_a_common_prefix_outlives_its_rows(llama: PreTrainedModel, widths: list[tuple[int, int]]) -> None:
     """What two prompts began with is kept for the third, after both have left; others are not kept."""
-    decoding, rows = start(llama), share_prefix(4)
+    decoding, sequences = start(llama), share_prefix(4)
     n_computed = []
-    for row in [*make_rows(5), *rows]:
+    for sequence in [*make_sequences(5), *sequences]:
         widths.clear()
-        assert run(decoding, [row]) == {row: DONE}
-        n_computed.append(widths[0][1] if row in rows else 0)
+        assert run(decoding, [sequence]) == {sequence: DONE}
+        n_computed.append(widths[0][1] if sequence in sequences else 0)
 
     assert n_computed[-4:] == [101, 102, 3, 4]
     assert decoding.cache_bytes == 100 * 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dim, float32
-    assert [row.tokens.output for row in rows] == tokens_alone(llama, rows)
+    assert [sequence.tokens.output for sequence in sequences] == tokens_alone(llama, sequences)
 
 
 def test_prefixes_make_way_for_rows(llama: PreTrainedModel) -> None:
-    """What is kept counts as cache, and goes where a row needs the memory."""
+    """What is kept counts as cache, and goes where a sequence needs the memory."""
     _, bytes_per_token = find_batch_mode(llama)
     decoding = start(llama, budget_tokens=1500)
     run(decoding, share_prefix(3))
     n_kept = decoding.cache_bytes // bytes_per_token
-    rows, held = make_rows(40), []
-    for row in rows:
-        decoding.add(row)
+    sequences, held = make_sequences(40), []
+    for sequence in sequences:
+        decoding.add(sequence)
     while not decoding.is_idle:
         decoding.step()
         held.append(decoding.cache_bytes)
@@ -364,14 +377,14 @@ def test_prefixes_make_way_for_rows(llama: PreTrainedModel) -> None:
     assert n_kept == 100
     assert max(held) <= 1500 * bytes_per_token
     assert decoding.cache_bytes == 0
-    assert [row.tokens.output for row in rows] == tokens_alone(llama, rows)
+    assert [sequence.tokens.output for sequence in sequences] == tokens_alone(llama, sequences)
 
 
 def test_prefixes_go_first_when_memory_runs_out(
     llama: PreTrainedModel, spoil: Callable[[Callable[[torch.Tensor, Any], None]], None]
 ) -> None:
-    """A row that fails for lack of memory is tried again when nothing is kept any more."""
-    decoding, row = start(llama), make_row([5] * 30, 5)
+    """A sequence that fails for lack of memory is tried again when nothing is kept any more."""
+    decoding, sequence = start(llama), make_sequence([5] * 30, 5)
     run(decoding, share_prefix(3))
 
     def check(ids: torch.Tensor, _: Any) -> None:
@@ -380,23 +393,23 @@ def test_prefixes_go_first_when_memory_runs_out(
 
     spoil(check)
 
-    assert run(decoding, [row]) == {row: DONE}
+    assert run(decoding, [sequence]) == {sequence: DONE}
     assert decoding.cache_bytes == 0
 
 
 def test_duplicates_that_break_the_model_fail_alone(
     llama: PreTrainedModel, spoil: Callable[[Callable[[torch.Tensor, Any], None]], None]
 ) -> None:
-    """A prompt that no pass survives fails each of its rows, and none else."""
-    duplicates = [make_row([5, 5, 5], 4) for _ in range(4)]
-    rows = share_prefix(4)
+    """A prompt that no pass survives fails each of its sequences, and none else."""
+    duplicates = [make_sequence([5, 5, 5], 4) for _ in range(4)]
+    sequences = share_prefix(4)
 
     def check(ids: torch.Tensor, _: Any) -> None:
         if (ids == 5).any():
             raise RuntimeError("faked")
 
     spoil(check)
-    outcomes = run(start(llama), [*rows[:2], *duplicates, *rows[2:]])
+    outcomes = run(start(llama), [*sequences[:2], *duplicates, *sequences[2:]])
 
     assert all(isinstance(outcomes.pop(duplicate), EngineError) for duplicate in duplicates)
-    assert outcomes == dict.fromkeys(rows, DONE)
+    assert outcomes == dict.fromkeys(sequences, DONE)

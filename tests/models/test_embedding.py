@@ -70,7 +70,7 @@ def reference() -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_vectors_are_those_of_encode(reference: NDArray[np.float32], dtype: str) -> None:
-    """Cosine to `encode` is at least 0.9999 for every text, alone and in company."""
+    """Cosine to `encode` is at least 0.9999 for every text, alone and in a batch."""
     settings = ModelSettings(task="embed", source="bundled:minilm", dtype=dtype)  # type: ignore[arg-type]
     engine = Embedder.load("minilm", settings, CPU)
 

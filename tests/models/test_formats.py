@@ -84,7 +84,7 @@ def test_the_models_own_range_keeps_directions(dim: int | None) -> None:
     assert cosines.min() > 0.999
 
 
-def test_int8_does_not_depend_on_the_company(tmp_path: Path) -> None:
+def test_int8_does_not_depend_on_batch_mates(tmp_path: Path) -> None:
     """A text's int8 vector is the same alone and among others, and near the model's float32."""
     engine = Folder(tmp_path).load("float32")
 

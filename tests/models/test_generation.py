@@ -417,7 +417,7 @@ def test_repetition_penalty_equals_transformers_own(folder: Path, llama: Generat
 
 
 def test_end_of_sequence_ends_an_answer(tmp_path: Path, llama: Generator) -> None:
-    """Any of the model's end tokens stops its row; it is neither in the text nor counted."""
+    """Any of the model's end tokens stops its sequence; it is neither in the text nor counted."""
     prompt = llama.prepare(request(max_new_tokens=20))
     tokens = _tokens_of(llama, prompt)
     end = next(token for n, token in enumerate(tokens) if n > 3 and token not in tokens[:n])
@@ -455,7 +455,7 @@ def test_stop_string_across_tokens_cuts_the_text(llama: Generator) -> None:
 
 
 def test_stop_token_ends_an_answer(llama: Generator) -> None:
-    """A stop token of the call ends its row as the model's own would, and no other row."""
+    """A stop token of the call ends its sequence as the model's own would, and no other."""
     whole = llama.prepare(request(max_new_tokens=20))
     tokens = _tokens_of(llama, whole)
     end = next(token for n, token in enumerate(tokens) if n > 3 and token not in tokens[:n])
@@ -477,17 +477,17 @@ def test_pieces_are_the_answer(llama: Generator, stop: list[str]) -> None:
     heard: dict[Any, list[str]] = {}
     for prompt in prompts:
         pieces: list[str] = []
-        row = llama.sequence(prompt, on_piece=pieces.append)
-        heard[row] = pieces
-        decoding.add(row)
+        sequence = llama.sequence(prompt, on_piece=pieces.append)
+        heard[sequence] = pieces
+        decoding.add(sequence)
 
     outcomes: dict[Any, Any] = {}
     while not decoding.is_idle:
         outcomes |= dict(decoding.step())
 
-    assert ["".join(heard[row]) for row in heard] == [outcomes[row].text for row in heard]
+    assert ["".join(said) for said in heard.values()] == [outcomes[each].text for each in heard]
     assert max(map(len, heard.values())) > 4
-    assert [outcomes[row] for row in heard] == answers(llama, prompts)
+    assert [outcomes[each] for each in heard] == answers(llama, prompts)
 
 
 def test_answer_ends_with_a_whole_character(tmp_path: Path) -> None:
@@ -635,7 +635,7 @@ def test_prompts_are_prepared_in_many_threads(folder: Path) -> None:
 
 
 def test_token_that_the_model_lacks(tmp_path: Path) -> None:
-    """A word for which the tokenizer has a token and the model no weights fails before it joins a batch."""
+    """A word with a token in the tokenizer and no weights in the model fails before it is admitted."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens("turbine")
     tokenizer.save_pretrained(make_folder(tmp_path))
@@ -729,7 +729,7 @@ def test_last_turn_is_never_dropped(llama: Generator) -> None:
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_logits_that_are_not_finite_hit_one_request(llama: Generator, poison: float) -> None:
-    """A row with NaN or infinite logits gets its error at that step; its batch mates get their answers."""
+    """A sequence with NaN or infinite logits fails at that step; its batch mates get their answers."""
     prompts = [llama.prepare(request(text, max_new_tokens=12)) for text in LINES]
     undisturbed = answers(llama, prompts)
     steps: list[int] = []

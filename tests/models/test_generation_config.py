@@ -68,7 +68,7 @@ def test_answers_are_those_of_generate(fields: dict[str, Any], folder: Path) -> 
     assert (found == plain) == (not fields)
 
 
-def test_words_that_are_bad_in_company_are_not_said(folder: Path) -> None:
+def test_words_that_are_bad_together_are_not_said(folder: Path) -> None:
     """A sequence is forbidden at its last token."""
     first = say(load(folder))
     change_json(folder / "generation_config.json", bad_words_ids=[first[3:6]])

@@ -93,7 +93,7 @@ def test_the_faster_one_is_taken_whole(tmp_path: Path) -> None:
 
 
 class Smear(nn.Module):
-    """Mixes neighbours within a batch."""
+    """Mixes batch mates."""
 
     def forward(self, states: Tensor) -> Tensor:
         """Add to each text another's states."""

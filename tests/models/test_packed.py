@@ -72,7 +72,7 @@ PADDED: dict[str, tuple[Make, str]] = {
 
 
 def build(path: Path, kind: str) -> SentenceTransformer:
-    """A small random model on disk, with attention sharp enough for every neighbour to count."""
+    """A small random model on disk, with attention sharp enough for every batch mate to count."""
     (path / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]))
     torch.manual_seed(0)
     make, pooling = {**PACKED, **PADDED}[kind]
@@ -132,7 +132,7 @@ LENGTHS = [1, 90, 7, 7, 33, 250, 8, 1, 34, 120, 7, 16, 32, 64]
 
 @pytest.mark.parametrize("kind", [*PACKED, "mpnet"])
 def test_vectors_are_those_of_encode(tmp_path: Path, kind: str) -> None:
-    """In company of any lengths, a text's vector is the one that `encode` gives it."""
+    """With batch mates of any lengths, a text's vector is the one that `encode` gives it."""
     model = build(tmp_path, kind)
     engine = load(tmp_path)
     texts = texts_of(LENGTHS)
@@ -147,7 +147,7 @@ def test_vectors_are_those_of_encode(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("is_bfloat16", [False, True])
-def test_a_text_never_sees_its_neighbours(tmp_path: Path, kind: str, is_bfloat16: bool) -> None:
+def test_a_text_never_sees_its_batch_mates(tmp_path: Path, kind: str, is_bfloat16: bool) -> None:
     """Other words around a text change no bit of its vector."""
     build(tmp_path, kind)
     engine = load(tmp_path)
@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_padded_and_told(
     assert "batches are padded" in caplog.text
 
 
-def test_a_model_that_mixes_neighbours_is_padded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_mixes_batch_mates_is_padded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The probe finds a model whose layers look beyond their own text other than by attention."""
 
     class Smear(nn.Module):

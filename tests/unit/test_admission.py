@@ -40,7 +40,7 @@ class FakePrefix:
 
 
 class Fixture:
-    """The waiting room of one model, and all that it looks at."""
+    """Admission to the batch of one model, and all that it looks at."""
 
     def __init__(
         self, mode: BatchMode = BatchMode.CONTINUOUS, *, rows: int = 8, slots: int = 1 << 20
@@ -82,157 +82,157 @@ def sequence(prompt: list[int] | int, n_new: int = 10) -> ScheduledSequence[str]
 
 
 def test_oldest_enter_first() -> None:
-    """Whoever fits into a pass enters in the order of arrival; nobody waits then."""
+    """Whoever fits into a pass is admitted in the order of arrival; nobody waits then."""
     waiting = [sequence(5), sequence(9), sequence(7)]
-    room = Fixture()
-    room.wait(*waiting)
+    fixture = Fixture()
+    fixture.wait(*waiting)
 
-    assert room.admit() == waiting
-    assert room.admission.is_empty
+    assert fixture.admit() == waiting
+    assert fixture.admission.is_empty
 
 
 def test_rows_are_counted() -> None:
     """Those that run, and a long prompt that is prefilled, have rows too."""
-    room, late = Fixture(rows=4), [sequence(5) for _ in range(3)]
-    room.run(sequence(4))
-    room.wait(long := sequence(300), *late)
+    fixture, late = Fixture(rows=4), [sequence(5) for _ in range(3)]
+    fixture.run(sequence(4))
+    fixture.wait(long := sequence(300), *late)
 
-    assert room.admit() == late[:2]
-    assert room.running.prefilling == [long]
-    assert not room.admission.is_empty
+    assert fixture.admit() == late[:2]
+    assert fixture.running.prefilling == [long]
+    assert not fixture.admission.is_empty
 
 
 def test_nobody_overtakes_whoever_waits_for_memory() -> None:
-    """A sequence that does not fit holds back smaller ones behind it; alone it always enters."""
+    """A sequence that does not fit holds back smaller ones behind it; alone it is always admitted."""
     large, small = sequence(200, n_new=800), sequence(5)
-    room = Fixture(slots=most_slots(2, 1000))
-    room.run(sequence(5))
-    room.wait(large, small)
-    assert room.admit() == []
+    fixture = Fixture(slots=most_slots(2, 1000))
+    fixture.run(sequence(5))
+    fixture.wait(large, small)
+    assert fixture.admit() == []
 
-    room.running.clear()
+    fixture.running.clear()
 
-    assert room.admit() == [large]
-    assert not room.admission.is_empty
+    assert fixture.admit() == [large]
+    assert not fixture.admission.is_empty
 
 
 def test_padding_counts_in_a_pass() -> None:
     """A pass is as wide as its longest prompt, times its rows; others may pass who has to wait."""
     first, long, short = sequence(100), sequence(140), sequence(20)
-    room = Fixture()
-    room.wait(first, long, short)
+    fixture = Fixture()
+    fixture.wait(first, long, short)
 
-    assert room.admit() == [first, short]
-    assert room.admit() == [long]
+    assert fixture.admit() == [first, short]
+    assert fixture.admit() == [long]
 
 
 def test_duplicates_cost_nothing() -> None:
     """Equal prompts share a row of the pass, however many they are."""
     prompt = list(range(200))
     waiting = [sequence(prompt) for _ in range(6)]
-    room = Fixture()
-    room.wait(*waiting)
+    fixture = Fixture()
+    fixture.wait(*waiting)
 
-    assert room.admit() == waiting
+    assert fixture.admit() == waiting
 
 
 def test_one_long_prompt_at_a_time_is_prefilled_in_chunks() -> None:
     """Its duplicates wait for the same prefill; another long prompt waits for its end."""
     prompt = list(range(CHUNK + 1))
     first, other, duplicate = sequence(prompt), sequence(CHUNK + 50), sequence(prompt)
-    room = Fixture()
-    room.wait(first, other, duplicate)
+    fixture = Fixture()
+    fixture.wait(first, other, duplicate)
 
-    assert room.admit() == []
-    assert room.running.prefilling == [first, duplicate]
-    room.running.chunked = None
-    assert room.admit() == []
-    assert room.running.prefilling == [other]
+    assert fixture.admit() == []
+    assert fixture.running.prefilling == [first, duplicate]
+    fixture.running.chunked = None
+    assert fixture.admit() == []
+    assert fixture.running.prefilling == [other]
 
 
 def test_prompts_whole_are_never_cut() -> None:
     """A model that cannot go on with a prompt gets it in one pass, alone if it is long."""
     waiting = [sequence(5000), sequence(5)]
-    room = Fixture(BatchMode.WHOLE_PROMPTS)
-    room.wait(*waiting)
+    fixture = Fixture(BatchMode.WHOLE_PROMPTS)
+    fixture.wait(*waiting)
 
-    assert room.admit() == waiting[:1]
-    assert room.running.chunked is None
-    assert room.admit() == waiting[1:]
+    assert fixture.admit() == waiting[:1]
+    assert fixture.running.chunked is None
+    assert fixture.admit() == waiting[1:]
 
 
 def test_a_prefix_that_is_being_computed_is_waited_for() -> None:
-    """Of prompts that begin alike one is computed; the others enter when they can copy from it."""
+    """Of prompts that begin alike one is computed; the others are admitted when they can copy from it."""
     first, *others = (sequence([*SYSTEM, n]) for n in range(3))
-    room = Fixture()
-    room.wait(first, *others)
+    fixture = Fixture()
+    fixture.wait(first, *others)
 
-    assert room.admit() == [first]
-    assert room.admit() == [others[0]]
-    room.admission.put_back(others[:1])
-    room.run(first)
-    assert room.admit() == others
+    assert fixture.admit() == [first]
+    assert fixture.admit() == [others[0]]
+    fixture.admission.put_back(others[:1])
+    fixture.run(first)
+    assert fixture.admit() == others
 
 
 @pytest.mark.parametrize("mode", [BatchMode.STATIC, BatchMode.ALONE])
 def test_nobody_joins_a_static_batch(mode: BatchMode) -> None:
-    """Where rows cannot join, newcomers wait until all have left."""
-    room, late = Fixture(mode), sequence(5)
-    room.run(sequence(5))
-    room.wait(late)
-    assert room.admit() == []
+    """Where nobody can be admitted to a running batch, newcomers wait until all have left."""
+    fixture, late = Fixture(mode), sequence(5)
+    fixture.run(sequence(5))
+    fixture.wait(late)
+    assert fixture.admit() == []
 
-    room.running.clear()
+    fixture.running.clear()
 
-    assert room.admit() == [late]
+    assert fixture.admit() == [late]
 
 
 def test_who_failed_with_others_enters_with_fewer() -> None:
     """Bounds of a single sequence hold for all that would share a prefill, or the batch, with it."""
     waiting = [sequence(5) for _ in range(4)]
     waiting[0].max_prefill_rows = 2
-    room = Fixture()
-    room.wait(*waiting)
-    assert room.admit() == waiting[:2]
-    room.run(*waiting[:2])
+    fixture = Fixture()
+    fixture.wait(*waiting)
+    assert fixture.admit() == waiting[:2]
+    fixture.run(*waiting[:2])
     waiting[1].max_batch_rows = 3
 
-    assert room.admit() == waiting[2:3]
+    assert fixture.admit() == waiting[2:3]
 
 
 def test_who_is_over_never_enters() -> None:
     """A sequence that nobody wants is left out, and a sweep forgets it where it waits."""
     gone, wanted = sequence(5), sequence(5)
     gone.is_over = lambda: True
-    room = Fixture()
-    room.wait(gone, wanted)
-    assert room.admit() == [wanted]
-    room.wait(gone)
+    fixture = Fixture()
+    fixture.wait(gone, wanted)
+    assert fixture.admit() == [wanted]
+    fixture.wait(gone)
 
-    room.admission.sweep()
+    fixture.admission.sweep()
 
-    assert room.admission.is_empty
+    assert fixture.admission.is_empty
 
 
 def test_the_window_is_bounded() -> None:
     """However many wait, a pass is cut from the oldest ones."""
     late = sequence(5)
-    room = Fixture()
-    room.wait(
+    fixture = Fixture()
+    fixture.wait(
         first := sequence([*SYSTEM, 0]), *(sequence([*SYSTEM, 1 + n]) for n in range(WINDOW_ROWS)), late
     )
 
-    assert room.admit() == [first]
+    assert fixture.admit() == [first]
 
 
 def test_start_is_told() -> None:
-    """Whoever enters is told so before the prompt is computed; who waits is not."""
+    """Whoever is admitted is told so before the prompt is computed; who waits is not."""
     told: list[str] = []
     first, second = sequence(200), sequence(200)
     first.on_start, second.on_start = lambda: told.append("first"), lambda: told.append("second")
-    room = Fixture()
-    room.wait(first, second)
+    fixture = Fixture()
+    fixture.wait(first, second)
 
-    room.admit()
+    fixture.admit()
 
     assert told == ["first"]

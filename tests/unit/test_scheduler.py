@@ -27,7 +27,7 @@ class Word:
 
 @dataclass(eq=False)
 class Spelling:
-    """A row of the fake model."""
+    """A sequence of the fake model."""
 
     word: Word
     is_over: Callable[[], bool]
@@ -44,7 +44,7 @@ def spell(
     on_start: Callable[[], None],
     on_piece: Callable[[str], None] | None,
 ) -> Spelling:
-    """Make a row."""
+    """Make a sequence."""
     return Spelling(word, is_over, on_start, on_piece)
 
 
@@ -54,7 +54,7 @@ class FakeSteps:
 
     places: int = 2
     n_tokens: int = 0
-    rows: list[Spelling] = field(default_factory=list)
+    sequences: list[Spelling] = field(default_factory=list)
     waiting: list[Spelling] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
     death: BaseException | None = None
@@ -62,38 +62,40 @@ class FakeSteps:
     @property
     def is_idle(self) -> bool:
         """Whether nobody is there."""
-        return not self.rows and not self.waiting
+        return not self.sequences and not self.waiting
 
-    def add(self, row: Spelling, /) -> None:
-        """Let a row wait."""
-        self.waiting.append(row)
+    def add(self, sequence: Spelling, /) -> None:
+        """Let a sequence wait."""
+        self.waiting.append(sequence)
 
     def sweep(self) -> None:
         """Forget who is over."""
-        self.waiting = [row for row in self.waiting if not row.is_over()]
+        self.waiting = [sequence for sequence in self.waiting if not sequence.is_over()]
 
     def step(self) -> list[tuple[Spelling, str | PenstockError]]:
         """Say a letter of each word."""
         assert self.gate.wait(30)
         if self.death:
             raise self.death
-        self.rows = [row for row in self.rows if not row.is_over()]
-        while self.waiting and len(self.rows) < self.places:
-            if not (row := self.waiting.pop(0)).is_over():
-                row.on_start()
-                self.rows.append(row)
+        self.sequences = [sequence for sequence in self.sequences if not sequence.is_over()]
+        while self.waiting and len(self.sequences) < self.places:
+            if not (sequence := self.waiting.pop(0)).is_over():
+                sequence.on_start()
+                self.sequences.append(sequence)
         ended: list[tuple[Spelling, str | PenstockError]] = []
-        for row in self.rows:
-            letter = row.word.text[len(row.said)].upper()
-            row.said += letter
+        for sequence in self.sequences:
+            letter = sequence.word.text[len(sequence.said)].upper()
+            sequence.said += letter
             self.n_tokens += 1
-            if row.on_piece:
-                row.on_piece(letter)
+            if sequence.on_piece:
+                sequence.on_piece(letter)
             if letter == "!":
-                ended.append((row, EngineError("fake", "a bad word")))
-            elif len(row.said) == len(row.word.text):
-                ended.append((row, row.said))
-        self.rows = [row for row in self.rows if row not in [one for one, _ in ended]]
+                ended.append((sequence, EngineError("fake", "a bad word")))
+            elif len(sequence.said) == len(sequence.word.text):
+                ended.append((sequence, sequence.said))
+        self.sequences = [
+            sequence for sequence in self.sequences if sequence not in [one for one, _ in ended]
+        ]
         return ended
 
 
@@ -167,7 +169,7 @@ def test_cancelled_job_gives_its_places_away(
 
 
 def test_late_jobs_leave(steps: FakeSteps, scheduler: Scheduler[Word, Spelling, str]) -> None:
-    """A job past its deadline leaves the batch, or never enters it."""
+    """A job past its deadline leaves the batch, or is never admitted to it."""
     steps.gate.set()
     running = scheduler.submit(Job(id="running", deadline=time.time() + 0.3), [Word("x" * 10**7)])
     late = scheduler.submit(Job(id="late", deadline=time.time() - 5), words("y"))

@@ -1,7 +1,7 @@
 """Continuous batching of jobs: one batch per engine, which jobs join and leave between steps.
 
 The counterpart of `batcher` for text that grows: a batch there is cut once, here it never ends. Knows nothing
-of models: an engine has rows and steps.
+of models: an engine has sequences and steps.
 """
 
 import time
@@ -18,12 +18,12 @@ from penstock_workers.batching.work import Work
 SWEEP_S: Final = 0.2
 """Seconds between two checks of waiting jobs; running ones are checked at every step."""
 
-R_co = TypeVar("R_co", covariant=True)
-R = TypeVar("R", bound=Hashable)
+S_co = TypeVar("S_co", covariant=True)
+S = TypeVar("S", bound=Hashable)
 
 
-class Steps(Protocol[R, A_co]):
-    """Rows of a model that share steps."""
+class Steps(Protocol[S, A_co]):
+    """Sequences of a model that share steps."""
 
     @property
     def is_idle(self) -> bool:
@@ -33,18 +33,22 @@ class Steps(Protocol[R, A_co]):
     def n_tokens(self) -> int:
         """Tokens computed so far."""
 
-    def add(self, row: R, /) -> None:
-        """Let a row wait for its place."""
+    def add(self, sequence: S, /) -> None:
+        """Let a sequence wait for admission."""
 
-    def step(self) -> Sequence[tuple[R, A_co | PenstockError]]:
-        """Go on with all rows; those that are over leave. Returns rows that ended, with answer or error."""
+    def step(self) -> Sequence[tuple[S, A_co | PenstockError]]:
+        """Take a step with all sequences; those that are over leave.
+
+        Returns:
+            Sequences that ended, each with its answer or error.
+        """
 
     def sweep(self) -> None:
-        """Forget waiting rows that are over."""
+        """Forget waiting sequences that are over."""
 
 
-class MakeRow(Protocol[I_contra, R_co]):
-    """Makes an item's row; what it is given is called in the model thread."""
+class MakeSequence(Protocol[I_contra, S_co]):
+    """Makes an item's sequence; what it is given is called in the model thread."""
 
     def __call__(
         self,
@@ -54,36 +58,36 @@ class MakeRow(Protocol[I_contra, R_co]):
         is_over: Callable[[], bool],
         on_start: Callable[[], None],
         on_piece: Callable[[str], None] | None,
-    ) -> R_co:
-        """Return the row."""
+    ) -> S_co:
+        """Return the sequence."""
 
 
-class Scheduler(ModelThread[I, A], Generic[I, R, A]):
+class Scheduler(ModelThread[I, A], Generic[I, S, A]):
     """Answers the items of concurrent jobs in one batch that they join and leave.
 
     Args:
         name: Name of the model, for logs and errors.
         steps: Its batch; touched by the model thread alone.
-        make_row: Turns an item into a row of it.
+        make_sequence: Turns an item into a sequence of it.
         turn: See `ModelThread`; a step is a turn.
     """
 
     def __init__(
-        self, name: str, steps: Steps[R, A], make_row: MakeRow[I, R], turn: Turn | None = None
+        self, name: str, steps: Steps[S, A], make_sequence: MakeSequence[I, S], turn: Turn | None = None
     ) -> None:
-        self._steps, self._make_row = steps, make_row
-        self._arrived: list[tuple[Work[I, A], int, R]] = []
-        self._rows: dict[R, tuple[Work[I, A], int]] = {}
+        self._steps, self._make_sequence = steps, make_sequence
+        self._arrived: list[tuple[Work[I, A], int, S]] = []
+        self._sequences: dict[S, tuple[Work[I, A], int]] = {}
         self._speed = Ratio()
         super().__init__(name, turn)
 
     def submit(self, job: Job, items: Sequence[I], listen: Listen | None = None) -> Work[I, A]:
         """Admit a job's items; see `StreamingFeed.submit`. Listens in the model thread."""
         work: Work[I, A] = Work(job, items)
-        rows = [(work, index, self._row(work, index, item, listen)) for index, item in enumerate(items)]
+        arrived = [(work, i, self._sequence(work, i, item, listen)) for i, item in enumerate(items)]
         with self._changed:
             if self._death is None:
-                self._arrived += rows
+                self._arrived += arrived
                 self._changed.notify()
         return work
 
@@ -92,9 +96,9 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
         """Tokens of prompts and answers per busy second, recent steps weighing most; None before."""
         return self._speed.value
 
-    def _row(self, work: Work[I, A], index: int, item: I, listen: Listen | None) -> R:
+    def _sequence(self, work: Work[I, A], index: int, item: I, listen: Listen | None) -> S:
         on_piece = None if listen is None else (lambda piece: listen(index, piece))
-        return self._make_row(item, is_over=work.is_dropped, on_start=work.start, on_piece=on_piece)
+        return self._make_sequence(item, is_over=work.is_dropped, on_start=work.start, on_piece=on_piece)
 
     def _serve(self) -> NoReturn:
         swept = time.perf_counter()
@@ -109,8 +113,8 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
             self._speed.count(self._steps.n_tokens - n_before, time.perf_counter() - began)
 
     def _give_up(self) -> Iterable[Work[I, A]]:
-        works = [*(work for work, _ in self._rows.values()), *(work for work, _, _ in self._arrived)]
-        self._rows.clear()
+        works = [*(work for work, _ in self._sequences.values()), *(work for work, _, _ in self._arrived)]
+        self._sequences.clear()
         self._arrived.clear()
         return works
 
@@ -118,21 +122,21 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
         """Admit the jobs that have arrived; waits for one if there is nothing to do."""
         with self._changed:
             while not self._arrived and self._steps.is_idle:
-                self._rows.clear()  # all have left
+                self._sequences.clear()  # all have left
                 self._rest()
                 self._changed.wait()
             arrived, self._arrived = self._arrived, []
-            self._rows |= {row: (work, index) for work, index, row in arrived}
-        for _, _, row in arrived:
-            self._steps.add(row)
+            self._sequences |= {sequence: (work, index) for work, index, sequence in arrived}
+        for _, _, sequence in arrived:
+            self._steps.add(sequence)
 
     def _step(self) -> None:
         with self._turn:
             self._show_life()
             outcomes = self._steps.step()
-        for row, outcome in outcomes:
+        for sequence, outcome in outcomes:
             with self._changed:
-                found = self._rows.pop(row, None)
+                found = self._sequences.pop(sequence, None)
             if found is not None:  # else it was cancelled a moment ago
                 work, index = found
                 work.settle(index, outcome)
@@ -140,5 +144,6 @@ class Scheduler(ModelThread[I, A], Generic[I, R, A]):
     def _sweep(self) -> None:
         self._steps.sweep()
         with self._changed:
-            for row in [row for row, (work, _) in self._rows.items() if work.is_over]:
-                del self._rows[row]
+            over = [sequence for sequence, (work, _) in self._sequences.items() if work.is_over]
+            for sequence in over:
+                del self._sequences[sequence]

@@ -130,5 +130,5 @@ def _bundled_binary() -> str | None:
         return None
     try:
         return str(get_binary_path())
-    except ValkeyBinaryNotFoundError:  # no build for this system or processor
+    except ValkeyBinaryNotFoundError:  # no build for this system or CPU
         return None
