@@ -3,6 +3,10 @@
 Workers publish a note (the job's id) on the client's reply channel when a job has ended; a small payload
 comes with it, a larger one is then fetched once, by whoever waits for it. A note can be lost with the
 connection, so every waiter looks for itself after a reconnect, and now and then.
+
+A worker hears of cancelled jobs by a loop of its own (`penstock_workers.delivery.cancelled`): that one is a
+thread on redis-py's blocking client, this one a task of the caller's event loop. They ask a silent connection
+for a sign of life in the same way, but share no call that waits.
 """
 
 import asyncio

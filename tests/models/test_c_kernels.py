@@ -25,7 +25,7 @@ from penstock_workers.hardware.machine import cpu_flags
 from tests.models.test_embedding import cosines
 from tests.models.test_packed import CPU, LENGTHS, PACKED, build, embed, load, packed_way, texts_of, ways
 
-FUSED = ("bert", "bert-cls", "roberta", "xlm-roberta")
+BERT_KINDS = ("bert", "bert-cls", "roberta", "xlm-roberta")
 
 needs_avx512 = pytest.mark.skipif("avx512_bf16" not in cpu_flags(), reason="the CPU has no AVX-512 BF16")
 
@@ -138,8 +138,8 @@ def test_the_bundled_model_keeps_its_directions(kernels: Kernels) -> None:
     assert cosines(*vectors).min() >= MIN_COSINE
 
 
-@pytest.mark.parametrize("kind", FUSED)
-def test_a_fused_encoder_gives_what_its_modules_give(tmp_path: Path, kernels: Kernels, kind: str) -> None:
+@pytest.mark.parametrize("kind", BERT_KINDS)
+def test_a_bert_encoder_gives_what_its_modules_give(tmp_path: Path, kernels: Kernels, kind: str) -> None:
     """The BERT family without its modules: the same vectors, positions and types included."""
     build(tmp_path, kind)
     engine, texts = load(tmp_path), texts_of(LENGTHS)
@@ -192,14 +192,14 @@ def test_what_is_in_no_table_is_an_error(
     """It is not looked up in somebody's memory."""
     build(tmp_path, "bert")
     engine = load(tmp_path)
-    fused, layout = BertC(packed_way(engine).transformer, kernels), RowLayout([3], CPU)
+    encoder, layout = BertC(packed_way(engine).transformer, kernels), RowLayout([3], CPU)
     indices = {name: torch.zeros(3, dtype=torch.int64) for name in ("words", "positions", "types")}
     table = ("words", "positions", "types").index(which)
-    indices[which][1] = -1 if is_below else fused._encoder.n_entries[table]
+    indices[which][1] = -1 if is_below else encoder._encoder.n_entries[table]
     row = {"input_ids": indices["words"], "token_type_ids": indices["types"]}
 
     with pytest.raises(IndexError, match="not in its table"):
-        fused.hidden(row, indices["positions"], layout)
+        encoder.hidden(row, indices["positions"], layout)
 
 
 @pytest.mark.parametrize("kind", ["modernbert", "qwen3"])
@@ -255,7 +255,7 @@ def test_a_text_never_sees_its_batch_mates(tmp_path: Path, kind: str) -> None:
     """Other words around a text change no bit of its vector."""
     build(tmp_path, kind)
     engine = load(tmp_path)
-    known = {"products": "C" if kind in FUSED else "torch"}
+    known = {"products": "C" if kind in BERT_KINDS else "torch"}
     engine._way, products = ways(engine, "bfloat16").reduce(engine._way, known)
     assert products == known["products"]
     texts, others = texts_of(LENGTHS), texts_of(LENGTHS, seed=1)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from penstock_workers.generation.admission import WINDOW_ROWS, Admission
+from penstock_workers.generation.admission import WINDOW_SEQUENCES, Admission
 from penstock_workers.generation.batch_mode import BatchMode
 from penstock_workers.generation.cache_budget import CacheBudget
 from penstock_workers.generation.cache_grid import most_slots
@@ -219,7 +219,7 @@ def test_the_window_is_bounded() -> None:
     late = sequence(5)
     fixture = Fixture()
     fixture.wait(
-        first := sequence([*SYSTEM, 0]), *(sequence([*SYSTEM, 1 + n]) for n in range(WINDOW_ROWS)), late
+        first := sequence([*SYSTEM, 0]), *(sequence([*SYSTEM, 1 + n]) for n in range(WINDOW_SEQUENCES)), late
     )
 
     assert fixture.admit() == [first]

@@ -13,7 +13,7 @@ import penstock_workers.celery  # noqa: F401  Celery then finds it in memory
 if __name__ == "__main__":
     if "flower" in sys.argv:
         with suppress(ImportError):  # Celery says that there is no such command
-            from penstock_workers.monitoring import guard
+            from penstock_workers.flower_guard import guard
 
             guard()
     main()

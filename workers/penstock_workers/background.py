@@ -1,4 +1,4 @@
-"""Background threads of a process: an error ends none of them, and one that ended is noticed."""
+"""Background threads, for `delivery` and `serving`: no error ends one, and one that has ended is noticed."""
 
 import logging
 import os

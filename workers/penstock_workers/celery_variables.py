@@ -1,4 +1,7 @@
-"""Environment variables that Celery and kombu would read behind our settings. Imports neither of them."""
+"""Variables that Celery and kombu would read behind our settings, for commands and workers alike.
+
+Imports neither Celery nor kombu: commands do without them.
+"""
 
 from collections.abc import Mapping
 from typing import Final, NamedTuple

@@ -1,8 +1,8 @@
-"""The one clock of a worker process that says Unix seconds: its broker's."""
+"""The broker's time in Unix seconds: one clock for a whole worker process, from heartbeat to batches."""
 
 from typing import Final
 
 from penstock.clock import Clock
 
 BROKER_CLOCK: Final = Clock()
-"""Deadlines of jobs are by it, and when they came; told by heartbeats and the channel that pops."""
+"""Measures arrivals and deadlines of jobs; heartbeats and the channel that pops set it."""

@@ -1,4 +1,4 @@
-"""Checks the Redis servers before anything is started: a queue in the wrong kind of server loses jobs."""
+"""Checks of the Redis servers, for commands and workers alike before they start: a wrong kind loses jobs."""
 
 from typing import Any, Final
 

@@ -1,4 +1,4 @@
-"""Settings of what is started beside a running stack, by us or by Celery: with the stack's Redis."""
+"""Settings beside a running stack, with its Redis: for our commands, and for the app that Celery looks up."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,5 +1,5 @@
 -- Notes what a server of remote models has answered.
--- Answers that were under way together count as one overload.
+-- Requests that were in flight together count as one overload.
 --
 -- KEYS: state.
 -- ARGV: what happened, why, seconds of the hold or '', most seconds of one that is guessed.

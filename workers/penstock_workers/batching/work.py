@@ -15,7 +15,7 @@ from penstock.errors import PenstockError
 from penstock.request import Priority
 from penstock_workers.batching.cuts import Lengths
 from penstock_workers.batching.engine import A, I, Job
-from penstock_workers.failures import forget_frames
+from penstock_workers.tracebacks import forget_frames
 
 PATIENCE_S: Final = {Priority.INTERACTIVE: 1.0, Priority.DEFAULT: 30.0, Priority.BATCH: 100.0}
 """Seconds after which a job of each priority is due, if its deadline is not before."""

@@ -174,7 +174,7 @@ class _Order:
 class Writer:
     """One thread and one connection that speak to Redis for all threads of a process.
 
-    While one round trip is under way, the commands of the next pile up: the busier, the larger its batches.
+    While one round trip is in flight, the commands of the next pile up: the busier, the larger its batches.
     A command that was not answered is sent again, so each has to be one that does no harm twice: `END_JOB`
     ends a job once.
     """

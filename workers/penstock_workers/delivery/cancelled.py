@@ -1,4 +1,9 @@
-"""Which jobs their callers have cancelled: heard of, so that no job has to ask."""
+"""Which jobs their callers have cancelled: heard of, so that no job has to ask.
+
+A client hears of results by a loop of its own (`penstock.inbox`): that one is a task of the caller's event
+loop, this one a thread on redis-py's blocking client, which goes on while Celery's loop is busy. They ask a
+silent connection for a sign of life in the same way, but share no call that waits.
+"""
 
 import logging
 import time

@@ -25,7 +25,7 @@ from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.delivery.callbacks import EMBEDDED, CallbackError, awaited_ids
 from penstock_workers.delivery.control import replace_commands
 from penstock_workers.delivery.transport import RefusedError
-from penstock_workers.failures import forget_frames
+from penstock_workers.tracebacks import forget_frames
 
 logger = logging.getLogger(__name__)
 

@@ -140,7 +140,7 @@ class Ways:
         float32_s = math.inf if is_settled else self.probe.time(base)
         # oneDNN's products are faster where a CPU has tiles for them (AMX)
         makers: dict[str, Callable[[], Way]] = {
-            "C": partial(self._fuse, base),
+            "C": partial(self._bert, base),
             "torch": partial(Bfloat16, base, self.model),
         }
         candidates = [known["products"]] if known.get("products") in makers else list(makers)
@@ -203,7 +203,7 @@ class Ways:
         self._warn("texts are embedded one by one: %s", reason)
         return Padded(self.model, self.collator, dtype=self._dtype, is_one_by_one=True)
 
-    def _fuse(self, base: Way) -> PackedBert:
+    def _bert(self, base: Way) -> PackedBert:
         """Return the packed way with its encoder in C, or by kernels for a GPU.
 
         Raises:

@@ -40,14 +40,14 @@ def share(tensors: Sequence[Tensor]) -> list[Tensor]:
         Tensors that must not be written to; `tensors` themselves where there is no place for a file.
     """
     rows = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
-    rooms = [-(-len(row) // ALIGNED) * ALIGNED for row in rows]
+    sizes = [-(-len(row) // ALIGNED) * ALIGNED for row in rows]
     digest = hashlib.sha256()
     for row in rows:
         digest.update(row.numpy().data)
     try:
         file = cache_folder() / "weights" / f"{digest.hexdigest()}.bin"
         own_files.make_folder(file.parent)
-        parts = _map_or_write(file, rows, rooms)
+        parts = _map_or_write(file, rows, sizes)
     except OSError as error:
         logger.info("weights are not shared between processes: %s", error)
         parts = None
@@ -56,17 +56,17 @@ def share(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def _map_or_write(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> list[Tensor] | None:
+def _map_or_write(file: Path, rows: Sequence[Tensor], sizes: list[int]) -> list[Tensor] | None:
     """Return the rows from a file, which is written first if it is missing or damaged; None if that fails."""
-    parts = _map(file, rows, rooms)
+    parts = _map(file, rows, sizes)
     if parts is not None:
         os.utime(file)
         return parts
     with _alone(file.parent):
-        parts = _map(file, rows, rooms)  # another process may have written it in between
+        parts = _map(file, rows, sizes)  # another process may have written it in between
         if parts is None:
-            _write(file, rows, rooms)
-            parts = _map(file, rows, rooms)
+            _write(file, rows, sizes)
+            parts = _map(file, rows, sizes)
         return parts
 
 
@@ -81,9 +81,9 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(number)
 
 
-def _map(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> list[Tensor] | None:
+def _map(file: Path, rows: Sequence[Tensor], sizes: list[int]) -> list[Tensor] | None:
     """Return the rows from a file; None if the file is missing or damaged."""
-    size = sum(rooms)
+    size = sum(sizes)
     try:
         with own_files.opened(file) as opened:
             if os.fstat(opened.fileno()).st_size != size:
@@ -94,19 +94,19 @@ def _map(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> list[Tensor] |
             whole = torch.from_file(name, shared=False, size=size, dtype=torch.uint8)
     except FileNotFoundError:
         return None
-    mapped = torch.split(whole, rooms)
+    mapped = torch.split(whole, sizes)
     found = [part[: len(row)] for row, part in zip(rows, mapped, strict=True)]
     return found if all(map(torch.equal, found, rows)) else None
 
 
-def _write(file: Path, rows: Sequence[Tensor], rooms: list[int]) -> None:
+def _write(file: Path, rows: Sequence[Tensor], sizes: list[int]) -> None:
     for old in file.parent.iterdir():
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > UNUSED_S:
                 old.unlink()  # whoever has it mapped keeps it
-    if 2 * sum(rooms) > shutil.disk_usage(file.parent).free:
+    if 2 * sum(sizes) > shutil.disk_usage(file.parent).free:
         raise OSError(errno.ENOSPC, "they would take half of what is free", str(file.parent))
     with own_files.replaced(file) as to:
-        for row, room in zip(rows, rooms, strict=True):
+        for row, size in zip(rows, sizes, strict=True):
             to.write(row.numpy().data)
-            to.write(bytes(room - len(row)))
+            to.write(bytes(size - len(row)))

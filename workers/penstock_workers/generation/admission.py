@@ -15,7 +15,7 @@ from penstock_workers.generation.sequence import A, ScheduledSequence
 if TYPE_CHECKING:  # admission needs no torch
     from penstock_workers.generation.forward import Batch
 
-WINDOW_ROWS: Final = 128
+WINDOW_SEQUENCES: Final = 128
 """Prefills are cut from this many of the oldest waiting sequences."""
 
 
@@ -87,7 +87,7 @@ class Admission(Generic[A]):
 
     def _oldest(self) -> Iterator[ScheduledSequence[A]]:
         """Take the oldest waiting sequences out, one by one, as long as they are asked for."""
-        for _ in range(min(WINDOW_ROWS, len(self._waiting))):
+        for _ in range(min(WINDOW_SEQUENCES, len(self._waiting))):
             sequence = self._waiting.popleft()
             if not sequence.is_over():
                 yield sequence

@@ -1,4 +1,4 @@
-"""Flower as `penstock up` runs it: without a login, it answers to names of this machine alone.
+"""Flower for `__main__` alone, which starts it: without a login it answers to names of this machine only.
 
 A page from elsewhere that an operator opens can have its own name point to 127.0.0.1, and would then read
 what Flower shows: DNS rebinding.
