@@ -14,10 +14,12 @@ import kombu.transport
 import pytest
 import redis
 import redis.asyncio as aioredis
+from celery import Celery
 from kombu import Connection, Consumer, Exchange, Queue
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 
+from penstock import transport as named
 from penstock.errors import ConfigError
 from penstock.keys import DEAD_KEY, UNTOLD_KEY, queue_key
 from penstock.scripts import NO_LIMITS, push_arguments, script
@@ -207,6 +209,18 @@ def test_install_takes_the_names_of_kombu(broker: redis.Redis) -> None:
     assert kombu.transport.get_transport_cls("rediss") is transport.Transport
     assert kombu.transport.get_transport_cls("sentinel") is transport.SentinelTransport
     assert kombu.transport.get_transport_cls("penstock.transport:Transport") is transport.Transport
+
+
+def test_an_app_names_the_transport_and_sends_over_it(broker: redis.Redis) -> None:
+    """`broker_transport` takes the name that other programs have; kombu's own knows no tenants."""
+    kombu.transport.TRANSPORT_ALIASES["redis"] = "kombu.transport.redis:Transport"
+    app = Celery(broker=f"redis://127.0.0.1:{broker.connection_pool.connection_kwargs['port']}/0")
+    app.conf.broker_transport = "penstock.transport:Transport"
+    with app:
+        app.send_task("penstock.embed", kwargs={}, queue="q", headers={"tenant": "team-a"})
+
+    assert broker.llen(queue_key("q", 0, "team-a")) == 1
+    assert named.install is transport.install
 
 
 @pytest.mark.parametrize(

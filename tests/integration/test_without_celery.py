@@ -85,6 +85,15 @@ def test_the_commands_that_look_need_no_celery(
     assert (done.returncode, told in done.stdout) == (code, True), done.stdout + done.stderr
 
 
+def test_the_names_that_other_programs_import(server: Server) -> None:
+    """The serializer needs no Celery; the transport says that it does, once it is used."""
+    uses = "from penstock.codec import decode_meta, encode_meta; import penstock.transport; print('named'); "
+    done = run(server, uses + "penstock.transport.Transport")
+
+    assert (done.returncode, done.stdout) == (1, "named\n")
+    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: No module named 'kombu")
+
+
 @pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="tests a wheel: no project")
 def test_the_base_install_asks_for_none_of_it() -> None:
     """A service keeps the Celery that it has, whatever its version."""

@@ -12,6 +12,8 @@ CELERY = ("celery", "kombu")
     ("module", "forbidden"),
     [
         ("penstock", (*HEAVY, *CELERY, "penstock_workers")),
+        ("penstock.codec", (*HEAVY, *CELERY, "penstock_workers")),
+        ("penstock.transport", (*HEAVY, *CELERY, "penstock_workers")),
         ("penstock_workers.celery", HEAVY),
         ("penstock_workers.cli", (*HEAVY, *CELERY)),
     ],
