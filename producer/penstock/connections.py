@@ -47,7 +47,7 @@ HEALTH_CHECK_S: Final = 25
 
 _HEAD_BYTES: Final = 1 << 12
 _MOST_DIGITS: Final = 12
-# Raised by redis-py, and by those who read replies, where a server sends something else than they expect.
+# Raised by redis-py, and by code that reads replies, when a server sends something unexpected.
 _GARBLED = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 _REFUSALS = (AuthenticationError, AuthorizationError, NoPermissionError, OutOfMemoryError, ResponseError)
 
@@ -96,7 +96,7 @@ def connect_sync(url: str, *, answer_timeout_s: float = ANSWER_TIMEOUT_S, n_retr
     Args:
         url: URL of the server.
         answer_timeout_s: longest wait for the next bytes of an answer, seconds.
-        n_retries: retries after a connection broke; 0 where that must be known: redis-py hides it.
+        n_retries: retries after a connection broke; 0 if the caller must notice that: redis-py hides a retry.
     """
     options: dict[str, Any] = {
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
@@ -119,7 +119,7 @@ def _attentive(client: redis.Redis) -> redis.Redis:
 
 
 def get_large(client: redis.Redis, key: str) -> bytes | memoryview | None:
-    """Return what `client.get` returns, read from the socket to where it stays.
+    """Return what `client.get` returns, read from the socket into its final place.
 
     redis-py copies a value five times: 6 MiB take four times as long. Whatever is not a value (none, an
     error, a connection that broke) is left to `client.get`.
@@ -192,7 +192,7 @@ class _Pool(aioredis.BlockingConnectionPool):
 
 
 class _PatientConnection(AbstractConnection):
-    """A connection whose time limit is one of silence: a large reply may take as long as it flows.
+    """A connection whose time limit counts silence alone: a large reply may take as long as bytes come.
 
     redis-py's asyncio connections, unlike its others, limit the whole reply.
     """

@@ -16,7 +16,7 @@ from penstock.stacks import tell_elsewhere
 from penstock.urls import locate_results, mask_url
 
 REGISTRY_TTL_S: Final = 5.0
-"""How long one look at the registry is good, seconds."""
+"""How long one reading of the registry is used, seconds."""
 LOOK_AGAIN_S: Final = 0.25
 """Pause between looks for a model that the registry may have lost, seconds."""
 
@@ -32,7 +32,7 @@ class Discovery:
         self._known: set[str] = set()  # models that were ever served here
 
     async def registry(self, *, max_age_s: float = REGISTRY_TTL_S) -> Registry:
-        """Return models and workers as they were this long ago at most.
+        """Return models and workers as they were `max_age_s` ago at most.
 
         Raises:
             TransportError: the broker cannot be reached, or refuses.
@@ -58,7 +58,7 @@ class Discovery:
             registry = await self.registry(max_age_s=0)
         ends_at = ticks() + 2 * HEARTBEAT_S
         while name not in registry.models and name in self._known and ticks() < ends_at:
-            # The server has lost it, and the next heartbeat of its workers tells it again.
+            # The server has lost it, and the next heartbeat of its workers announces it again.
             await asyncio.sleep(LOOK_AGAIN_S)
             registry = await self.registry(max_age_s=0)
         model = registry.models.get(name)

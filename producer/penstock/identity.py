@@ -1,6 +1,6 @@
 """Who this process is: a name that no other process has.
 
-Host name and process id are not enough: containers of one host name have processes of one id each.
+Host name and process id are not enough: in containers that share a host name, process ids are the same.
 """
 
 import os

@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 LOOK_AGAIN_S: Final = 5.0
 """How long a waiter trusts the notes alone; bounds what a lost note costs."""
 RENEW_S: Final = 30.0
-"""A subscription in silence is made anew after this: its server may be one that nobody writes to any more."""
+"""A silent subscription is made anew after this: nobody may write to its server any more."""
 
 
 class Note(asyncio.Event):
     """Set when a job may have ended.
 
     Attributes:
-        payload: result record of the job, if that came along.
+        payload: result record of the job, if it came with the note.
     """
 
     payload: bytes | None = None
@@ -91,7 +91,7 @@ class Inbox:
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]  # redis-py's own gap
 
     async def _listen(self) -> None:
-        """Deliver notes until `close`; whatever the server sends, the next note is heard again."""
+        """Deliver notes until `close`; whatever the server sends, later notes are still heard."""
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(Exception),
             wait=wait_random_exponential(multiplier=0.05, max=2.0),
@@ -102,7 +102,7 @@ class Inbox:
                     message = await self._next_message()
                     if message is not None and message["type"] == "message":
                         self._deliver(message["channel"], message["data"])
-            except Exception as error:  # noqa: BLE001  a listener that ended would be missed by nobody
+            except Exception as error:  # noqa: BLE001  nobody would notice a listener that ended
                 if not isinstance(error, RedisError | OSError):
                     logger.warning("notes of results cannot be read: %s", type(error).__name__)
                 async for attempt in retrying:
@@ -120,7 +120,7 @@ class Inbox:
             raise RedisConnectionError("no sign of life")
         self._is_asked = message is None
         if self._is_asked:
-            # An error where it is the primary no more.
+            # An error if the server is no primary any more.
             await self._results.execute_command("HELLO")  # type: ignore[no-untyped-call]  # redis-py's own gap
             await self._leave_old_server()
             await self._pubsub.ping()

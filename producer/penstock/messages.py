@@ -30,7 +30,7 @@ def encode_message(
 ) -> bytes:
     """Return a message as it is pushed onto the queue's list.
 
-    With `n_tokens`, its estimated cost, only the script `push` may push it: that one counts it.
+    A message with `n_tokens`, its estimated cost, must be pushed by the script `push`, which counts it.
 
     Raises:
         RequestTooLargeError: escaped as JSON it has more bytes than a worker would take.
@@ -70,7 +70,7 @@ def encode_message(
             "delivery_info": {"exchange": "", "routing_key": queue},
             "priority": int(priority),
             "body_encoding": "utf-8",
-            # Here, where scripts find them: kombu's own order too.
+            # The last two, where scripts look for them; kombu has the same order.
             **({} if n_tokens is None else {"cost": n_tokens}),
             "delivery_tag": job_id,
         },

@@ -17,8 +17,8 @@ class SendOptions(TypedDict, total=False):
     `priority` says which waiting jobs go first; after `deadline_s` seconds the job is not worth computing.
     Jobs of a `tenant` take turns with those of others, by the shares of the deployment's settings.
 
-    `wait` tries again where the queue is full, or a worker or Redis failed for now; without it the first
-    error counts.
+    With `wait` a call is tried again if the queue is full, or if a worker or Redis fails for a while; without
+    it the first error is raised.
     """
 
     priority: PriorityName

@@ -22,12 +22,12 @@ _MOST: Final = 1 << 63
 
 
 def _is_number(value: object) -> bool:
-    """Tell a number that can be computed with, and printed."""
+    """Whether a value is a number that can be computed with and printed."""
     return type(value) is float or (type(value) is int and abs(value) < _MOST)
 
 
 def is_timings(value: object) -> bool:
-    """Tell what errors say of a job's time: seconds by name."""
+    """Whether a value holds a job's times as errors carry them: seconds by name."""
     return isinstance(value, dict) and all(map(_is_number, value.values()))
 
 
@@ -98,7 +98,7 @@ def _is_call(value: object) -> bool:
 
 
 def _fit(found: Logprobs) -> bool:
-    """Tell whether every place has a token that was chosen, and every token its bytes."""
+    """Whether every place has a token that was chosen, and every token its bytes."""
     ids = found.ids
     if ids.shape != found.values.shape or not ids.shape[1]:
         return False

@@ -1,7 +1,7 @@
-"""The stacks that `penstock up` runs on this machine for this user: a file each, which nobody else can read.
+"""The stacks that `penstock up` runs on this machine for this user: one file each, for this user's eyes only.
 
-With it `penstock status` finds the Redis of a stack, whatever its port, and clients its password. Whoever
-runs a stack holds a lock on its file: one without is left over from a stack that was killed.
+By it `penstock status` finds a stack's Redis, whatever its port, and clients find its password. Whoever runs
+a stack holds a lock on its file: a file without a lock is left over from a stack that was killed.
 """
 
 import errno
@@ -29,7 +29,7 @@ _MOST_BYTES: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningStack:
-    """A stack, as its file tells.
+    """A stack, as its file describes it.
 
     Attributes:
         pid: process id of `penstock up`.
@@ -69,10 +69,10 @@ class RunningStack:
 
 
 def cache_folder() -> Path:
-    """Return where what can be made again is kept for this user; it may not exist.
+    """Return this user's folder for data that can be made again; it may not exist.
 
     Raises:
-        FileNotFoundError: nobody says where, as in a container for a user without a home.
+        FileNotFoundError: the environment names none, as in a container for a user without a home.
     """
     # Source: XDG Base Directory Specification 0.8, user-specific non-essential data.
     if cache := os.environ.get("XDG_CACHE_HOME"):
@@ -85,7 +85,7 @@ def cache_folder() -> Path:
 
 
 def stacks_folder() -> Path:
-    """Return where the files lie.
+    """Return the folder of the files.
 
     Raises:
         FileNotFoundError: see `cache_folder`.
@@ -95,7 +95,7 @@ def stacks_folder() -> Path:
 
 @contextmanager
 def announced(stack: RunningStack) -> Iterator[None]:
-    """Let others find a stack while the block runs; takes away what killed ones have left.
+    """Let others find a stack while the block runs; removes the files that killed stacks left.
 
     Raises:
         ConfigError: the folder is not ours alone, or cannot be written.
@@ -141,7 +141,7 @@ def find_stacks() -> Sequence[RunningStack]:
 
 
 def choose_stack(stacks: Sequence[RunningStack], folder: Path) -> RunningStack | None:
-    """Return the stack that is meant in a folder: the one that was started there, else the only one; or None.
+    """Return the stack to use in a folder: the one started there, else the only one; None if none runs.
 
     Raises:
         ConfigError: there are several.
@@ -160,7 +160,7 @@ def choose_stack(stacks: Sequence[RunningStack], folder: Path) -> RunningStack |
 
 
 def with_password(url: str) -> str:
-    """Return `url`, if it names no login, with that of the running stack whose Redis it is."""
+    """Return `url` with the password of the running stack whose Redis it is, unless it has a login."""
     found = read_url(url)
     if found.username or found.password:
         return url
@@ -185,7 +185,7 @@ def tell_elsewhere(url: str) -> str:
 
 
 def stack_at(port: object) -> RunningStack | None:
-    """Return the stack whose own Redis has a port of this machine, or is about to."""
+    """Return the stack whose own Redis has this port of the machine, or is about to have it."""
     for stack in find_stacks():
         if stack.is_alive and stack.password and _port(stack.broker_url) == port:
             return stack
@@ -212,10 +212,10 @@ def _port(url: str) -> object:
 
 
 def check_private(path: Path) -> None:
-    """Refuse what others could have written, or can read.
+    """Refuse a file or folder that others can read or write.
 
     Raises:
-        OSError: the folder is not ours alone.
+        OSError: it is not ours alone.
     """
     status = path.lstat()
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077 or stat.S_ISLNK(status.st_mode):
@@ -223,7 +223,7 @@ def check_private(path: Path) -> None:
 
 
 def _read(file: Path) -> RunningStack | None:
-    """Return what a file tells; None if it is none of ours."""
+    """Read the file of a stack; None if it is not one of ours."""
     try:
         check_private(file)
         with file.open(encoding="utf-8") as opened:

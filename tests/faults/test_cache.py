@@ -230,7 +230,7 @@ def test_one_text_does_not_wait_for_a_bulk_load(own: Server) -> None:
 
 
 def test_a_job_that_fails_gives_its_texts_free(own: Server) -> None:
-    """Nobody waits for what failed elsewhere, and each gets his own error."""
+    """Nobody waits for what failed elsewhere, and each gets their own error."""
     cache = open_cache(own)
 
     def fail(texts: list[str]) -> list[Embedded]:

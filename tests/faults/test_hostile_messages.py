@@ -33,7 +33,7 @@ MEGABYTE = 1 << 20
 
 
 class Scene:
-    """A worker, an honest client, and somebody who pushes what he likes."""
+    """A worker, an honest client, and somebody who pushes what they like."""
 
     def __init__(self, server: Server, worker: Worker, client: Client) -> None:
         self.worker, self.client = worker, client

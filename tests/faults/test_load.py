@@ -501,7 +501,7 @@ def test_tenants_take_turns_by_tokens(own: Server) -> None:
 
 
 def test_a_tenant_is_not_better_off_one_by_one(own: Server) -> None:
-    """Who sends the next large job when the one before was taken gets no more than his share of tokens."""
+    """Who sends the next large job when the one before was taken gets no more than their share of tokens."""
     with redis.Redis.from_url(own.broker_url) as client:
         patient, eager = (f"{QUEUE}\x06\x17{name}" for name in ("patient", "eager"))
         send(client, patient, 200, 100)

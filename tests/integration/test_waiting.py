@@ -205,7 +205,7 @@ def test_dead_letters_are_bounded_and_what_went_is_counted(own: Server, broker: 
     assert Queues(load_settings(arguments=arguments, environ={}).settings).n_dropped() == 3
 
 
-# What a sender writes where he may
+# What a sender writes where they may
 
 
 @pytest.mark.parametrize("cost", [0, "0", 10**30, -5])

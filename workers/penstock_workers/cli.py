@@ -78,7 +78,7 @@ def demo(config: Path | None, assignments: tuple[str, ...], as_json: bool, corpu
 
 def main() -> None:
     """Run the command line; one line and a non-zero exit for what is wrong."""
-    # For whatever is started from here: no module of the folder one stands in is taken for an installed one.
+    # For all processes started from here: no module of the current folder may pass for an installed one.
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
         cli()
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def _advice(url: str) -> str:
-    """Say what to do where no Redis is at `url`; "" where that is somebody's own."""
+    """Say what to do if no Redis is at `url`; "" if the user named that URL."""
     name_one = "--set redis.broker_url=redis://HOST:PORT/0 names another Redis"
     if url != RedisSettings().broker_url:
         return ""

@@ -1,6 +1,6 @@
-"""Celery's remote commands that mean something else here, or nothing: they answer in words.
+"""Celery's remote commands that do something else here, or are refused with a reason.
 
-Commands that are not here do what Celery documents.
+All other commands do what Celery documents.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,11 +26,11 @@ REFUSED: Final[Mapping[str, str]] = {
 
 
 NEEDED: Final[Mapping[str, str]] = {"memsample": "psutil", "objgraph": "objgraph"}
-"""Commands, and the package that Celery's own need; without, they would answer nothing or a traceback."""
+"""The package that Celery needs for each command; without it Celery answers nothing, or a traceback."""
 
 
 def replace_commands() -> None:
-    """Take the place of Celery's own, in this process."""
+    """Replace Celery's commands by these, in this process."""
     refused = dict(REFUSED) | {
         name: f"{name} needs the package {package}, which is not installed beside this worker"
         for name, package in NEEDED.items()
@@ -70,7 +70,7 @@ def cancel_consumer(state: Any, queue: object = None, **_: object) -> dict[str, 
 
 
 def revoke_by_stamped_headers(state: Any, headers: Any = None, **options: Any) -> Any:
-    """Revoke jobs by their stamps; tells how they are written where they are not."""
+    """Revoke jobs by their stamps; answers with how to write stamps if `headers` has none."""
     if isinstance(headers, list):
         if not headers or not all(isinstance(each, str) and "=" in each for each in headers):
             return {"error": "stamps are written NAME=VALUE"}
@@ -81,7 +81,7 @@ def revoke_by_stamped_headers(state: Any, headers: Any = None, **options: Any) -
 
 
 def stats(state: Any, **_: object) -> dict[str, Any]:
-    """Tell what Celery tells, without passwords."""
+    """Return Celery's statistics, without passwords."""
     found: dict[str, Any] = control.stats(state)
     broker = dict(found.get("broker") or {})
     options = broker.get("transport_options") or {}
@@ -90,7 +90,7 @@ def stats(state: Any, **_: object) -> dict[str, Any]:
 
 
 def _in_words(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Answer wrong arguments with a sentence; Celery's own would log a traceback and tell its type."""
+    """Answer wrong arguments with a sentence; Celery would log a traceback and answer with its type."""
 
     @wraps(command)
     def answer(state: Any, *args: object, **arguments: object) -> Any:

@@ -1,7 +1,7 @@
 """kombu's Redis transport, with deliveries that lose nothing: see docs/understand/delivery.md.
 
-Installed under the names of kombu's own, so URLs, Flower and plain Celery producers go on working. What
-becomes of a message once it is leased is the matter of `leases`.
+Installed under the names of kombu's own, so URLs, Flower and plain Celery producers go on working.
+`leases` looks after a message once it is leased.
 """
 
 import json
@@ -50,10 +50,10 @@ REPLACED: Final[Mapping[str, str]] = {
 """Transport options of kombu that have no effect here: naming one is an error, not a surprise."""
 
 WAIT_S: Final = 0.9
-"""How long an idle worker waits to be woken; then it looks for what came without a token, every second."""
+"""Seconds that an idle worker waits to be woken; then it looks for messages that came without a token."""
 
 BYTES_PER_TOKEN: Final = 4
-"""What a job costs whose sender does not say it; the scripts have the same for what others push."""
+"""Bytes that count as a token if a sender names no cost; the scripts have the same number."""
 
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -80,15 +80,15 @@ def install(
 
     Args:
         is_alive: Leases are renewed, and jobs taken, while it says yes; it must not wait.
-        on_dead: Is called with each message that was given up, and how often it was delivered; called again
-            if its process died in it.
+        on_dead: Is called with each message that was given up, and how often it was delivered; again if
+            the process died during the call.
         room: Tells how many tokens of a queue's jobs this process may hold, apart from two jobs
             that it may hold in any case; None where only their number is bounded. It must not wait.
         clock: Is told the broker's time.
         on_purged: Is called with id and `reply_to` of jobs that were purged, some at a time.
 
     Raises:
-        ConfigError: something that is counted on here changed in this version of kombu or Celery.
+        ConfigError: this version of kombu or Celery changed something that is relied on here.
     """
     check_versions()
     for scheme, name in (("redis", "Transport"), ("rediss", "Transport"), ("sentinel", "SentinelTransport")):
@@ -199,7 +199,7 @@ class Channel(PolledChannel):
             return purge(client, self.lists([queue]), HOOKS.on_purged)
 
     def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
-        """Bind a queue; a fanout exchange is a channel, and needs no table that keeps all who were killed."""
+        """Bind a queue; a fanout exchange is a channel, so no table keeps the names of killed workers."""
         if self.typeof(exchange).type == "fanout":
             self._fanout_queues[queue] = (exchange, routing_key.replace("#", "*"))
         else:
@@ -301,8 +301,8 @@ class Channel(PolledChannel):
     def _open(self, lease: Lease, raw: bytes) -> Any:
         """Return kombu's message; None if it is none, or not due yet.
 
-        One that is refused, and whose sender can be told so, comes with its error in kombu's own `errors`:
-        the consumer's `on_decode_error` hears of it, and it holds nothing but id and reply channel.
+        A message that is refused, and whose sender is known, holds nothing but its id, its reply channel and
+        an error in kombu's own `errors`: with that the consumer's `on_decode_error` is called.
         """
         try:
             payload = open_entry(raw)
@@ -324,9 +324,9 @@ class Channel(PolledChannel):
             if due_at > self._now():
                 self.leases.delay(lease.id, due_at)
                 return None
-            # By Redis' clock; the worker's may be slow, and it would hold it.
+            # Due by Redis's clock; a worker with a slow clock would hold it for longer.
             message.headers |= {"eta": None, _WAS_ETA: headers["eta"]}
-            # Not before there is one: a signal with a receiver costs every task 3 % of the event loop.
+            # Not before a message has one: a signal with a receiver costs every task 3 % of the event loop.
             task_received.connect(_show_eta, weak=False, dispatch_uid=_WAS_ETA)
         return message
 

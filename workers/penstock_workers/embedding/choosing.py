@@ -60,7 +60,7 @@ class Ways:
             fingerprint: Hash of all that decides the model's vectors.
 
         Raises:
-            ModelLoadError: The settings name a way that turns vectors, or that is not there.
+            ModelLoadError: The settings name a way that is missing, or that turns vectors elsewhere.
         """
         key = self._key(fingerprint)
         known = recall(key)
@@ -71,7 +71,7 @@ class Ways:
         base = self.pack() or self._pad()
         way, products = self.reduce(base, known) if is_bfloat16 else (base, "torch")
         if graph is not None and self._is_faster(graph, way):
-            # torch's other layouts of the weights are given back
+            # frees the weights in the layouts that torch's ways made of them
             way.close()
             base.close()
             way = graph
@@ -123,17 +123,17 @@ class Ways:
         return None
 
     def reduce(self, base: Way, known: Mapping[str, str]) -> tuple[Way, str]:
-        """Return a way with products in bfloat16, if vectors keep their directions and come sooner.
+        """Return a way with products in bfloat16, if vectors keep their directions and are faster.
 
         Args:
             base: The way in float32.
             known: What was chosen before. If that, or the settings, say bfloat16, float32 is not timed.
 
         Returns:
-            The way that is in use now, `base` where no other is better; and whose products it uses.
+            The way to use, `base` if no other is better; and what computes its products.
 
         Raises:
-            ModelLoadError: The settings ask for bfloat16, and it turns vectors.
+            ModelLoadError: The settings ask for bfloat16, and it turns vectors to other directions.
         """
         is_forced = self.settings.dtype == "bfloat16"
         is_settled = is_forced or known.get("dtype") == "bfloat16"
@@ -175,7 +175,7 @@ class Ways:
         return any(isinstance(module, nn.Linear) for module in self.model.modules())
 
     def _key(self, fingerprint: str) -> str:
-        """Return what this choice is kept under."""
+        """Return the key that this choice is kept under."""
         device = self.model.device
         kernels = find_kernels(device)
         version = "" if kernels is None else kernels.version

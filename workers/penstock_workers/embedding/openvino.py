@@ -1,6 +1,6 @@
 """A sentence-transformers model's transformer as an OpenVINO graph, on batches that are padded.
 
-On CPUs it beats torch in float32, and on long texts, whose scores torch writes to memory.
+On CPUs it is faster than torch in float32, and with long texts: torch writes their scores to memory.
 """
 
 import logging
@@ -37,7 +37,7 @@ class Graph:
         is_bfloat16: Compute products in bfloat16; norms and the residual stream stay float32.
 
     Raises:
-        Exception: OpenVINO and the model's code do not go together.
+        Exception: OpenVINO cannot convert the model's code.
     """
 
     name: Final[WayName] = "padded, OpenVINO"
@@ -72,7 +72,7 @@ class Graph:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "INFERENCE_PRECISION_HINT": "bf16" if is_bfloat16 else "f32",
-            # Pinned, the threads of all processes sit on the first cores: two were half as fast together.
+            # Pinned threads of all processes would sit on the first cores: two processes were half as fast.
             "ENABLE_CPU_PINNING": False,
         }
         self._request = openvino.compile_model(graph, "CPU", hints).create_infer_request()

@@ -43,9 +43,9 @@ def open_tokenizer(tokenizer: PreTrainedTokenizerBase, n_vocab: int, end_ids: li
 def _rename_special(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a fast tokenizer as JSON in which no text is a special token.
 
-    Where only one text may follow, llguidance has its tokens from the tokenizer, which takes the name of a
-    special token for that token; a format means the letters. Added tokens in angle brackets are special to
-    llguidance, whatever they say of themselves.
+    Where only one text may follow, llguidance asks the tokenizer for its tokens. A tokenizer takes the name
+    of a special token for that token, but a format means the letters. llguidance takes each added token in
+    angle brackets for a special one, whatever its entry says.
     """
     backend = copy(cast(Any, tokenizer).backend_tokenizer)
     backend.no_padding()
@@ -68,7 +68,7 @@ def _rename_special(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class _Tokens:
-    """A tokenizer in the form that llguidance takes of any: the bytes of each token behind another.
+    """Any tokenizer in the form that llguidance takes: the bytes of each token behind another one.
 
     Raises:
         ValueError: the bytes of a token depend on its neighbours.
@@ -87,7 +87,7 @@ class _Tokens:
         self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: bytes) -> list[int]:
-        """Return the tokens of a text, as far as there are any."""
+        """Return the tokens of a text, up to the first bytes that no token has."""
         found, at = [], 0
         while ends := [end for end in range(at + self._longest, at, -1) if text[at:end] in self._ids]:
             found.append(self._ids[text[at : ends[0]]])

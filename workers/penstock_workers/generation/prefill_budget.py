@@ -5,7 +5,7 @@ from typing import Any, Final
 from penstock_workers.generation.running import Running
 
 PAUSE_S: Final = 0.1
-"""Running sequences wait this long at each step for the prompts of newcomers, or as long as a step takes."""
+"""Running sequences wait this long at each step for newcomers' prompts, or as long as a longer step takes."""
 _FIRST_TOKENS, _MOST_TOKENS, _GRAIN = 256, 8192, 64
 
 

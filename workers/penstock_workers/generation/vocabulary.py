@@ -54,7 +54,7 @@ class Vocabulary:
 
     @cached_property
     def detokenizer(self) -> Detokenizer:
-        """Decodes these tokens."""
+        """The decoder of these tokens."""
         return Detokenizer(self._tokenizer)
 
     def ends(self, token: int) -> bool:
@@ -66,24 +66,24 @@ class Vocabulary:
         return token not in self._hidden
 
     def stop_marks(self, stop: Sequence[str]) -> dict[int, str]:
-        """Return the names of the tokens that are no text, and that a stop string has all the same."""
+        """Return the names of tokens that are no text but occur in a stop string."""
         if not stop:
             return {}
         return {i: name for i, name in self._hidden.items() if any(name in string for string in stop)}
 
     def logprobs(self, tokens: TokenSequence, n_tokens: int) -> Logprobs | None:
-        """Return what was noted of the first tokens of an answer."""
+        """Return log-probabilities of an answer's first tokens; None if nobody asked for them."""
         if tokens.n_top_logprobs is None:
             return None
         noted, width = tokens.logprobs[:n_tokens], 1 + tokens.n_top_logprobs
         ids = np.array([ids for ids, _ in noted], dtype=np.int32).reshape(-1, width)
         values = np.array([values for _, values in noted], dtype=np.float32).reshape(-1, width)
-        # Characters that are bytes: JSON has no bytes, and most tokens then read as what they are.
+        # A character for each byte: JSON has no bytes, and most tokens stay readable so.
         texts = {str(i): self._bytes_of(i).decode("latin-1") for i in np.unique(ids).tolist()}
         return Logprobs(ids=ids, values=values, tokens=texts)
 
     def tool_calls(self, prompt: Prompt, tokens: list[int]) -> Sequence[ToolCall] | None:
-        """Read the calls out of an answer; None where there are none, or nobody says how to read them."""
+        """Read the calls out of an answer; None if it has none, or the tokenizer cannot read them."""
         if not prompt.tools or getattr(self._tokenizer, "response_template", None) is None:
             return None
         try:

@@ -9,7 +9,7 @@ from typing import Final
 
 
 def read_delay(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Return how long a server that refused for now wants to be left alone, seconds; None: it does not say.
+    """Return the seconds that a server asks to be left alone after a refusal; None if it does not say.
 
     Args:
         headers: Headers of its answer; upper or lower case is alike.
@@ -27,14 +27,14 @@ def read_delay(headers: Mapping[str, str], now: float | None = None) -> float | 
         try:
             date = parsedate_to_datetime(found["retry-after"])
         except ValueError:
-            pass  # neither of the two: as if it had not been said
+            pass  # neither of the two: as if the header were not there
         else:
             return max(0.0, date.timestamp() - (_now(found) if now is None else now))
     return read_spent(found)
 
 
 def read_spent(headers: Mapping[str, str]) -> float | None:
-    """Return when an allowance that is used up is there again, seconds; None: some of it is left.
+    """Return the seconds until a used-up allowance is refilled; None if some of it is left.
 
     Args:
         headers: Headers of any answer; upper or lower case is alike.
@@ -57,7 +57,7 @@ _UNITS: Final = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def _now(headers: Mapping[str, str]) -> float:
-    """Return what the server's clock said: its dates are by that."""
+    """Return the time by the server's clock, which its dates follow."""
     with suppress(KeyError, ValueError):
         return parsedate_to_datetime(headers["date"]).timestamp()
     return time.time()
