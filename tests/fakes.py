@@ -72,8 +72,8 @@ class FakeFeed(Generic[A]):
             listen(0, piece)
         return FakePending([self.answer(item) for item in items], self.error)
 
-    def room(self) -> float | None:
-        """See `Feed.room`."""
+    def token_budget(self) -> float | None:
+        """See `Feed.token_budget`."""
         return self.has_room
 
     def trouble(self) -> str:

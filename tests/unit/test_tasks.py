@@ -171,7 +171,11 @@ def test_a_process_tells_what_its_feeds_tell() -> None:
     feed = FakeFeed(vector_of, tokens_per_s=123.44, has_room=12.3, says="on hold")
     fakes = serving(Served(info=info("embed"), engine=FakeEmbedder(), feed=feed))
 
-    assert (fakes.speeds(), fakes.room("fake"), fakes.room("other")) == ({"fake": 123.4}, 12.3, None)
+    assert (fakes.speeds(), fakes.token_budget("fake"), fakes.token_budget("other")) == (
+        {"fake": 123.4},
+        12.3,
+        None,
+    )
     assert fakes.troubles() == {"fake": "on hold"}
     assert not fakes.is_stalled(1)
     feed.stalled = True

@@ -94,7 +94,7 @@ class Batcher(ModelThread[I, A]):
         """Tokens of items computed per second in full batches; None before the first."""
         return self._speed.tokens_per_s
 
-    def room(self) -> float:
+    def token_budget(self) -> float:
         """Return how many tokens of jobs this process should hold: more would wait while others are free."""
         return HELD_S * (self.tokens_per_s or 0.0)
 

@@ -141,7 +141,7 @@ class Feed(Protocol[I_contra, A_co]):
     def tokens_per_s(self) -> float | None:
         """Measured speed, recent work weighing most; None before the first."""
 
-    def room(self) -> float | None:
+    def token_budget(self) -> float | None:
         """Return how many tokens of jobs this process should hold; None if it may hold any number."""
 
     def trouble(self) -> str:

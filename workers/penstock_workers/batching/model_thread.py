@@ -38,7 +38,7 @@ class ModelThread(ABC, Generic[I, A]):
         for _ in range(n_threads):
             threading.Thread(target=self._live, name=f"model-{name}", daemon=True).start()
 
-    def room(self) -> float | None:
+    def token_budget(self) -> float | None:
         """Return None: jobs that join a running batch are bounded by its places, requests by their server."""
         return None
 

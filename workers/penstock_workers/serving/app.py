@@ -68,9 +68,9 @@ def build_app(settings: Settings) -> Celery:
             end_process("the heartbeat has ended; this process ends, others take its jobs over")
         return not ended and not serving.is_stalled(settings.worker.stall_s)
 
-    def room(queue: str) -> float | None:
+    def token_budget(queue: str) -> float | None:
         _, model = split_queue(queue)
-        return serving.room(model)
+        return serving.token_budget(model)
 
     def notify(message: Mapping[str, Any], n_deliveries: int) -> None:
         headers, properties = message.get("headers") or {}, message.get("properties") or {}
@@ -82,7 +82,7 @@ def build_app(settings: Settings) -> Celery:
     def tell_purged(jobs: Sequence[tuple[str, str]]) -> None:
         app.backend.revoke(jobs)
 
-    install(is_alive=is_alive, on_dead=notify, room=room, clock=BROKER_CLOCK, on_purged=tell_purged)
+    install(is_alive=is_alive, on_dead=notify, room=token_budget, clock=BROKER_CLOCK, on_purged=tell_purged)
     return app
 
 

@@ -226,11 +226,11 @@ class Serving:
         measured = {name: served.feed.tokens_per_s for name, served in self.models.items()}
         return {name: round(speed, 1) for name, speed in measured.items() if speed is not None}
 
-    def room(self, model: str) -> float | None:
+    def token_budget(self, model: str) -> float | None:
         """Return how many tokens of a model's jobs this process should hold; None for any number."""
         served = self.models.get(model)
         # What is cached costs nothing.
-        return None if served is None or served.cache is not None else served.feed.room()
+        return None if served is None or served.cache is not None else served.feed.token_budget()
 
     def troubles(self) -> Mapping[str, str]:
         """Return what is wrong with the servers of remote models, by model; without those that are well."""
