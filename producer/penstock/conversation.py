@@ -10,11 +10,11 @@ from typing_extensions import TypedDict  # pydantic takes typing's from Python 3
 from penstock.errors import InvalidOptionError, RequestTooLargeError
 
 MAX_FORMAT_BYTES = 64 << 10
-"""A response format, as JSON in UTF-8."""
+"""Most bytes of a response format, as JSON in UTF-8."""
 MAX_TOOLS_BYTES = 256 << 10
-"""All tools of a request, or the calls of a turn, as JSON in UTF-8."""
+"""Most bytes of a request's tools together, or of a turn's calls, as JSON in UTF-8."""
 MAX_FORMAT_DEPTH = 64
-"""Objects and lists inside each other in a response format, tools or calls."""
+"""Most objects and lists inside each other in a response format, tools or calls."""
 
 _exact = with_config(ConfigDict(extra="forbid", strict=True))
 _Name = Annotated[str, Field(min_length=1, max_length=128)]
@@ -145,7 +145,7 @@ class RegexFormat(TypedDict):
 
 @_exact
 class ChoiceFormat(TypedDict):
-    """One of some texts."""
+    """One of several texts."""
 
     type: Literal["choice"]
     choices: Annotated[list[str], Field(min_length=1)]

@@ -19,16 +19,16 @@ MAX_ENTRY_BYTES: Final = 4 * MAX_REQUEST_BYTES + (1 << 20)
 """A list's entry as it lies in Redis: 65 MiB. Four bytes for each of text, which is what Celery makes of
 Cyrillic (six of JSON for two, then base64), and room for the rest."""
 MAX_POP_BYTES: Final = 16 << 20
-"""A pop takes no further entry once it has so much: it need not hold 32 of the largest at once."""
+"""A pop takes no further entry once it has this many bytes: it never holds 32 of the largest at once."""
 MAX_NAME_CHARACTERS: Final = 256
-"""Of an id, and of any other text in the headers that we or Celery use."""
+"""Most characters of an id, and of any other text in the headers that we or Celery use."""
 MAX_DEPTH: Final = 8
-"""Objects and lists inside each other in a header that nobody here knows."""
+"""Most objects and lists inside each other in a header that is unknown here."""
 CONTENT_TYPE: Final = "application/json"
 CONTENT_ENCODINGS: Final = ("utf-8", "binary")
 BODY_ENCODINGS: Final = ("base64", "utf-8")
 TRUNCATED: Final = b"\0"
-"""Begins what a script tells of an entry above `MAX_ENTRY_BYTES`: its size, a line, its last bytes."""
+"""Begins what a script returns for an entry above `MAX_ENTRY_BYTES`: size, line end, last bytes."""
 
 # No control characters, no line breaks of any kind, no marks that turn the direction of writing, no
 # surrogates: what is printed stays on its line, and what is sent to Redis can be encoded.
@@ -132,7 +132,7 @@ def decode_envelope(raw: bytes) -> dict[str, Any]:
 
 
 def sender_of(envelope: Mapping[str, Any]) -> ReturnAddress | None:
-    """Return who can be told of a message, whatever it looks like otherwise."""
+    """Return the sender of a message, however malformed the rest of it is; None if it names none."""
     headers, properties = envelope.get("headers"), envelope.get("properties")
     job_id = headers.get("id") if isinstance(headers, dict) else None
     reply_to = properties.get("reply_to") if isinstance(properties, dict) else None

@@ -1,7 +1,7 @@
-"""Every key and channel of Redis by its name, and how long those live that end by themselves.
+"""The name of every key and channel in Redis, and how long those last that expire.
 
-What each of them holds, who touches it and what bounds it is told in docs/reference/keys.md. The scripts in
-Lua write the same names out. kombu's and Celery's own names stand here too, where Penstock touches them.
+docs/reference/keys.md says what each holds, who touches it and what bounds it. The scripts in Lua write the
+same names out. kombu's and Celery's own names stand here too, where Penstock touches them.
 """
 
 from typing import Final
@@ -25,7 +25,7 @@ DELAYED_KEY: Final = "penstock:delayed"
 DEAD_KEY: Final = "penstock:dead"
 """List: the dead letters, oldest first."""
 UNTOLD_KEY: Final = "penstock:untold"
-"""Sorted set: the dead letters whose senders have not heard yet."""
+"""Sorted set: the dead letters whose senders are not notified yet."""
 SWEEP_KEY: Final = "penstock:sweep"
 """Hash: when expired leases were last looked for; how many dead letters were dropped."""
 
@@ -87,7 +87,7 @@ def queue_key(queue: str, priority: int, tenant: str = "") -> str:
 
 
 def split_key(key: str) -> tuple[str, int]:
-    """Return queue and priority of a list; 0 where its name tells none."""
+    """Return queue and priority of a list; 0 if its name has none."""
     base = key.partition(TENANT_SEPARATOR)[0]
     queue, separator, priority = base.rpartition(PRIORITY_SEPARATOR)
     if not separator:

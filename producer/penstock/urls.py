@@ -1,7 +1,7 @@
 """URLs of Redis, read in one place for clients, workers, settings and results alike.
 
-A URL means what redis-py's users mean by it, or is refused before anything connects. No sentence here quotes
-any part of a URL that is refused: where a password was not percent-encoded, any part may be of it.
+A URL means what redis-py's users mean by it, or is refused before anything connects. No message quotes
+a part of a URL that is refused: if a password was not percent-encoded, any part may belong to it.
 """
 
 import ipaddress
@@ -47,7 +47,7 @@ _OURS: Final = frozenset(
         "timeout",
     )
 )
-"""Options of redis-py that Penstock sets itself: limits of time and of connections hang together."""
+"""Options of redis-py that Penstock sets itself: limits of time and of connections depend on each other."""
 _SECRET: Final = re.compile(r"pass|pw|secret|token|key|auth|cred|user", re.IGNORECASE)
 _SERVER: Final = re.compile(r"(\[[0-9a-zA-Z:.%]+\]|[\w.%-]*)(:\d{0,5})?", re.ASCII)
 
@@ -208,9 +208,9 @@ def locate_results(broker_url: str, announced: str) -> str:
 
 
 def mask_url(url: str) -> str:
-    """Return `url` without its password; of a list with semicolons, as Celery knows it, without any.
+    """Return `url` without its password; a list with semicolons, as Celery takes it, without any password.
 
-    By its structure: where that can be read in two ways, nothing of it is shown.
+    Nothing is shown of a URL whose structure can be read in two ways.
     """
     return ";".join(map(_mask, re.split(r";(?=sentinel://)", url)))
 
@@ -232,7 +232,7 @@ def _mask(url: str) -> str:
         return "(not a URL)"  # whatever it holds, it may hold a password
     user, colon, password = login.partition(":")
     if at:
-        # Who forgets the colon has written a password where the user stands.
+        # Without the colon a password stands in place of the user's name.
         user = f"{user}:***" if password else user if colon else "***"
     options = "&".join(map(_mask_option, query.split("&")))
     return f"{scheme}://{user}{at}{servers}{path}{'?' if query else ''}{options}{'#***' if fragment else ''}"

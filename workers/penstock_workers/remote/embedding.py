@@ -31,9 +31,9 @@ from penstock_workers.remote.upstream import Upstream
 START_S: Final = 60.0
 """How long the start waits for a server that has to be asked for the width of its vectors."""
 REQUEST_TOKENS: Final = 32_768
-"""Of the texts of one request, by estimate, unless the settings or the server say otherwise."""
+"""Most tokens of one request, by estimate, unless the settings or the server say otherwise."""
 _ROUTED: Final = "hf_routed"
-"""In place of a token: what begins like one of Hugging Face's goes to its router. Never sent."""
+"""Stands in for a token, and is never sent: a key with `hf_` makes the client use Hugging Face's router."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,7 +111,7 @@ class RemoteEmbedder(Server):
         """Return the prompt that goes before each text.
 
         Raises:
-            InvalidOptionError: such vectors are not to be had here.
+            InvalidOptionError: the server cannot give such vectors.
         """
         if request.prompt_name is not None:
             allowed = "a remote model's prompts have no names here: pass prompt"

@@ -1,6 +1,6 @@
 """Requests in flight to a server: how many there may be, and how fast they are answered.
 
-One more may be in flight after as many answers as there may be, half as many after an overload.
+The limit grows by one after as many answers as it allows requests, and is halved after an overload.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ class InFlight(Generic[I, A]):
         most: Highest number of them that the settings allow.
 
     Attributes:
-        concurrency: Number of them that the server seems to bear; the integer part counts.
+        concurrency: The limit, as far as the server seems to bear it; its integer part counts.
     """
 
     def __init__(self, most: int) -> None:
@@ -76,7 +76,7 @@ class InFlight(Generic[I, A]):
         self._calls.add(call)
 
     def remove(self, call: Call[I, A]) -> None:
-        """Count a request no more; it was answered or has failed."""
+        """Stop counting a request that was answered or has failed."""
         self._calls.discard(call)
 
     def holds(self, work: Work[I, A]) -> bool:
@@ -96,7 +96,7 @@ class InFlight(Generic[I, A]):
         self._speed.count(n_tokens, max(seconds / n_at_once, 1e-9))
 
     def overloaded(self) -> None:
-        """Halve how many may be in flight, once for all that were so together."""
+        """Halve the limit, once for all requests that were in flight together."""
         if all(call.began > self._halved_at for call in self._calls):
             self.concurrency = max(1.0, self.concurrency / 2)
             self._halved_at = time.monotonic()

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 from typing import Final
 
 BYTES_PER_TOKEN: Final = 4.0
-"""Estimate before the server has counted anything."""
+"""Estimate until the server has counted something."""
 
 
 class TokenEstimate:

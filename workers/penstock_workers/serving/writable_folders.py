@@ -14,7 +14,7 @@ _TORCH_CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def settle_folders() -> None:
-    """Let models load where no folder can be written, as in a read-only container; a log line says the price.
+    """Let models load where no folder can be written, as in a read-only container; logs what that costs.
 
     Call it before torch is imported.
     """
