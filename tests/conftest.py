@@ -17,10 +17,29 @@ if not Path("/dev/nvidia0").exists():
     # Read where Triton is imported: kernels for GPUs then run in Python.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+COMPUTING = {"models", "unit"}
+"""Folders whose tests keep a CPU busy; the others wait for processes that they have started."""
+
 
 def pytest_unconfigure() -> None:
     """Let the summary be the last word: threads of workers under test outlive their servers, and complain."""
     logging.lastResort = logging.NullHandler()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mix files that mostly wait with files that mostly compute: together they keep the CPUs busy.
+
+    Each file stays whole, and its tests keep their order.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    kinds: dict[bool, list[Path]] = {True: [], False: []}
+    for path in files:
+        kinds[path.parent.name in COMPUTING].append(path)
+    # Where a file stands among its own kind, as a share: both kinds last until the end.
+    place = {path: n / len(kind) for kind in kinds.values() for n, path in enumerate(kind)}
+    items[:] = [item for path in sorted(files, key=place.__getitem__) for item in files[path]]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -43,7 +43,7 @@ class Cramped(LlamaForCausalLM):
     @functools.wraps(LlamaForCausalLM.forward)
     def forward(self, input_ids, past_key_values=None, **kwargs):
         n_held = 0 if past_key_values is None else past_key_values.get_seq_length()
-        phase = "steps" if n_held else "prompts"
+        phase = "steps" if input_ids.shape[1] == 1 else "prompts"  # a slow machine takes those in chunks
         if phase == self.config.cramped and len(input_ids) * (n_held + input_ids.shape[1]) > 400:
             raise torch.OutOfMemoryError("faked")
         return super().forward(input_ids, past_key_values=past_key_values, **kwargs)
