@@ -31,7 +31,6 @@ from benchmarks.deployment import deployed
 from benchmarks.report import Figure, Report, Row, arguments, finish
 from penstock.conversation import ResponseFormat
 from penstock.request import EmbedRequest, GenerateRequest
-from penstock.settings import ModelSettings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.engine import Job
 from penstock_workers.batching.scheduler import Scheduler
@@ -46,6 +45,7 @@ from penstock_workers.generation.sampling_params import SamplingParams
 from penstock_workers.generation.sequence import ScheduledSequence, TokenSequence
 from penstock_workers.serving.loading import cut_texts
 from penstock_workers.serving.models import DEFAULT_SHARES
+from penstock_workers.settings import ModelSettings
 
 N_NEW = 64
 CHAT = "bundled:tiny-chat"

@@ -15,7 +15,7 @@ import numpy as np
 
 from penstock.conversation import Tool
 from penstock.request import new_job_id
-from penstock.settings import ModelSettings, RateLimit, RemoteSettings
+from penstock_workers.settings import ModelSettings, RateLimit, RemoteSettings
 
 DIM = 8
 TOKEN = "hf_swordfish_0123456789"

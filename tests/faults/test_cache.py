@@ -14,11 +14,11 @@ from redis.exceptions import OutOfMemoryError
 
 from penstock import Client, InvalidOptionError, JobState
 from penstock.keys import VECTORS_KEY
-from penstock.settings import CacheSettings, ModelSettings
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.embedding.embedder import _load
 from penstock_workers.embedding.fingerprint import hash_model
 from penstock_workers.serving.vector_cache import Embedded, VectorCache
+from penstock_workers.settings import CacheSettings, ModelSettings
 from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.eventually import eventually
 

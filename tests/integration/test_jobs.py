@@ -18,9 +18,9 @@ from penstock import (
     PenstockError,
 )
 from penstock.errors import error_classes
-from penstock.settings import load_settings
 from penstock_workers.command.local_redis import free_port
 from penstock_workers.serving.app import build_app
+from penstock_workers.settings import load_settings
 from tests.deployment import BUNDLED, Server, WorkerProcess
 
 TOML = BUNDLED.replace("[models.minilm]", "[models.patient]").split("[models.chat]")[0]

@@ -25,11 +25,11 @@ from penstock.errors import (
     UpstreamUnavailableError,
 )
 from penstock.request import EmbedRequest, new_job_id
-from penstock.settings import ModelSettings
 from penstock_workers.batching.engine import Job
 from penstock_workers.batching.work import Work
 from penstock_workers.remote.dispatcher import Dispatcher
 from penstock_workers.remote.embedding import RemoteEmbedder
+from penstock_workers.settings import ModelSettings
 from tests.deployment import Server
 from tests.eventually import eventually
 from tests.upstream import (

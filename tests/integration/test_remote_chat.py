@@ -18,11 +18,11 @@ from penstock.errors import (
     UpstreamRefusedError,
 )
 from penstock.request import GenerateRequest, new_job_id
-from penstock.settings import ModelSettings
 from penstock_workers.batching.engine import Answer, Job, Thought
 from penstock_workers.remote import dispatcher
 from penstock_workers.remote.chat import Prompt, RemoteGenerator
 from penstock_workers.remote.dispatcher import Dispatcher
+from penstock_workers.settings import ModelSettings
 from tests.deployment import Server
 from tests.upstream import (
     ANSWER,

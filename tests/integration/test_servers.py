@@ -14,9 +14,9 @@ import redis
 
 from penstock import BrokerRefusedError, Client
 from penstock.errors import ConfigError
-from penstock.settings import Settings, load_settings
 from penstock_workers.command.local_redis import free_port
 from penstock_workers.preflight import check_servers
+from penstock_workers.settings import Settings, load_settings
 from tests.deployment import BUNDLED, ROOT, Server, server_command
 from tests.eventually import eventually
 

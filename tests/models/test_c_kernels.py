@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  its usual name
 
 from penstock.request import EmbedRequest
-from penstock.settings import ModelSettings
 from penstock_workers.embedding.attention import _attend, packed
 from penstock_workers.embedding.bert_c import BertC
 from penstock_workers.embedding.bfloat16 import Bfloat16, use_bfloat16
@@ -22,6 +21,7 @@ from penstock_workers.embedding.packed import PackedBert
 from penstock_workers.embedding.probe import MIN_COSINE
 from penstock_workers.embedding.row import RowLayout
 from penstock_workers.hardware.machine import cpu_flags
+from penstock_workers.settings import ModelSettings
 from tests.models.test_embedding import cosines
 from tests.models.test_packed import CPU, LENGTHS, PACKED, build, embed, load, packed_way, texts_of, ways
 

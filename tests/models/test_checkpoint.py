@@ -15,9 +15,9 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from penstock.errors import EngineError, ModelLoadError
 from penstock.request import EmbedRequest, RerankRequest
-from penstock.settings import ModelSettings
 from penstock_workers.embedding.embedder import Embedder
 from penstock_workers.embedding.reranker import Reranker
+from penstock_workers.settings import ModelSettings
 from tests.models.odd_models import (
     ENCODERS,
     SIZES,

@@ -12,7 +12,6 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from penstock.errors import EngineError, InvalidOptionError, OutOfMemoryError
 from penstock.request import EmbedRequest
-from penstock.settings import ModelSettings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.batching.engine import Job
@@ -21,6 +20,7 @@ from penstock_workers.embedding import embedder
 from penstock_workers.embedding.embedder import Embedder
 from penstock_workers.embedding.probe import MIN_COSINE
 from penstock_workers.serving.formats import form
+from penstock_workers.settings import ModelSettings
 
 CPU = torch.device("cpu")
 SCRIPTS = (

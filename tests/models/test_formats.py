@@ -10,11 +10,11 @@ from sentence_transformers.util.quantization import quantize_embeddings
 
 from penstock.errors import InvalidOptionError, ModelLoadError
 from penstock.request import EmbedRequest, Precision
-from penstock.settings import ModelSettings
 from penstock_workers.embedding.embedder import Embedder
 from penstock_workers.embedding.int8_ranges import choose_ranges, read_ranges
 from penstock_workers.embedding.probe import PROBE
 from penstock_workers.serving.formats import form, row_bytes
+from penstock_workers.settings import ModelSettings
 from tests.models.test_embedding import SCRIPTS, Folder, embed
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8", "binary", "ubinary")

@@ -34,12 +34,12 @@ from penstock.errors import (
     OutOfMemoryError,
 )
 from penstock.request import GenerateRequest, GenerationOptions
-from penstock.settings import ModelSettings
 from penstock_workers.batching.engine import Answer
 from penstock_workers.generation.generator import Generator
 from penstock_workers.generation.prompt import Prompt
 from penstock_workers.generation.sampling import draw
 from penstock_workers.generation.sampling_params import SamplingParams
+from penstock_workers.settings import ModelSettings
 
 CPU = torch.device("cpu")
 BEGIN, END, USER, SYSTEM, ASSISTANT = "<|begin|>", "<|end|>", "<|user|>", "<|system|>", "<|assistant|>"

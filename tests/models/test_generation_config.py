@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from penstock.errors import InputTooLongError, ModelLoadError
-from penstock.settings import ModelSettings
 from penstock_workers.generation.generator import Generator
+from penstock_workers.settings import ModelSettings
 from tests.models.odd_models import change_json
 from tests.models.test_generation import CPU, answers, load, make_folder, make_tokenizer, one_thread, request
 

@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from penstock.errors import IncompleteOutputError, InvalidFormatError, PenstockError
 from penstock.request import GenerationOptions
-from penstock.settings import ModelSettings
 from penstock_workers.batching.engine import Answer
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.generation.generator import Generator
 from penstock_workers.generation.grammar import Grammars, restrict
 from penstock_workers.generation.prompt import Prompt
+from penstock_workers.settings import ModelSettings
 from tests.models.odd_models import make_tokenizer
 from tests.models.odd_tokenizers import byte_fallback, byte_level
 from tests.models.test_generation import CPU, make_folder, one_thread, request

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig
 
 from penstock.errors import ModelLoadError
-from penstock.settings import ModelSettings
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.checkpoint.memory import cache_bytes, check_memory, weights_bytes
 from penstock_workers.embedding.embedder import Embedder
 from penstock_workers.generation.generator import Generator
 from penstock_workers.hardware.device import GPU_SWITCH_S
 from penstock_workers.hardware.machine import left_to_groups_bytes
+from penstock_workers.settings import ModelSettings
 from tests.models.test_generation import CPU, SIZES, answers, load, make_folder, one_thread, request
 
 __all__ = ["one_thread"]

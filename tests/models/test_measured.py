@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.settings import ModelSettings
 from penstock_workers.embedding.bfloat16 import Bfloat16
 from penstock_workers.embedding.c_kernels import Kernels
 from penstock_workers.embedding.embedder import Embedder
 from penstock_workers.embedding.measured import KEPT_S, machine_key, recall, remember
 from penstock_workers.embedding.packed import PackedBert
+from penstock_workers.settings import ModelSettings
 from tests.models.test_packed import CPU, build
 
 

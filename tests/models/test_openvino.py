@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from penstock.errors import ModelLoadError
 from penstock.request import EmbedRequest
-from penstock.settings import ModelSettings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.batching.engine import Job
 from penstock_workers.embedding.embedder import Embedder
 from penstock_workers.embedding.openvino import Graph
 from penstock_workers.embedding.probe import MIN_COSINE
+from penstock_workers.settings import ModelSettings
 from tests.models.test_embedding import cosines
 from tests.models.test_packed import CPU, LENGTHS, PACKED, build, texts_of
 

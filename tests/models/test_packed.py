@@ -32,7 +32,6 @@ from transformers import (
 
 from penstock.errors import EngineError
 from penstock.request import EmbedRequest
-from penstock.settings import ModelSettings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
 from penstock_workers.batching.engine import Job
@@ -43,6 +42,7 @@ from penstock_workers.embedding.embedder import Embedder
 from penstock_workers.embedding.packed import Packed, PackedBert
 from penstock_workers.embedding.padded import Padded
 from penstock_workers.embedding.row import RowLayout, group_lengths
+from penstock_workers.settings import ModelSettings
 
 CPU = torch.device("cpu")
 SPECIAL = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]  # padding is not 0, as with RoBERTa

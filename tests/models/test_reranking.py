@@ -14,8 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from penstock.errors import ModelLoadError
 from penstock.request import RerankRequest
-from penstock.settings import ModelSettings
 from penstock_workers.embedding.reranker import Reranker
+from penstock_workers.settings import ModelSettings
 from tests.models.odd_models import ENCODERS, SIZES, change_json, make_classifier, make_tokenizer
 
 DOCUMENTS = ["the water falls", "a <pad> in water", "water " * 300, "", "wheel " * 7]

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from penstock.errors import InvalidOptionError, ModelLoadError
 from penstock.request import GenerateRequest
-from penstock.settings import ModelSettings
 from penstock_workers.generation.generator import Generator
+from penstock_workers.settings import ModelSettings
 from tests.models.odd_models import change_json
 from tests.models.test_generation import (
     ALTERNATES,

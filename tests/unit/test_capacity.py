@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from penstock.settings import Settings, load_settings
 from penstock_workers.command.capacity import (
     PROCESS_BYTES,
     SHARED_BYTES,
@@ -18,6 +17,7 @@ from penstock_workers.command.capacity import (
 )
 from penstock_workers.command.tune import candidates
 from penstock_workers.hardware.machine import Machine, read_machine
+from penstock_workers.settings import Settings, load_settings
 
 MINILM = {"task": "embed", "source": "bundled:minilm"}
 CHAT = {"task": "generate", "source": "bundled:tiny-chat"}

@@ -26,10 +26,16 @@ from flower.command import is_flower_envvar, is_flower_option
 
 from penstock.errors import BrokerRefusedError
 from penstock.registry import HEARTBEAT_S
-from penstock.settings import CONFIG_VARIABLE, Settings, load_settings, sample_environment, variable_name
 from penstock_workers.cli import cli
 from penstock_workers.command.local_redis import free_port, is_ready, local_redis_command, wait_until_ready
 from penstock_workers.command.stack import worker_queues
+from penstock_workers.settings import (
+    CONFIG_VARIABLE,
+    Settings,
+    load_settings,
+    sample_environment,
+    variable_name,
+)
 from tests.eventually import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -489,7 +495,7 @@ def test_what_is_copied_is_enough_to_build_the_wheel(tmp_path: Path) -> None:
     assert "*" in allowed
     (wheel,) = tmp_path.glob("penstock-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"penstock/settings.py", "penstock_workers/cli.py"} <= set(names)
+    assert {"penstock_workers/settings.py", "penstock_workers/cli.py"} <= set(names)
 
 
 def test_the_redis_service_is_locked_durable_and_never_evicts(tmp_path: Path, secrets: Path) -> None:

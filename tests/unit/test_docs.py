@@ -11,8 +11,8 @@ import pytest
 from pydantic import BaseModel
 
 from penstock.errors import error_classes
-from penstock.settings import ModelSettings, Settings, TenantSettings, load_settings
 from penstock_workers.cli import cli
+from penstock_workers.settings import ModelSettings, Settings, TenantSettings, load_settings
 from tests.documents import PAGES, ROOT, blocks, commands, headings, links, name
 
 RUN = [page for page in PAGES if page.name not in ("design.md", "CHANGELOG.md")]

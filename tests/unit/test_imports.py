@@ -6,20 +6,21 @@ import pytest
 
 HEAVY = ("torch", "transformers", "sentence_transformers")
 CELERY = ("celery", "kombu")
+WORKERS = ("penstock_workers", "pydantic_settings")
 
 
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
-        ("penstock", (*HEAVY, *CELERY, "penstock_workers")),
-        ("penstock.codec", (*HEAVY, *CELERY, "penstock_workers")),
-        ("penstock.transport", (*HEAVY, *CELERY, "penstock_workers")),
+        ("penstock", (*HEAVY, *CELERY, *WORKERS)),
+        ("penstock.codec", (*HEAVY, *CELERY, *WORKERS)),
+        ("penstock.transport", (*HEAVY, *CELERY, *WORKERS)),
         ("penstock_workers.celery", HEAVY),
         ("penstock_workers.cli", (*HEAVY, *CELERY)),
     ],
 )
 def test_import_stays_light(module: str, forbidden: tuple[str, ...]) -> None:
-    """Services pay for no torch and no Celery, and a worker loads torch with its first model."""
+    """Services pay for no torch, no Celery and no settings; a worker loads torch with its first model."""
     code = f"import sys, {module}; print(*sorted(sys.modules.keys() & {set(forbidden)!r}))"
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
 

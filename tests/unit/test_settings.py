@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from penstock.errors import ConfigError
-from penstock.settings import (
+from penstock_workers.settings import (
     Loaded,
     Settings,
     effective_values,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from penstock.errors import ConfigError, WorkerError, rebuild_error
-from penstock.settings import load_settings
 from penstock.urls import mask_url
+from penstock_workers.settings import load_settings
 
 
 def refused(config: Path | None = None, **given: dict[str, str]) -> str:

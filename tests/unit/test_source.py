@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from penstock.errors import ModelLoadError
-from penstock.settings import ModelSettings
 from penstock_workers.checkpoint.source import resolve_source
+from penstock_workers.settings import ModelSettings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

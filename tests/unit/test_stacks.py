@@ -12,7 +12,6 @@ import pytest
 
 from penstock import Client
 from penstock.errors import BrokerUnavailableError, ConfigError
-from penstock.settings import load_settings
 from penstock.stacks import (
     RunningStack,
     announced,
@@ -25,6 +24,7 @@ from penstock.stacks import (
     without_login,
 )
 from penstock_workers.running_stack import load_with_stack
+from penstock_workers.settings import load_settings
 
 STACK = RunningStack(
     pid=4711,

@@ -9,7 +9,6 @@ import click
 
 from penstock.errors import BrokerUnavailableError, ConfigError, PenstockError
 from penstock.request import PoolName
-from penstock.settings import RedisSettings
 from penstock.stacks import tell_elsewhere
 from penstock_workers.command.config import config
 from penstock_workers.command.dead import dead
@@ -19,6 +18,7 @@ from penstock_workers.command.stack import require_engines
 from penstock_workers.command.status import status
 from penstock_workers.command.up import up
 from penstock_workers.command.worker import worker
+from penstock_workers.settings import RedisSettings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -10,7 +10,7 @@ from typing import Any
 from flower.app import Flower
 from tornado.web import ErrorHandler
 
-from penstock.settings import is_loopback
+from penstock_workers.settings import is_loopback
 
 
 def guard() -> None:

@@ -8,8 +8,8 @@ from redis.exceptions import ResponseError
 from penstock.connections import connect_sync
 from penstock.errors import ConfigError
 from penstock.refusals import UnsuitableServerError, in_words
-from penstock.settings import Settings
 from penstock.urls import mask_url
+from penstock_workers.settings import Settings
 
 _ANSWER_S: Final = 5.0
 

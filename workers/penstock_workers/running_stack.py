@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from penstock.settings import Loaded, load_settings
 from penstock.stacks import RunningStack, choose_stack, find_stacks, stack_of
+from penstock_workers.settings import Loaded, load_settings
 
 
 class WithStack(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from penstock.errors import ModelLoadError
 from penstock.request import Task
-from penstock.settings import ModelSettings
 from penstock_workers.checkpoint.source import read_json
+from penstock_workers.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from penstock.errors import ModelLoadError
-from penstock.settings import ModelSettings
 from penstock_workers.bundled import bundled_folder
+from penstock_workers.settings import ModelSettings
 
 BUNDLED = "bundled:"
 

@@ -9,10 +9,10 @@ from typing import Final
 
 from penstock.errors import ConfigError, ModelLoadError
 from penstock.request import PoolName
-from penstock.settings import AUTO, ModelSettings, Settings
 from penstock_workers.checkpoint.source import resolve_source
 from penstock_workers.hardware.machine import Machine
 from penstock_workers.hardware.threads import choose_threads, on_gpus, share_of_cores
+from penstock_workers.settings import AUTO, ModelSettings, Settings
 
 POOLS: Final[tuple[PoolName, ...]] = ("gpu", "cpu")
 PER_GPU: Final = 4

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import click
 
-from penstock.settings import AUTO, Settings, effective_values, sample_environment
 from penstock_workers.command.capacity import choose_layouts
 from penstock_workers.command.deployment import Deployment, deployment_options
 from penstock_workers.command.stack import has_engines
 from penstock_workers.hardware.machine import read_machine
+from penstock_workers.settings import AUTO, Settings, effective_values, sample_environment
 
 
 @click.group()

@@ -16,10 +16,10 @@ from penstock.client import AsyncClient
 from penstock.conversation import Message
 from penstock.errors import PenstockError, WorkerError
 from penstock.result import Vectors
-from penstock.settings import Loaded
 from penstock_workers.command.stack import WORKERS_STAGE, Stack, plan_stack
 from penstock_workers.command.status import judge
 from penstock_workers.command.supervisor import StackEndedError, Supervisor
+from penstock_workers.settings import Loaded
 
 READY_WITHIN_S: Final = 600.0
 MAX_CHARACTERS: Final = 600

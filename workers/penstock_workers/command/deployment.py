@@ -7,10 +7,10 @@ from typing import Any
 import click
 
 from penstock.errors import ConfigError
-from penstock.settings import CONFIG_VARIABLE, Loaded, load_settings, variable_name
 from penstock.stacks import RunningStack
 from penstock.urls import mask_url
 from penstock_workers.running_stack import load_with_stack
+from penstock_workers.settings import CONFIG_VARIABLE, Loaded, load_settings, variable_name
 
 
 class Deployment:

@@ -33,10 +33,10 @@ from penstock.request import Priority
 from penstock.result_store import END_JOB, SENT, end_job_arguments
 from penstock.routing import predict
 from penstock.scripts import script
-from penstock.settings import Settings
 from penstock_workers.command.deployment import Deployment, deployment_options
 from penstock_workers.delivery.leases import LEASE_S
 from penstock_workers.delivery.purge import purge
+from penstock_workers.settings import Settings
 
 PRIORITIES: Final = (0, 3, 6, 9)
 """The levels of kombu. Our clients send no 9; others may."""

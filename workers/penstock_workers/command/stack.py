@@ -15,7 +15,6 @@ from typing import Final
 from penstock.errors import ConfigError
 from penstock.keys import queue_name
 from penstock.request import PoolName
-from penstock.settings import CONFIG_VARIABLE, Loaded, Settings, variable_name
 from penstock.stacks import RunningStack, check_private, stack_at, with_login, without_login
 from penstock_workers.celery_variables import refuse_variables
 from penstock_workers.command.capacity import Layout, choose_layouts
@@ -30,6 +29,7 @@ from penstock_workers.command.local_redis import (
 )
 from penstock_workers.hardware.machine import read_machine
 from penstock_workers.hardware.threads import on_gpus, thread_variables
+from penstock_workers.settings import CONFIG_VARIABLE, Loaded, Settings, variable_name
 
 DEFAULT_PORT: Final = 6379
 WORKERS_STAGE: Final = 1

@@ -15,10 +15,10 @@ import click
 from penstock.client import AsyncClient
 from penstock.errors import PenstockError
 from penstock.registry import ALIVE_S, Registry, WorkerInfo
-from penstock.settings import Settings
 from penstock.urls import mask_url
 from penstock_workers.command.deployment import Deployment, deployment_options
 from penstock_workers.preflight import check_servers
+from penstock_workers.settings import Settings
 
 _POLL_S: Final = 0.5
 

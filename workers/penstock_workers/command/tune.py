@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from penstock.errors import ConfigError, PenstockError, WorkerError
 from penstock.request import EmbedRequest, PoolName
-from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.engine import Job
 from penstock_workers.command.capacity import Layout, find_gpus, process_bytes
 from penstock_workers.hardware.machine import pss_bytes, read_machine
 from penstock_workers.hardware.threads import on_gpus, share_of_cores, thread_variables
 from penstock_workers.serving.loading import batches_at_once, cut_texts
+from penstock_workers.settings import ModelSettings, Settings
 
 if TYPE_CHECKING:  # torch loads in the processes that compute
     import numpy as np

@@ -11,7 +11,6 @@ from typing import Any, Final
 import click
 
 from penstock.errors import ConfigError
-from penstock.settings import Settings
 from penstock.stacks import announced, find_stacks, without_login
 from penstock.urls import mask_url
 from penstock_workers.command.deployment import Deployment, deployment_options
@@ -19,6 +18,7 @@ from penstock_workers.command.stack import WORKERS_STAGE, Stack, plan_stack
 from penstock_workers.command.status import wait_for_workers
 from penstock_workers.command.supervisor import Supervisor, write_line
 from penstock_workers.preflight import check_servers
+from penstock_workers.settings import Settings
 
 DATA_FOLDER: Final = Path(".penstock")
 

@@ -12,7 +12,6 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from penstock.errors import ModelLoadError
-from penstock.settings import ModelSettings
 from penstock_workers.embedding.bert_c import BertC
 from penstock_workers.embedding.bert_gpu import BertGpu
 from penstock_workers.embedding.bfloat16 import Bfloat16
@@ -26,6 +25,7 @@ from penstock_workers.embedding.probe import Probe
 from penstock_workers.embedding.tokenizing import FOREIGN, Encoded
 from penstock_workers.embedding.way import Way
 from penstock_workers.hardware.device import has_fast_bfloat16, name_device
+from penstock_workers.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
 

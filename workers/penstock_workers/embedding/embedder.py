@@ -13,7 +13,6 @@ from sentence_transformers import SentenceTransformer
 
 from penstock.errors import EngineError, InvalidOptionError, ModelLoadError, OutOfMemoryError, PenstockError
 from penstock.request import EmbedRequest
-from penstock.settings import ModelSettings
 from penstock.validation import describe
 from penstock_workers.checkpoint.checks import check_files
 from penstock_workers.checkpoint.failures import explained
@@ -29,6 +28,7 @@ from penstock_workers.embedding.positions import fit_positions
 from penstock_workers.embedding.probe import Probe, probe_texts
 from penstock_workers.embedding.tokenizing import FOREIGN, Encoded, TextTokenizer
 from penstock_workers.embedding.way import Way, WayName, compute
+from penstock_workers.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
 

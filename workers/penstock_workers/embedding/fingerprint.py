@@ -7,7 +7,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
-from penstock.settings import ModelSettings
+from penstock_workers.settings import ModelSettings
 
 
 def hash_model(model: SentenceTransformer, settings: ModelSettings) -> str:

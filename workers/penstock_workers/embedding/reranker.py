@@ -12,7 +12,6 @@ from sentence_transformers import CrossEncoder
 
 from penstock.errors import EngineError, ModelLoadError, OutOfMemoryError, PenstockError
 from penstock.request import RerankRequest
-from penstock.settings import ModelSettings
 from penstock_workers.checkpoint.checks import check_files
 from penstock_workers.checkpoint.failures import explained
 from penstock_workers.checkpoint.source import resolve_source
@@ -21,6 +20,7 @@ from penstock_workers.embedding.bfloat16 import use_bfloat16
 from penstock_workers.embedding.collating import PaddedCollator, check_vocabulary, set_padding
 from penstock_workers.embedding.positions import fit_positions
 from penstock_workers.embedding.tokenizing import AT_ONCE, Encoded
+from penstock_workers.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 from transformers import PreTrainedTokenizerBase
 
 from penstock.errors import ModelLoadError
-from penstock.settings import ModelSettings
 from penstock_workers.checkpoint.source import read_json
+from penstock_workers.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
 

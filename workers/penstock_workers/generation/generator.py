@@ -11,7 +11,6 @@ from transformers.utils import logging as transformers_logging
 from penstock.conversation import Message
 from penstock.errors import InvalidOptionError, InvalidTextError, ModelLoadError, PenstockError
 from penstock.request import GenerateRequest, GenerationOptions
-from penstock.settings import ModelSettings
 from penstock_workers.batching.engine import Answer
 from penstock_workers.checkpoint.failures import explained
 from penstock_workers.checkpoint.source import resolve_source
@@ -29,6 +28,7 @@ from penstock_workers.generation.thinking import Stage
 from penstock_workers.generation.truncation import fit
 from penstock_workers.generation.vocabulary import Vocabulary
 from penstock_workers.hardware.device import free_bytes
+from penstock_workers.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
 

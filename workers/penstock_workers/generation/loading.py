@@ -15,12 +15,12 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from penstock.errors import ModelLoadError
-from penstock.settings import ModelSettings
 from penstock_workers.checkpoint.checks import check_files
 from penstock_workers.checkpoint.memory import cache_bytes, check_memory, weights_bytes
 from penstock_workers.checkpoint.weights import reading
 from penstock_workers.generation.chat_templates import choose_template
 from penstock_workers.hardware.device import has_fast_bfloat16, torch_dtype
+from penstock_workers.settings import ModelSettings
 
 _UNBOUNDED_TOKENS = 2048  # what Bloom and Mamba were trained on; such models name no limit
 _MANY_PARAMETERS = 500_000_000

@@ -10,9 +10,9 @@ import torch
 
 from penstock.errors import ModelLoadError
 from penstock.request import PoolName
-from penstock.settings import Dtype
 from penstock_workers.hardware import machine
 from penstock_workers.hardware.machine import cpu_flags
+from penstock_workers.settings import Dtype
 
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 

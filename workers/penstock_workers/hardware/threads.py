@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import Final
 
 from penstock.request import PoolName
-from penstock.settings import AUTO, ModelSettings, Settings
 from penstock_workers.hardware.machine import Machine
+from penstock_workers.settings import AUTO, ModelSettings, Settings
 
 MAX_THREADS: Final = 4
 """Threads of a process that generates: a decode step waits for memory, which few cores saturate.

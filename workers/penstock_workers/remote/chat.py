@@ -9,7 +9,6 @@ from typing import Any, Final, Self
 from penstock.conversation import ToolCall
 from penstock.errors import IncompleteOutputError, InvalidFormatError, InvalidOptionError, UpstreamError
 from penstock.request import GenerateRequest, GenerationOptions
-from penstock.settings import ModelSettings
 from penstock_workers.batching.engine import Answer, Thought
 from penstock_workers.remote.answer import (
     FINISH,
@@ -25,6 +24,7 @@ from penstock_workers.remote.faults import Fault
 from penstock_workers.remote.server import Server
 from penstock_workers.remote.token_estimates import share_out
 from penstock_workers.remote.upstream import Upstream
+from penstock_workers.settings import ModelSettings
 
 DEFAULTS: Final = GenerationOptions(max_new_tokens=256, truncation="error")
 _TURN_TOKENS: Final = 4  # around what is said in a turn

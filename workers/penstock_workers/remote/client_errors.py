@@ -14,11 +14,11 @@ from penstock.errors import (
     UpstreamRefusedError,
     UpstreamUnavailableError,
 )
-from penstock.settings import RemoteSettings
 from penstock_workers.remote.endpoint import Endpoint
 from penstock_workers.remote.faults import Fault
 from penstock_workers.remote.rate_headers import read_delay
 from penstock_workers.remote.upstream import MAX_LOADING_S
+from penstock_workers.settings import RemoteSettings
 
 _HINTS: Final = {
     401: "the token is not accepted",

@@ -20,7 +20,6 @@ from penstock.errors import (
     UpstreamError,
     UpstreamUnavailableError,
 )
-from penstock.settings import RemoteSettings
 from penstock_workers.batching.engine import Job, Listen, TryLaterError
 from penstock_workers.batching.model_thread import ModelThread
 from penstock_workers.batching.work import PATIENCE_S, Work, stretch
@@ -30,6 +29,7 @@ from penstock_workers.remote.faults import Fault
 from penstock_workers.remote.in_flight import Call, InFlight
 from penstock_workers.remote.permits import RESERVE_S, Permits
 from penstock_workers.remote.upstream import Permit, Upstream
+from penstock_workers.settings import RemoteSettings
 
 logger = logging.getLogger(__name__)
 

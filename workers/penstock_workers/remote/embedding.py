@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from penstock.errors import InvalidOptionError, ModelLoadError, PenstockError, UpstreamError
 from penstock.request import EmbedRequest
-from penstock.settings import ModelSettings
 from penstock.validation import describe
 from penstock_workers.embedding.int8_ranges import read_ranges
 from penstock_workers.remote.backlog import Limits
@@ -27,6 +26,7 @@ from penstock_workers.remote.faults import Fault
 from penstock_workers.remote.server import CONNECT_S, Server
 from penstock_workers.remote.token_estimates import share_out
 from penstock_workers.remote.upstream import Upstream
+from penstock_workers.settings import ModelSettings
 
 START_S: Final = 60.0
 """How long the start waits for a server that has to be asked for the width of its vectors."""

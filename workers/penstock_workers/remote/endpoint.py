@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants
 
 from penstock.errors import ModelLoadError
-from penstock.settings import PROVIDER, ModelSettings
+from penstock_workers.settings import PROVIDER, ModelSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,6 @@ import redis
 
 from penstock.connections import connect
 from penstock.errors import ModelLoadError
-from penstock.settings import ModelSettings, RemoteSettings, is_loopback
 from penstock_workers.remote.backlog import Limits
 from penstock_workers.remote.client_errors import ClientErrors
 from penstock_workers.remote.endpoint import Endpoint
@@ -26,6 +25,7 @@ from penstock_workers.remote.faults import Fault
 from penstock_workers.remote.rate_headers import read_spent
 from penstock_workers.remote.token_estimates import TokenEstimate
 from penstock_workers.remote.upstream import Upstream
+from penstock_workers.settings import ModelSettings, RemoteSettings, is_loopback
 
 logger = logging.getLogger(__name__)
 for chatty in ("httpx2", "httpcore2", "openai"):  # a line for each request, and texts in those for debugging

@@ -20,8 +20,8 @@ import redis.asyncio as aioredis
 from penstock.bucket import Bucket, take, take_arguments
 from penstock.keys import BUCKET_PREFIX, UPSTREAM_PREFIX
 from penstock.scripts import script
-from penstock.settings import RateLimit
 from penstock_workers.remote.faults import Fault
+from penstock_workers.settings import RateLimit
 
 RATE_SHARE: Final = 0.97
 BURST_SHARE: Final = 0.02

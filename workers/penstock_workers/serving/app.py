@@ -13,7 +13,6 @@ from kombu.serialization import register
 from penstock.errors import WorkerLostError
 from penstock.keys import queue_name, split_queue
 from penstock.records import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
-from penstock.settings import Settings
 from penstock_workers.background import lost
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.delivery.callbacks import Callbacks
@@ -28,6 +27,7 @@ from penstock_workers.serving.lifecycle import Lifecycle
 from penstock_workers.serving.models import Serving
 from penstock_workers.serving.streams import Streams
 from penstock_workers.serving.tasks import register_tasks
+from penstock_workers.settings import Settings
 
 POOL: Final = f"{TaskPool.__module__}:{TaskPool.__name__}"
 

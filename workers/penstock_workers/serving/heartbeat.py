@@ -21,11 +21,11 @@ from penstock.keys import WORKERS_KEY, queue_name
 from penstock.refusals import in_words
 from penstock.registry import BEAT, HEARTBEAT_S, Announcement, WorkerInfo, WorkerState
 from penstock.request import PoolName
-from penstock.settings import Settings
 from penstock.urls import announce_results
 from penstock_workers.background import Background, lost
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.serving.models import Serving
+from penstock_workers.settings import Settings
 
 logger = logging.getLogger(__name__)
 

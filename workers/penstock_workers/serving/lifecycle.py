@@ -18,7 +18,6 @@ from penstock.errors import ConfigError, ModelLoadError
 from penstock.identity import process_token
 from penstock.keys import queue_name
 from penstock.request import PoolName
-from penstock.settings import Settings
 from penstock_workers.hardware.machine import read_machine
 from penstock_workers.hardware.threads import choose_threads, thread_variables
 from penstock_workers.preflight import check_servers
@@ -27,6 +26,7 @@ from penstock_workers.serving.heartbeat import Heartbeat
 from penstock_workers.serving.loading import load_model
 from penstock_workers.serving.models import Serving
 from penstock_workers.serving.writable_folders import settle_folders
+from penstock_workers.settings import Settings
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from penstock.errors import ModelLoadError
 from penstock.registry import ModelInfo
-from penstock.settings import ModelSettings, Settings
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import Cut, cut_by_tokens
 from penstock_workers.batching.engine import A, Feed, I, StreamingFeed
@@ -22,6 +21,7 @@ from penstock_workers.serving.models import (
     Vector,
 )
 from penstock_workers.serving.vector_cache import VectorCache
+from penstock_workers.settings import ModelSettings, Settings
 
 if TYPE_CHECKING:  # torch loads with the first model, not with the app
     import torch

@@ -12,12 +12,12 @@ from penstock.errors import UnknownModelError, WrongTaskError
 from penstock.registry import ModelInfo
 from penstock.request import EmbedRequest, GenerateRequest, Request, RerankRequest, Task
 from penstock.result import Usage
-from penstock.settings import MODEL_NAME, Settings
 from penstock.validation import describe
 from penstock_workers.batching.engine import Answer, Feed, HasTokens, StreamingFeed
 from penstock_workers.batching.rate import Ratio
 from penstock_workers.batching.turns import Device, Turn
 from penstock_workers.serving.vector_cache import VectorCache
+from penstock_workers.settings import MODEL_NAME, Settings
 
 DEFAULT_SHARES: Final[Mapping[Task, float]] = {"embed": 2.0, "generate": 1.0, "rerank": 2.0}
 """Shares of models that name none: texts take milliseconds each, and callers wait for all of theirs."""

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from penstock.connections import connect_sync
 from penstock.keys import VECTORS_KEY
 from penstock.scripts import script
-from penstock.settings import CacheSettings
+from penstock_workers.settings import CacheSettings
 
 logger = logging.getLogger(__name__)
 
