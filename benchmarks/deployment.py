@@ -14,8 +14,8 @@ from penstock.errors import BrokerUnavailableError
 from penstock.request import PoolName
 from penstock_workers.command.capacity import choose_layouts
 from penstock_workers.command.local_redis import free_port, local_redis_command, wait_until_ready
+from penstock_workers.configuration import load_settings
 from penstock_workers.hardware.machine import read_machine
-from penstock_workers.settings import load_settings
 
 AUTO = '"auto"'
 START_LIMIT_S = 300

@@ -27,11 +27,11 @@ from penstock.request import EmbedRequest
 from penstock.routing import TOKENS_PER_CHARACTER
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
+from penstock_workers.configuration import load_settings
 from penstock_workers.serving.app import build_app
 from penstock_workers.serving.heartbeat import Heartbeat
 from penstock_workers.serving.lifecycle import Lifecycle
 from penstock_workers.serving.models import Served
-from penstock_workers.settings import load_settings
 from tests.announced import model
 
 MODEL = "light"

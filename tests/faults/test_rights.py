@@ -16,8 +16,8 @@ import penstock
 from penstock import Client, JobCancelledError, JobState, PenstockError
 from penstock.keys import DEAD_KEY
 from penstock_workers.command.local_redis import free_port, wait_until_ready
+from penstock_workers.configuration import load_settings
 from penstock_workers.serving.app import build_app
-from penstock_workers.settings import load_settings
 from tests.deployment import BUNDLED, ROOT, Server, WorkerProcess, server_command
 from tests.eventually import eventually
 from tests.faults.fleet import message

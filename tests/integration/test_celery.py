@@ -17,8 +17,9 @@ from penstock import Client, InvalidMessageError, Job, JobCancelledError, Result
 from penstock.keys import record_key
 from penstock.records import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock_workers.command.status import read_status
+from penstock_workers.configuration import load_settings
 from penstock_workers.delivery.callbacks import MAX_SIGNATURES
-from penstock_workers.settings import Settings, load_settings
+from penstock_workers.settings import Settings
 from tests.deployment import ROOT, Server, WorkerProcess
 from tests.eventually import eventually
 from tests.integration.ordinary_app import CALLS

@@ -19,8 +19,8 @@ from penstock import (
 )
 from penstock.errors import error_classes
 from penstock_workers.command.local_redis import free_port
+from penstock_workers.configuration import load_settings
 from penstock_workers.serving.app import build_app
-from penstock_workers.settings import load_settings
 from tests.deployment import BUNDLED, Server, WorkerProcess
 
 TOML = BUNDLED.replace("[models.minilm]", "[models.patient]").split("[models.chat]")[0]

@@ -16,8 +16,9 @@ from penstock.scripts import NO_LIMITS, script
 from penstock_workers.cli import cli
 from penstock_workers.command.local_redis import free_port
 from penstock_workers.command.queues import DeadJob, Queues
+from penstock_workers.configuration import load_settings
 from penstock_workers.delivery.polling import pop_arguments
-from penstock_workers.settings import Settings, load_settings
+from penstock_workers.settings import Settings
 from tests.deployment import BUNDLED, Server
 from tests.eventually import eventually
 from tests.faults.fleet import message

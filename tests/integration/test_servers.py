@@ -15,8 +15,9 @@ import redis
 from penstock import BrokerRefusedError, Client
 from penstock.errors import ConfigError
 from penstock_workers.command.local_redis import free_port
+from penstock_workers.configuration import load_settings
 from penstock_workers.preflight import check_servers
-from penstock_workers.settings import Settings, load_settings
+from penstock_workers.settings import Settings
 from tests.deployment import BUNDLED, ROOT, Server, server_command
 from tests.eventually import eventually
 

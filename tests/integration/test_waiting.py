@@ -15,10 +15,10 @@ from penstock import Client, QueueDelayError, RateLimitError
 from penstock.keys import MODELS_KEY, TENANTS_KEY, WORKERS_KEY, queue_key
 from penstock.scripts import NO_LIMITS, script
 from penstock_workers.command.queues import Queues
+from penstock_workers.configuration import load_settings
 from penstock_workers.delivery.leases import Leases
 from penstock_workers.delivery.polling import pop_arguments
 from penstock_workers.delivery.process import HOOKS
-from penstock_workers.settings import load_settings
 from tests import announced
 from tests.deployment import Server
 from tests.eventually import eventually

@@ -16,8 +16,9 @@ from penstock_workers.command.capacity import (
     process_bytes,
 )
 from penstock_workers.command.tune import candidates
+from penstock_workers.configuration import load_settings
 from penstock_workers.hardware.machine import Machine, read_machine
-from penstock_workers.settings import Settings, load_settings
+from penstock_workers.settings import Settings
 
 MINILM = {"task": "embed", "source": "bundled:minilm"}
 CHAT = {"task": "generate", "source": "bundled:tiny-chat"}

@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 from penstock_workers.cli import cli, main
 from penstock_workers.command.deployment import Deployment
 from penstock_workers.command.local_redis import free_port
-from penstock_workers.settings import load_settings, sample_environment, variable_name
+from penstock_workers.configuration import load_settings, sample_environment, variable_name
 
 CLOSED = "redis.broker_url=redis://:hush@127.0.0.1:{}/0"
 

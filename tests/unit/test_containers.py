@@ -29,13 +29,8 @@ from penstock.registry import HEARTBEAT_S
 from penstock_workers.cli import cli
 from penstock_workers.command.local_redis import free_port, is_ready, local_redis_command, wait_until_ready
 from penstock_workers.command.stack import worker_queues
-from penstock_workers.settings import (
-    CONFIG_VARIABLE,
-    Settings,
-    load_settings,
-    sample_environment,
-    variable_name,
-)
+from penstock_workers.configuration import CONFIG_VARIABLE, load_settings, sample_environment, variable_name
+from penstock_workers.settings import Settings
 from tests.eventually import eventually
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 from penstock.errors import error_classes
 from penstock_workers.cli import cli
-from penstock_workers.settings import ModelSettings, Settings, TenantSettings, load_settings
+from penstock_workers.configuration import load_settings
+from penstock_workers.settings import ModelSettings, Settings, TenantSettings
 from tests.documents import PAGES, ROOT, blocks, commands, headings, links, name
 
 RUN = [page for page in PAGES if page.name not in ("design.md", "CHANGELOG.md")]

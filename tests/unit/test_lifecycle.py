@@ -7,8 +7,8 @@ from celery.concurrency.solo import TaskPool as SoloPool
 from celery.concurrency.thread import TaskPool as ThreadPool
 
 from penstock.errors import ConfigError
+from penstock_workers.configuration import load_settings
 from penstock_workers.serving.lifecycle import choose_models, refuse_forks
-from penstock_workers.settings import load_settings
 
 MODELS: dict[str, Any] = {
     "minilm": {"task": "embed", "source": "a", "pools": ["gpu", "cpu"]},

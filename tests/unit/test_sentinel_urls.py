@@ -9,9 +9,10 @@ from penstock.connections import connect, connect_sync
 from penstock.errors import ConfigError
 from penstock.sentinel_urls import SentinelUrl
 from penstock.urls import announce_results, locate_results, mask_url
+from penstock_workers.configuration import effective_values, load_settings
 from penstock_workers.delivery.celery_urls import celery_url, first_url, result_backend, transport_options
 from penstock_workers.serving.app import build_app
-from penstock_workers.settings import Settings, effective_values, load_settings
+from penstock_workers.settings import Settings
 
 PLAIN = "sentinel://a,b:26380/0?master_name=main"
 FULL = "sentinel://me:p%40ss@a:1,b:2,c/3?master_name=main&sentinel_password=hu%26sh"

@@ -11,7 +11,7 @@ import pytest
 
 from penstock.errors import ConfigError
 from penstock_workers.command.stack import Stack, plan_stack, worker_command, worker_queues
-from penstock_workers.settings import load_settings
+from penstock_workers.configuration import load_settings
 
 MODELS: dict[str, Any] = {
     "minilm": {"task": "embed", "source": "a", "pools": ["gpu", "cpu"]},

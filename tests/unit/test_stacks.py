@@ -23,8 +23,8 @@ from penstock.stacks import (
     with_password,
     without_login,
 )
+from penstock_workers.configuration import load_settings
 from penstock_workers.running_stack import load_with_stack
-from penstock_workers.settings import load_settings
 
 STACK = RunningStack(
     pid=4711,

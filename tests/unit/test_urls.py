@@ -9,8 +9,8 @@ from redis.connection import parse_url
 from penstock import AsyncClient, Client, ConfigError
 from penstock.connections import connect, connect_sync
 from penstock.urls import mask_url, plain_url
+from penstock_workers.configuration import load_settings
 from penstock_workers.serving.app import build_app
-from penstock_workers.settings import load_settings
 
 # Each with the form that all libraries are given.
 READ = [

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from penstock.stacks import RunningStack, choose_stack, find_stacks, stack_of
-from penstock_workers.settings import Loaded, load_settings
+from penstock_workers.configuration import Loaded, load_settings
 
 
 class WithStack(NamedTuple):

@@ -1,42 +1,17 @@
-"""The deployment: one TOML file, overridden by `PENSTOCK_*` variables, overridden by arguments.
+"""What can be set of a deployment: each value with its range, its default and what it means."""
 
-Read once at an entry point and passed on; nothing else reads the environment, except for a remote model's
-token, which is read where it is sent from.
-"""
-
-import difflib
 import ipaddress
-import json
-import os
 import re
-import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
+from typing import Annotated, Final, Literal
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    SecretStr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
-from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, SecretStr, ValidationInfo, field_validator
 
-from penstock.errors import ConfigError
 from penstock.request import TENANT, GenerationOptions, PoolName, Task
 from penstock.stacks import with_password
-from penstock.urls import mask_url, plain_url
+from penstock.urls import plain_url
 
-PREFIX = "PENSTOCK_"
-ARGUMENT = "argument"
-CONFIG_VARIABLE = "PENSTOCK_CONFIG"
-_SEPARATOR = "__"
 PROVIDER: Final = "provider:"
 """What a remote source begins with that is one of Hugging Face's Inference Providers."""
 MODEL_NAME = re.compile(r"[a-z0-9]([a-z0-9-]|_(?!_)){0,63}")
@@ -65,11 +40,13 @@ Processes = Annotated[Count, _count_from(0)]
 Threads = Annotated[Count, _count_from(1)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A table of the deployment's file; an unknown key is an error."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class RedisSettings(_Section):
+class RedisSettings(Section):
     """Where jobs wait and where results are kept."""
 
     broker_url: str = "redis://127.0.0.1:6379/0"
@@ -100,7 +77,7 @@ class RedisSettings(_Section):
         return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:{quote(secret, safe='')}@{host}"))
 
 
-class CpuPool(_Section):
+class CpuPool(Section):
     """Worker processes on CPUs."""
 
     device: Literal["cpu"] = "cpu"
@@ -122,14 +99,14 @@ class GpuPool(CpuPool):
     """Threads in each process, which tokenize; auto: the cores over the processes, four at most."""
 
 
-class Pools(_Section):
+class Pools(Section):
     """Workers on one kind of hardware each."""
 
     cpu: CpuPool = CpuPool()
     gpu: GpuPool = GpuPool()
 
 
-class CacheSettings(_Section):
+class CacheSettings(Section):
     """Vectors of one model that are kept in the result store."""
 
     ttl_s: int = Field(default=7 * 86400, ge=1, le=365 * 86400)
@@ -140,7 +117,7 @@ class CacheSettings(_Section):
     """Format they are kept in; float16 halves them, at about three decimal digits."""
 
 
-class RateLimit(_Section):
+class RateLimit(Section):
     """What all workers together may ask of a remote model; they pace themselves to 97 % of it."""
 
     requests_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -149,7 +126,7 @@ class RateLimit(_Section):
     """Tokens of texts, prompts and answers; none: no limit is known."""
 
 
-class RemoteSettings(_Section):
+class RemoteSettings(Section):
     """How a remote model is asked."""
 
     model: str | None = Field(default=None, min_length=1)
@@ -179,26 +156,6 @@ class RemoteSettings(_Section):
             raise ValueError("the name of a variable, in upper case")
         return name
 
-    def token(self, environ: Mapping[str, str] = os.environ) -> SecretStr | None:
-        """Read the token; None where none is named.
-
-        Raises:
-            ValueError: the variable or the file is not there, or holds nothing; says which.
-        """
-        if self.token_env is not None:
-            where, text = f"token_env: {self.token_env}", environ.get(self.token_env, "")
-        elif self.token_file is not None:
-            where = f"token_file: {self.token_file}"
-            try:
-                text = self.token_file.read_text()
-            except (OSError, UnicodeError) as error:
-                raise ValueError(f"{where}: {type(error).__name__}") from None
-        else:
-            return None
-        if not (text.strip().isascii() and text.strip().isprintable() and text.strip()):
-            raise ValueError(f"{where} is not set, or holds no token")
-        return SecretStr(text.strip())
-
 
 def is_loopback(host: str) -> bool:
     """Say whether a host is this machine for sure, by its name or address."""
@@ -208,7 +165,7 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """One model that the workers serve."""
 
     task: Task
@@ -281,7 +238,7 @@ class ModelSettings(_Section):
 
     @field_validator("remote", "rate_limit")
     @classmethod
-    def _belongs_to_remote(cls, section: _Section, info: ValidationInfo) -> _Section:
+    def _belongs_to_remote(cls, section: Section, info: ValidationInfo) -> Section:
         if info.data.get("engine") != "remote":
             raise ValueError('of models with engine = "remote" only')
         has_many = str(info.data.get("source")).startswith(PROVIDER)
@@ -325,7 +282,7 @@ class ModelSettings(_Section):
         return GenerationOptions.model_validate(value, strict=False)
 
 
-class TenantSettings(_Section):
+class TenantSettings(Section):
     """What one tenant may have of every queue."""
 
     share: float = Field(default=1.0, gt=0, le=1000)
@@ -338,7 +295,7 @@ class TenantSettings(_Section):
         return f"{self.share:g} {(self.tokens_per_minute or 0) / 60:g}"
 
 
-class WorkerSettings(_Section):
+class WorkerSettings(Section):
     """What all worker processes share."""
 
     jobs_in_flight: int = Field(default=32, ge=1, le=1024)
@@ -370,7 +327,7 @@ class WorkerSettings(_Section):
         return names
 
 
-class FlowerSettings(_Section):
+class FlowerSettings(Section):
     """The monitoring page that `penstock up` starts."""
 
     address: str = "127.0.0.1"
@@ -379,16 +336,8 @@ class FlowerSettings(_Section):
     """Port it listens on; 0 starts none."""
 
 
-class Settings(BaseSettings):
-    """A deployment. Read with `load_settings`."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        env_nested_delimiter=_SEPARATOR,
-        env_ignore_empty=True,
-        extra="forbid",
-        frozen=True,
-    )
+class Settings(Section):
+    """A deployment; `configuration.load_settings` reads one."""
 
     redis: RedisSettings = RedisSettings()
     pools: Pools = Pools()
@@ -411,19 +360,6 @@ class Settings(BaseSettings):
             raise ValueError(f"names {wrong}: up to 64 of a-z A-Z 0-9 . _ @ -")
         return tenants
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take what `load_settings` merged, and nothing behind its back."""
-        del settings_cls, env_settings, dotenv_settings, file_secret_settings
-        return (init_settings,)
-
     @property
     def broker_url(self) -> str:
         """The broker's URL with its password: for connections, never for a log.
@@ -436,224 +372,3 @@ class Settings(BaseSettings):
     def results_url(self) -> str:
         """The result store's URL with its password, as the broker's: for connections, never for a log."""
         return with_password(self.redis.with_password(self.redis.results_url))
-
-
-class Loaded(NamedTuple):
-    """Settings, and where each value came from.
-
-    Attributes:
-        settings: the checked values.
-        origins: dotted key -> `argument`, `PENSTOCK_...` or the file's path; no entry is a default.
-    """
-
-    settings: Settings
-    origins: Mapping[str, str]
-
-
-def load_settings(
-    config: Path | None = None,
-    *,
-    arguments: Mapping[str, str] | None = None,
-    environ: Mapping[str, str] = os.environ,
-) -> Loaded:
-    """Read file, variables and arguments, the later ones winning.
-
-    Args:
-        config: a TOML file; None takes `PENSTOCK_CONFIG`, and where that is not set, none.
-        arguments: dotted key -> text from a command line; read as the variable of that key would be.
-        environ: the process' environment.
-
-    Raises:
-        ConfigError: everything that is wrong, one line each: where, key, value, what is allowed.
-    """
-    path = config or (Path(environ[CONFIG_VARIABLE]) if environ.get(CONFIG_VARIABLE) else None)
-    from_arguments = {variable_name(key): text for key, text in (arguments or {}).items()}
-    given = {name.upper() for name in environ if name.upper().startswith(PREFIX)} - {CONFIG_VARIABLE}
-    problems = [*_misspelled(given), *(f"{ARGUMENT}: {line}" for line in _misspelled(from_arguments))]
-    merged: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for origin, values in _sources(path, from_arguments, environ):
-        _merge(merged, values)
-        for key, _ in flatten(values):
-            origins[key] = variable_name(key) if origin == PREFIX else origin
-    try:
-        settings = Settings(**merged)
-        settings.redis.with_password(settings.redis.broker_url)
-    except ValidationError as error:
-        raise ConfigError([*problems, *_explain(error, origins)]) from None
-    except (OSError, ValueError) as error:  # the error's text may hold the password
-        origin = _origin("redis.password_file", origins)
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        problems.append(f"{origin}: redis.password_file: {reason}")
-    if problems:
-        raise ConfigError(problems)
-    return Loaded(settings, origins)
-
-
-def _explain(error: ValidationError, origins: Mapping[str, str]) -> Iterator[str]:
-    details = error.errors(include_url=False)
-    for detail in details:
-        key = ".".join(map(str, detail["loc"]))
-        origin = _origin(key, origins)
-        if detail["type"] == "extra_forbidden":
-            if origin != ARGUMENT and not origin.startswith(PREFIX):  # else told as a misspelled variable
-                yield f"{origin}: {key}: {_unknown_key(detail['loc'])}"
-            continue
-        if detail["type"] == "too_short" and any(len(d["loc"]) > len(detail["loc"]) for d in details):
-            continue  # pydantic counts the items that were right
-        yield f"{origin}: {key}{_quote(key, detail['type'], detail['input'])}: {_plain(detail['msg'])}"
-
-
-def _origin(key: str, origins: Mapping[str, str]) -> str:
-    """Return where a value came from: its own entry, one below it, or the nearest beside it."""
-    while key:
-        if key in origins:
-            return origins[key]
-        for known, origin in origins.items():
-            if known.startswith(f"{key}."):
-                return origin
-        key = key.rpartition(".")[0]
-    return "default"
-
-
-def _quote(key: str, kind: str, value: object) -> str:
-    # Only what is known to be no secret: a password may stand under a misspelled key, or in half a URL.
-    if (
-        kind in ("extra_forbidden", "missing")
-        or "password" in key
-        or not isinstance(value, str | int | float)
-    ):
-        return ""
-    if key.endswith(("token_env", "source")) and re.search(r"@|_env$", f"{value}{key}"):
-        return ""  # the token itself, perhaps
-    if key.startswith("redis"):
-        text = mask_url(str(value)) if "://" in str(value) else ""
-        return f" = {text!r}" if text else ""
-    return f" = {str(value)[:80]!r}"
-
-
-def _plain(message: str) -> str:
-    return message.removeprefix("Value error, ")
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) for each leaf of nested mappings."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def effective_values(loaded: Loaded) -> list[tuple[str, Any, str]]:
-    """Return (dotted key, value, origin) of every setting; secrets are masked."""
-    values = flatten(loaded.settings.model_dump(mode="json"))
-    return [(key, _masked(key, value), loaded.origins.get(key, "default")) for key, value in values]
-
-
-def _masked(key: str, value: Any) -> Any:
-    return mask_url(value) if key.endswith("_url") else value
-
-
-def sample_environment() -> str:
-    """Return `.env.example`: every variable with its meaning and default, commented out."""
-    lines = [
-        "# Every variable that Penstock reads, with its default. A variable wins over the file that",
-        f"# {CONFIG_VARIABLE} names; models are set the same way: {PREFIX}MODELS__NAME__SOURCE=...",
-    ]
-    for section, field in Settings.model_fields.items():
-        if isinstance(field.default, _Section):
-            lines += ["", f"# {(type(field.default).__doc__ or '').splitlines()[0]}"]
-            lines += _sample_section(section, field.default)
-    return "\n".join(lines) + "\n"
-
-
-def _sample_section(path: str, section: _Section) -> Iterator[str]:
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, _Section):
-            yield from _sample_section(f"{path}.{name}", value)
-        else:
-            yield f"# {field.description}"
-            text = "" if value is None else json.dumps(value) if isinstance(value, tuple) else value
-            yield f"#{variable_name(f'{path}.{name}')}={text}"
-
-
-def _sources(
-    path: Path | None, arguments: Mapping[str, str], environ: Mapping[str, str]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if path is not None:
-        try:
-            yield str(path), tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-            raise ConfigError([f"{path}: {error}"]) from None
-    yield PREFIX, _from_environment(environ)
-    yield ARGUMENT, _from_environment(arguments)
-
-
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    class Source(EnvSettingsSource):
-        def _load_env_vars(self) -> Mapping[str, str | None]:
-            return {name.lower(): value for name, value in environ.items() if value != ""}
-
-        def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-            try:
-                return super().decode_complex_value(field_name, field, value)
-            except (ValueError, RecursionError):  # no JSON: refused below, with its key
-                return value
-
-    return Source(Settings)()
-
-
-def _misspelled(variables: Iterable[str]) -> Iterator[str]:
-    for variable in sorted(variables):
-        words = variable.removeprefix(PREFIX).lower().split(_SEPARATOR)
-        if (unknown := _unknown_word(Settings, words)) is None:
-            continue
-        word, names = unknown
-        if not word:
-            yield f"{variable}: a section; set one of {', '.join(names).upper()} in it"
-            continue
-        yield f"{variable}: {_no_setting(word, names, str.upper)}"
-
-
-def _unknown_key(place: Sequence[int | str]) -> str:
-    """Say which setting may be meant by a key of the file that is none."""
-    words = [str(word) for word in place]
-    word, names = _unknown_word(Settings, words) or (words[-1], [])
-    return _no_setting(word, names, str)
-
-
-def _no_setting(word: str, names: Sequence[str], written: Callable[[str], str]) -> str:
-    near = difflib.get_close_matches(word.lower(), names, n=1)
-    known = f"; known: {written(', '.join(names))}" if names else ""
-    return f"no setting {written(word)}{f'; is {written(near[0])} meant?' if near else known}"
-
-
-def _unknown_word(model: type[BaseModel], words: list[str]) -> tuple[str, list[str]] | None:
-    """Return the first word of a variable that names no setting, and those that would."""
-    names = list(model.model_fields)
-    if not words or words[0] not in names:
-        return (words[0] if words else "", names)
-    if model is Settings and words[0] in ("models", "tenants"):
-        section = ModelSettings if words[0] == "models" else TenantSettings
-        return _unknown_word(section, words[2:]) if len(words) > 2 else None
-    annotation = model.model_fields[words[0]].annotation
-    # One that may be missing can also be given as a whole.
-    for inner in (annotation, *(get_args(annotation) if len(words) > 1 else ())):
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            return _unknown_word(inner, words[1:])
-    return None if len(words) == 1 else (words[1], [])
-
-
-def variable_name(key: str) -> str:
-    """Return the environment variable of a dotted key."""
-    return PREFIX + key.upper().replace(".", _SEPARATOR)
-
-
-def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and isinstance(into.get(name), dict):
-            _merge(into[name], value)
-        else:
-            into[name] = dict(value) if isinstance(value, Mapping) else value

@@ -8,8 +8,9 @@ import click
 from penstock_workers.command.capacity import choose_layouts
 from penstock_workers.command.deployment import Deployment, deployment_options
 from penstock_workers.command.stack import has_engines
+from penstock_workers.configuration import effective_values, sample_environment
 from penstock_workers.hardware.machine import read_machine
-from penstock_workers.settings import AUTO, Settings, effective_values, sample_environment
+from penstock_workers.settings import AUTO, Settings
 
 
 @click.group()

@@ -19,7 +19,7 @@ from penstock.result import Vectors
 from penstock_workers.command.stack import WORKERS_STAGE, Stack, plan_stack
 from penstock_workers.command.status import judge
 from penstock_workers.command.supervisor import StackEndedError, Supervisor
-from penstock_workers.settings import Loaded
+from penstock_workers.configuration import Loaded
 
 READY_WITHIN_S: Final = 600.0
 MAX_CHARACTERS: Final = 600

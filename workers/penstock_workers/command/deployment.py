@@ -9,8 +9,8 @@ import click
 from penstock.errors import ConfigError
 from penstock.stacks import RunningStack
 from penstock.urls import mask_url
+from penstock_workers.configuration import CONFIG_VARIABLE, Loaded, load_settings, variable_name
 from penstock_workers.running_stack import load_with_stack
-from penstock_workers.settings import CONFIG_VARIABLE, Loaded, load_settings, variable_name
 
 
 class Deployment:

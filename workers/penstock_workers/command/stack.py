@@ -27,9 +27,10 @@ from penstock_workers.command.local_redis import (
     local_redis_command,
     password_line,
 )
+from penstock_workers.configuration import CONFIG_VARIABLE, Loaded, variable_name
 from penstock_workers.hardware.machine import read_machine
 from penstock_workers.hardware.threads import on_gpus, thread_variables
-from penstock_workers.settings import CONFIG_VARIABLE, Loaded, Settings, variable_name
+from penstock_workers.settings import Settings
 
 DEFAULT_PORT: Final = 6379
 WORKERS_STAGE: Final = 1

@@ -12,7 +12,7 @@ from penstock.request import PoolName
 from penstock_workers.celery_variables import refuse_variables
 from penstock_workers.command.deployment import Deployment, deployment_options
 from penstock_workers.command.stack import require_engines, worker_command, worker_queues
-from penstock_workers.settings import CONFIG_VARIABLE
+from penstock_workers.configuration import CONFIG_VARIABLE
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

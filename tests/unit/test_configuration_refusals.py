@@ -6,7 +6,7 @@ import pytest
 
 from penstock.errors import ConfigError, WorkerError, rebuild_error
 from penstock.urls import mask_url
-from penstock_workers.settings import load_settings
+from penstock_workers.configuration import load_settings
 
 
 def refused(config: Path | None = None, **given: dict[str, str]) -> str:
