@@ -22,7 +22,7 @@ from penstock_workers.checkpoint.weights import Weights, reading
 from penstock_workers.embedding.choosing import Ways
 from penstock_workers.embedding.collating import check_vocabulary, choose_collator, set_padding
 from penstock_workers.embedding.fingerprint import hash_model
-from penstock_workers.embedding.int8_ranges import are_unit, choose_ranges, read_ranges
+from penstock_workers.embedding.int8_ranges import Int8Ranges
 from penstock_workers.embedding.padded import Padded
 from penstock_workers.embedding.positions import fit_positions
 from penstock_workers.embedding.probe import Probe, probe_texts
@@ -54,7 +54,6 @@ class Embedder:
         dim: Width of a vector.
         max_tokens: Tokens of a text that are read, as `encode` does; None: all.
         n_heads: Heads of its attention, where their number is known.
-        int8_ranges: See `serving.formats.form`; None before `load`.
         fingerprint: Hash of all that decides vectors; empty where none are cached.
     """
 
@@ -64,8 +63,7 @@ class Embedder:
         self.n_heads: int | None = getattr(config, "num_attention_heads", None)
         self.dim = int(model.get_embedding_dimension() or 0)
         self.max_tokens = _max_tokens(model)
-        self.int8_ranges: NDArray[np.float32] | None = None
-        self._has_int8 = False
+        self._int8: Int8Ranges | None = None
         self.fingerprint = ""
         self._n_rows = check_vocabulary(name, model)  # where its tokenizer knows more than that
         self._collator = choose_collator(model)
@@ -95,7 +93,7 @@ class Embedder:
             if not np.isfinite(probe.plain).all():
                 weights.check_all(name)
                 raise ModelLoadError(name, "it gives vectors that are not finite")
-            engine._choose_ranges(model, probe.plain)
+            engine._int8 = engine._decide_ranges(model, probe.plain)
             engine._way = engine._ways(model, probe).choose(fingerprint)
             return engine
 
@@ -114,6 +112,11 @@ class Embedder:
         """Tell whether a batch costs its longest text times their number."""
         return self._way.is_padded
 
+    @property
+    def int8_ranges(self) -> NDArray[np.float32] | None:
+        """Return what `serving.formats.form` takes, shape (2, dim) or (2, 1); None before `load`."""
+        return None if self._int8 is None else self._int8.values
+
     def prepare(self, request: EmbedRequest) -> list[Encoded]:
         """Tokenize a request's texts; safe to call in many threads.
 
@@ -130,7 +133,8 @@ class Embedder:
         """
         if request.truncate_dim is not None and request.truncate_dim > self.dim:
             raise InvalidOptionError("truncate_dim", str(request.truncate_dim), f"at most {self.dim}")
-        if request.precision == "int8" and not (self._has_int8 or request.normalize_embeddings):
+        fit_any_length = self._int8 is not None and self._int8.fit_any_length
+        if request.precision == "int8" and not (fit_any_length or request.normalize_embeddings):
             allowed = "this model's vectors are of any length: with normalize_embeddings, or its int8_ranges"
             raise InvalidOptionError("precision", "'int8'", allowed)
         return self._prompt(request)
@@ -204,14 +208,12 @@ class Embedder:
         """Embed texts that share a prompt; see `way.compute`."""
         return compute(self._way, texts, self.name)
 
-    def _choose_ranges(self, model: ModelSettings, plain: NDArray[np.float32]) -> None:
+    def _decide_ranges(self, model: ModelSettings, plain: NDArray[np.float32]) -> Int8Ranges:
         """Decide what int8 vectors mean, for as long as the model is the same."""
-        self.int8_ranges, self._has_int8 = choose_ranges(plain), are_unit(plain)
-        if model.int8_ranges is not None:
-            try:
-                self.int8_ranges, self._has_int8 = read_ranges(model.int8_ranges, self.dim), True
-            except (OSError, ValueError) as error:
-                raise ModelLoadError(self.name, f"int8_ranges: {error}") from error
+        try:
+            return Int8Ranges.decide(plain, model.int8_ranges, self.dim)
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(self.name, f"int8_ranges: {error}") from error
 
     def _ways(self, model: ModelSettings, probe: Probe) -> Ways:
         return Ways(

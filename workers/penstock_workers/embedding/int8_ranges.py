@@ -1,7 +1,8 @@
 """Ranges of a model's dimensions, in which its vectors become int8: read, or chosen by a probe."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,37 @@ Floats = NDArray[np.float32]
 
 _UNIT_TOLERANCE: Final = 2e-3
 """How far from 1 the length of a vector may be that a float16 model normalised."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8Ranges:
+    """Ranges of one model, and which of its vectors they fit.
+
+    Attributes:
+        values: Lowest and highest value of each dimension, float32, shape (2, dim); or (2, 1) for all alike.
+        fit_any_length: True if they fit the vectors as the model gives them; False if those of unit length
+            alone.
+    """
+
+    values: Floats
+    fit_any_length: bool
+
+    @classmethod
+    def decide(cls, probe: Floats, path: Path | None, dim: int) -> Self:
+        """Return the ranges that the settings name, or else those of the probe.
+
+        Args:
+            probe: Vectors of the model, float32, shape (n_texts, dim).
+            path: See `ModelSettings.int8_ranges`.
+            dim: Width that the model announces.
+
+        Raises:
+            ValueError: See `read_ranges`.
+            OSError: See `read_ranges`.
+        """
+        if path is not None:
+            return cls(values=read_ranges(path, dim), fit_any_length=True)
+        return cls(values=choose_ranges(probe), fit_any_length=are_unit(probe))
 
 
 def read_ranges(path: Path, dim: int) -> Floats:
