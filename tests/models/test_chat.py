@@ -374,7 +374,7 @@ def test_texts_are_completed_as_they_are(tmp_path: Path) -> None:
     prompt = generator.prepare(request(typed, mode="complete"))
 
     assert list(prompt.ids) == make_tokenizer()(typed)["input_ids"]
-    assert prompt.stop == ()
+    assert prompt.stop.strings == ()
     assert generator.prepare(request("1" * 900, mode="complete", truncation="middle")).n_tokens <= 448
 
 

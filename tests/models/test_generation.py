@@ -581,7 +581,7 @@ def test_model_without_template_gets_a_plain_format(tmp_path: Path) -> None:
     prompt = generator.prepare(request("Why?", system_prompt="Be brief.", stop=["."]))
 
     assert text_of(generator, prompt) == "System: Be brief.\n\nUser: Why?\n\nAssistant:"
-    assert prompt.stop == (".", "\nUser:")
+    assert prompt.stop.strings == (".", "\nUser:")
 
 
 def test_typed_control_tokens_stay_text(llama: Generator) -> None:

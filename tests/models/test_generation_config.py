@@ -175,7 +175,7 @@ def test_nulls_and_integers_are_fine(folder: Path) -> None:
     prompt = load(folder).prepare(request(max_new_tokens=4))
 
     assert prompt.sampling.temperature == 1.0
-    assert prompt.stop[0] == "eel"
+    assert prompt.stop.strings[0] == "eel"
 
 
 def test_max_length_bounds_prompt_and_answer(folder: Path) -> None:

@@ -45,7 +45,7 @@ class Answering:
             vocabulary.detokenizer,
             vocabulary.marks,
             prompt.stage,
-            prompt.stop,
+            prompt.stop.strings,
             on_piece,
             context=prompt.context,
             is_exact=self._grammar is not None,
@@ -67,7 +67,7 @@ class Answering:
         is_text = self._parser.stage != "reasoning"
         if self._grammar and self._parser.stage == "text":
             self._grammar.take(token)
-        if self._vocabulary.ends(token) or (is_text and token in self._prompt.stop_token_ids):
+        if self._vocabulary.ends(token) or (is_text and token in self._prompt.stop.token_ids):
             return self._answer(self._parser.end(is_cut_off=False), "stop", n_tokens - 1)
         if (text := self._parse(token)) is not None:
             return self._answer(text, "stop", n_tokens)
@@ -82,7 +82,7 @@ class Answering:
         """Give a token to the parser; return the whole text if a stop string is now complete."""
         if self._vocabulary.shows(token):
             return self._parser.add(token)
-        name = self._prompt.stop_marks.get(token)
+        name = self._prompt.stop.marks.get(token)
         return None if name is None else self._parser.add_mark(name)
 
     def _choose_grammar(self) -> None:

@@ -21,7 +21,7 @@ from penstock_workers.generation.generation_config import read_own_config
 from penstock_workers.generation.grammar import Grammar
 from penstock_workers.generation.loading import context_window, load_causal_lm, pause_between_layers
 from penstock_workers.generation.mode_trial import find_batch_mode
-from penstock_workers.generation.prompt import Prompt
+from penstock_workers.generation.prompt import Prompt, StopConditions
 from penstock_workers.generation.sampling_params import SamplingParams
 from penstock_workers.generation.sequence import ScheduledSequence
 from penstock_workers.generation.thinking import Stage
@@ -129,7 +129,8 @@ class Generator:
         wanted_format, vocabulary = request.response_format, self.vocabulary
         grammar = vocabulary.grammars.compile(wanted_format) if wanted_format else None
         # A default that cut an answer short would break its format.
-        stop = () if grammar else (*(options.stop or ()), *(self._chat.stop if is_chat else ()))
+        strings = () if grammar else (*(options.stop or ()), *(self._chat.stop if is_chat else ()))
+        token_ids = frozenset(() if grammar else options.stop_token_ids or ())
         # A chat's answer begins a text, and what it goes on from is not shown with it.
         goes_on = not is_chat or grammar is not None
         return Prompt(
@@ -137,9 +138,7 @@ class Generator:
             sampling=SamplingParams.resolve(options),
             max_new_tokens=min(options.max_new_tokens or 1, window - len(ids)),
             context=vocabulary.detokenizer.context(ids, must=grammar is not None) if goes_on else (),
-            stop=stop,
-            stop_marks=vocabulary.stop_marks(stop),
-            stop_token_ids=frozenset(() if grammar else options.stop_token_ids or ()),
+            stop=StopConditions(strings=strings, marks=vocabulary.stop_marks(strings), token_ids=token_ids),
             grammar=grammar,
             stage=self._first_stage(ids, grammar) if is_chat and vocabulary.marks.are_used else "text",
             is_chat=is_chat,

@@ -13,6 +13,21 @@ A = TypeVar("A")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StopConditions:
+    """What ends an answer early, besides the tokens by which the model itself ends one.
+
+    Attributes:
+        strings: strings that end the text before them.
+        marks: names of the tokens that are no text, but stand in one of `strings`.
+        token_ids: tokens that end the answer.
+    """
+
+    strings: tuple[str, ...] = ()
+    marks: Mapping[int, str] = field(default_factory=dict)
+    token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One request as tokens, with all that its answers depend on.
 
@@ -20,11 +35,9 @@ class Prompt:
         ids: tokens of the whole conversation, the start of the answer included.
         sampling: parameters by which tokens are drawn.
         max_new_tokens: most tokens of an answer; fits into the context window together with `ids`.
-        stop: strings that end the answer.
+        stop: strings and tokens that end the answer.
         context: last tokens of `ids` that are text, where the answer goes on from it; empty where a text
             begins.
-        stop_marks: names of the tokens that are no text, but stand in `stop`.
-        stop_token_ids: tokens that end the answer, besides the model's own.
         grammar: format that the text has to follow, at its beginning; it alone then says where the answer
             ends.
         stage: part that the answer begins with.
@@ -39,10 +52,8 @@ class Prompt:
     ids: tuple[int, ...]
     sampling: SamplingParams
     max_new_tokens: int
-    stop: tuple[str, ...]
+    stop: StopConditions
     context: tuple[int, ...] = ()
-    stop_marks: Mapping[int, str] = field(default_factory=dict)
-    stop_token_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None
     stage: Stage = "text"
     is_chat: bool = True
