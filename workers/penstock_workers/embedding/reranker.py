@@ -47,8 +47,8 @@ class Reranker:
         max_tokens: Tokens of a pair that are read, as `predict` does.
         dtype: Format of matrix products; unless it is float16, everything else is float32.
         n_heads: Heads of its attention, where their number is known.
-        batching: How pairs share forward passes.
-        is_padded: Tells that a batch costs its longest pair times their number.
+        batching: Always `padded`: pairs share a forward pass, padded to the longest.
+        is_padded: Always True: a batch costs its longest pair times their number.
     """
 
     batching: Literal["padded"] = "padded"

@@ -33,8 +33,8 @@ class Rectangle:
         stop: One past the last text's last token.
         n_texts: Number of texts.
         length: Tokens of the longest text.
-        rows: For each place of the rectangle, the index of its token in the row; padding repeats the text's
-            last token. int64, shape (n_texts * length,); None where nothing is padded.
+        rows: Index in the row of the token at each place of the rectangle; padding repeats the text's last
+            token. int64, shape (n_texts * length,); None where nothing is padded.
         real: True for a token, False for padding; bool, shape (n_texts, length); None where nothing is
             padded.
         places: Places of the tokens that are no padding; int64, shape (stop - start,). None where nothing is
