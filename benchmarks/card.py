@@ -1,4 +1,4 @@
-"""What embedding on a card is measured with: random models of two sizes, and the share of time it works."""
+"""What embedding on a GPU is measured with: random models of two sizes, and the share of time it works."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def _change(file: Path, **values: int) -> None:
 
 
 class Busy:
-    """Watches how much of the time any kernel runs on the first card, by `nvidia-smi`, while it is entered.
+    """Watches how much of the time any kernel runs on the first GPU, by `nvidia-smi`, while it is entered.
 
     Attributes:
         share: mean of its samples, 0 to 1; known afterwards.

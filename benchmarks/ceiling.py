@@ -41,7 +41,7 @@ class Machine:
 
     Args:
         config: of the model.
-        device: "cpu" for all cores, or "cuda" for one card.
+        device: "cpu" for all cores, or "cuda" for one GPU.
     """
 
     def __init__(self, config: Mapping[str, Any], device: str = "cpu") -> None:
@@ -59,7 +59,7 @@ class Machine:
         self._pool.shutdown()
 
     def flop_per_s(self) -> float:
-        """Return the rate of all cores together, or of the card: the best of two formats and five shapes."""
+        """Return the rate of all cores together, or of the GPU: the best of two formats and five shapes."""
         n, large = (1024, 2048) if self._device == "cpu" else (16_384, 8192)
         shapes = [(n, self._d, 3 * self._d), (n, self._d, self._f), (n, self._f, self._d)]
         shapes += [(large // 2,) * 3, (large,) * 3]
@@ -89,7 +89,7 @@ def _rate(dtype: str, shape: tuple[int, int, int], device: str) -> float:
         _together[0].wait()
         n_done, began = 0, time.perf_counter()
         while (seconds := time.perf_counter() - began) < WINDOW_S:
-            for _ in range(1 if device == "cpu" else 10):  # a card is given work ahead
+            for _ in range(1 if device == "cpu" else 10):  # a GPU is given work ahead
                 torch.nn.functional.linear(a, weight)
                 n_done += 1
             if device != "cpu":

@@ -15,8 +15,8 @@ naive      against one stock Celery task for each text
 fetch      a stored result of 6 MiB over a plain GET of its bytes
 deadlines  queries with a deadline behind a load of long documents: how many are answered in time
 memory     what client and workers grow by in 100,000 texts
-card       docstrings by random models of two sizes on a CUDA card, by as many processes as `auto` is: against
-           sentence-transformers in bfloat16 and the card's matrix-product rate; left out without one
+card       docstrings by random models of two sizes on a CUDA GPU, by as many processes as `auto` is: against
+           sentence-transformers in bfloat16 and the GPU's matrix-product rate; left out without one
 
 Run: python -m benchmarks.embedding [--quick] [--only SECTION ...] [--against LIBRARY,...]
     [--peer-python [LIBRARY=]PYTHON ...] [--rounds N] [--json FILE] [--plot FILE]
@@ -466,21 +466,21 @@ def memory(bench: Bench) -> Found:
 
 
 def card(bench: Bench) -> Found:
-    """Embed docstrings on a card with models of two sizes, by one client."""
+    """Embed docstrings on a GPU with models of two sizes, by one client."""
     if not [name for name in find_gpus() if name != "mps"]:
         print("left out: card: there is none", file=sys.stderr)
         return Found(rows=[], figures={})
     found = []
     for name in SIZES:
-        found.append(_on_card(bench.counts, name))
-        print(*found[-1].rows, *found[-1].figures.items(), sep="\n", file=sys.stderr)  # a lent card may go
+        found.append(_on_gpu(bench.counts, name))
+        print(*found[-1].rows, *found[-1].figures.items(), sep="\n", file=sys.stderr)  # a lent GPU may go
     return Found(
         rows=[row for one in found for row in one.rows],
         figures={name: figure for one in found for name, figure in one.figures.items()},
     )
 
 
-def _on_card(counts: Counts, name: str) -> Found:
+def _on_gpu(counts: Counts, name: str) -> Found:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         config = build_model(folder, SIZES[name])
@@ -488,7 +488,7 @@ def _on_card(counts: Counts, name: str) -> Found:
         texts = corpus.mixed(counts.card)
         model = f'[models.{MODEL}]\ntask = "embed"\nsource = "{folder}"\npools = ["gpu"]\n'
         peer = stack.enter_context(
-            Peer(REFERENCE_LIBRARY, python=sys.executable, model=folder, threads=CORES, on_card=True)
+            Peer(REFERENCE_LIBRARY, python=sys.executable, model=folder, threads=CORES, on_gpu=True)
         )
         client = stack.enter_context(deployed(model, pool="gpu", processes=None, threads=None))
         peer.wait_until_loaded()

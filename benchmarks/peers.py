@@ -37,26 +37,24 @@ class Peer:
     """A process with one library's ways to embed, seen from the benchmark.
 
     Args:
-        library: one of `WAYS`, or of `ON_CARD`.
+        library: one of `WAYS`, or of `ON_GPU`.
         python: interpreter that it is installed in.
         model: folder of the model.
         threads: that it may use.
-        on_card: whether it computes on a card.
+        on_gpu: whether it computes on a GPU.
 
     Attributes:
         ways: what each is called, and the version of its package.
         left_out: ways that cannot run here, and why.
     """
 
-    def __init__(
-        self, library: str, *, python: str, model: Path, threads: int, on_card: bool = False
-    ) -> None:
+    def __init__(self, library: str, *, python: str, model: Path, threads: int, on_gpu: bool = False) -> None:
         self._library = library
         self._folder = tempfile.TemporaryDirectory()
         self._n_asked = 0
         with (Path(self._folder.name) / "log").open("wb") as log:
             self._process = subprocess.Popen(
-                [python, "-m", "benchmarks.peers", library, str(model), str(threads), str(int(on_card))],
+                [python, "-m", "benchmarks.peers", library, str(model), str(threads), str(int(on_gpu))],
                 cwd=Path(__file__).parent.parent,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
                 stdin=subprocess.PIPE,
@@ -116,7 +114,7 @@ class Peer:
 def main() -> None:
     """Load a library's ways, then answer orders, a line of JSON each, until there are no more."""
     library, model, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    loaders = (ON_CARD if int(sys.argv[4]) else WAYS)[library]
+    loaders = (ON_GPU if int(sys.argv[4]) else WAYS)[library]
     # What libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -320,21 +318,21 @@ WAYS: Final[Mapping[str, Mapping[str, tuple[str, Callable[[Path, int], Way]]]]] 
     "naive-celery": {"naive Celery": ("celery", _naive_celery)},
 }
 
-_on_card = partial(_sentence_transformers, device="cuda")
-ON_CARD: Final[Mapping[str, Mapping[str, tuple[str, Callable[[Path, int], Way]]]]] = {
+_on_gpu = partial(_sentence_transformers, device="cuda")
+ON_GPU: Final[Mapping[str, Mapping[str, tuple[str, Callable[[Path, int], Way]]]]] = {
     "sentence-transformers": {
         "sentence-transformers float32": (
             "sentence-transformers",
-            partial(_on_card, dtype="float32", batch_size=128),
+            partial(_on_gpu, dtype="float32", batch_size=128),
         ),
-        "sentence-transformers bfloat16": ("sentence-transformers", partial(_on_card, dtype="bfloat16")),
+        "sentence-transformers bfloat16": ("sentence-transformers", partial(_on_gpu, dtype="bfloat16")),
         "sentence-transformers bfloat16, batches of 128": (
             "sentence-transformers",
-            partial(_on_card, dtype="bfloat16", batch_size=128),
+            partial(_on_gpu, dtype="bfloat16", batch_size=128),
         ),
     },
 }
-"""On a card; 128 was the fastest of 32, 128 and 512 on an H100, with both sizes of model."""
+"""On a GPU; 128 was the fastest of 32, 128 and 512 on an H100, with both sizes of model."""
 
 if __name__ == "__main__":
     main()

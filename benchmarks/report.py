@@ -151,13 +151,13 @@ def describe_machine() -> dict[str, Any]:
         "cpu": cpu.partition(": ")[2] or platform.processor(),
         "cores": os.cpu_count(),
         "bf16": bool({"avx512_bf16", "amx_bf16"} & set(flags)),
-        **({"cards": "; ".join(cards)} if (cards := _cards()) else {}),
+        **({"cards": "; ".join(gpus)} if (gpus := _gpus()) else {}),
         "python": platform.python_version(),
         **{name: version(name) for name in names},
     }
 
 
-def _cards() -> list[str]:
+def _gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

@@ -178,7 +178,7 @@ def test_a_gpu_pool_without_a_gpu_is_refused(server: Server, tmp_path: Path) -> 
     assert 'pools.gpu.device = "cpu"' in worker.log
 
 
-def test_a_gpu_pool_on_a_processor_serves_its_queues(server: Server, tmp_path: Path) -> None:
+def test_a_gpu_pool_on_a_cpu_serves_its_queues(server: Server, tmp_path: Path) -> None:
     """With `device = "cpu"` the GPU pool's routing can be tried without a GPU."""
     toml = '[pools.gpu]\ndevice = "cpu"\n' + MODEL.format("bundled:minilm").replace("broken", "onlygpu")
     toml += 'engine = "torch"\npools = ["gpu"]\n'

@@ -387,7 +387,7 @@ def test_models_are_kept_where_the_image_looks_for_them(service: dict[str, Any])
     assert image_environment()["HOME"] in tmpfs_folders(service)
 
 
-def test_only_the_gpu_profile_asks_for_a_card() -> None:
+def test_only_the_gpu_profile_asks_for_a_gpu() -> None:
     """Without a profile everything starts that needs no GPU; the profile adds one worker with one GPU."""
     profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
     (device,) = SERVICES["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
@@ -449,7 +449,7 @@ def test_the_image_runs_as_the_user_of_its_services() -> None:
     assert all("--no-cache-dir" in line for line in re.findall(r"pip (?:install|wheel) .*", DOCKERFILE))
 
 
-def test_the_image_for_cards_can_build_kernels() -> None:
+def test_the_image_for_gpus_can_build_kernels() -> None:
     """Triton finds a C compiler, and keeps what it built in the volume, from which code may run."""
     (step,) = re.findall(r"^RUN if python -c \"import triton\".*?; fi$", DOCKERFILE, re.MULTILINE | re.DOTALL)
     volumes = {

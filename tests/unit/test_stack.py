@@ -76,9 +76,9 @@ def test_redis_is_started_where_no_broker_is_configured() -> None:
 
 def test_own_redis_keeps_its_data_where_it_is_told(tmp_path: Path) -> None:
     """`penstock up` keeps its queue over a restart; the demo keeps nothing."""
-    no_cards = {"pools.gpu.processes": "0"}
-    kept = plan(no_cards, redis_folder=tmp_path / "redis").children[0].command
-    forgotten = plan(no_cards).children[0].command
+    no_gpus = {"pools.gpu.processes": "0"}
+    kept = plan(no_gpus, redis_folder=tmp_path / "redis").children[0].command
+    forgotten = plan(no_gpus).children[0].command
 
     assert option(kept, "--dir") == str(tmp_path / "redis")
     assert option(kept, "--appendonly") == "yes"
@@ -87,15 +87,15 @@ def test_own_redis_keeps_its_data_where_it_is_told(tmp_path: Path) -> None:
 
 def test_the_password_of_own_redis_outlives_it(tmp_path: Path) -> None:
     """Clients go on when a stack is started again; another folder, and each demo, has another password."""
-    no_cards = {"pools.gpu.processes": "0"}
-    first, again, other = (plan(no_cards, redis_folder=tmp_path / name).password for name in "aab")
+    no_gpus = {"pools.gpu.processes": "0"}
+    first, again, other = (plan(no_gpus, redis_folder=tmp_path / name).password for name in "aab")
 
     assert first == again
-    assert len({first, other, plan(no_cards).password, plan(no_cards).password}) == 4
+    assert len({first, other, plan(no_gpus).password, plan(no_gpus).password}) == 4
     assert (tmp_path / "a" / "password").stat().st_mode & 0o777 == 0o600
     (tmp_path / "a" / "password").chmod(0o644)
     with pytest.raises(ConfigError, match="for one user alone"):
-        plan(no_cards, redis_folder=tmp_path / "a")
+        plan(no_gpus, redis_folder=tmp_path / "a")
 
 
 def test_configured_broker_is_used() -> None:
