@@ -53,9 +53,11 @@ def test_commands_exist(page: Path) -> None:
     """Each `penstock ...` in a block is a command with options that it has."""
     for line in commands(page):
         words, command = shlex.split(line, comments=True), cli
+        context = click.Context(cli, **cli.context_settings)
         while isinstance(command, click.Group) and words and not words[0].startswith("-"):
             command = command.commands[words.pop(0)]
-        command.make_parser(click.Context(command)).parse_args(words)
+            context = click.Context(command, parent=context)
+        command.make_parser(context).parse_args(words)
 
 
 @pytest.mark.parametrize("page", [page for page in RUN if [*blocks(page, "toml")]], ids=name)
