@@ -19,7 +19,7 @@ from celery.exceptions import Ignore
 from celery.signals import worker_ready
 from kombu.serialization import register
 
-from penstock.records import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
+from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.result import EmbedResult, Timings, Usage
 from penstock_workers.delivery.cancelled import Cancelled
 

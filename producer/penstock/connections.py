@@ -31,8 +31,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry as SyncRetry
 from redis.sentinel import Sentinel
 
+from penstock.codec import MAX_RESULT_BYTES
 from penstock.errors import BrokerRefusedError, BrokerUnavailableError, ConfigError, ResultDecodeError
-from penstock.records import MAX_RESULT_BYTES
 from penstock.refusals import attentive
 from penstock.sentinel_urls import SentinelUrl, is_sentinel
 from penstock.urls import mask_url

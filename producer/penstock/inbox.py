@@ -36,7 +36,7 @@ class Note(asyncio.Event):
     """Set when a job may have ended.
 
     Attributes:
-        payload: result record of the job, if it came with the note.
+        payload: the job's result as bytes, if it came with the note.
     """
 
     payload: bytes | None = None

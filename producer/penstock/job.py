@@ -8,6 +8,7 @@ from typing import Final, Generic, NoReturn, TypeVar, cast, get_args
 
 from penstock.broker import Broker
 from penstock.calls import CALL_S, Call
+from penstock.codec import Outcome, decode_outcome
 from penstock.errors import (
     BrokerUnavailableError,
     JobCancelledError,
@@ -16,7 +17,6 @@ from penstock.errors import (
     UnknownJobError,
 )
 from penstock.inbox import LOOK_AGAIN_S
-from penstock.records import Outcome, decode_outcome
 from penstock.result import EmbedResult, GenerateResult, Result, Timings, Usage
 from penstock.result_store import SENT, Entry, ResultStore
 from penstock.stream import OnRestart, Part, Piece, Reader

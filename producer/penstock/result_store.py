@@ -12,11 +12,11 @@ from typing import Final, cast, get_args
 import redis.asyncio as aioredis
 
 from penstock.calls import Calls
+from penstock.codec import Outcome, Status, decode_outcome, encode_failure
 from penstock.connections import connect_sync, get_large, redis_errors
 from penstock.errors import JobCancelledError, PenstockError
 from penstock.inbox import Inbox
 from penstock.keys import CANCELLED_KEY, RECORD_TTL_S, is_reply_channel, record_key, result_key, stream_key
-from penstock.records import Outcome, Status, decode_outcome, encode_failure
 from penstock.scripts import script
 from penstock.threads import Threads
 

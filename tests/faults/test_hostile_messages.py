@@ -15,9 +15,9 @@ import pytest
 import redis
 
 from penstock import Client, InvalidMessageError, Job, PenstockError
+from penstock.codec import decode_outcome
 from penstock.envelope import MAX_ENTRY_BYTES
 from penstock.keys import record_key, result_key
-from penstock.records import decode_outcome
 from penstock.request import new_job_id
 from penstock_workers.command.local_redis import free_port
 from tests import messages

@@ -13,9 +13,9 @@ import pytest
 import redis
 
 from penstock import AsyncClient, Client, PenstockError, ResultDecodeError
+from penstock.codec import MAGIC, PREAMBLE, decode_meta
 from penstock.connections import connect_sync, get_large
 from penstock.keys import record_key, reply_channel, result_key, stream_key
-from penstock.records import MAGIC, PREAMBLE, decode_meta
 from tests.deployment import Server
 from tests.faults.light import MODEL, LightWorker
 
@@ -24,7 +24,7 @@ TIMINGS = '{"__record__":"Timings","queued_s":1,"prepared_s":1,"batched_s":1,"co
 
 
 def answer(**fields: str) -> str:
-    """Return the record of an answer, with some fields replaced by other JSON."""
+    """Return an answer as it is stored, with some fields replaced by other JSON."""
     whole = {
         "__record__": '"GenerateResult"',
         "model": '"m"',
@@ -38,7 +38,7 @@ def answer(**fields: str) -> str:
 
 
 def failed(name: str, arguments: str) -> str:
-    """Return the record of a job that failed so."""
+    """Return what is stored of a job that failed so."""
     return f'{{"status":"FAILURE","result":{{"exc_type":"{name}","exc_message":{arguments}}}}}'
 
 
@@ -67,7 +67,7 @@ SUCCESSES = [
     "[[[]]]",
 ]
 ENDINGS = [
-    *(f'{{"status":"SUCCESS","result":{record}}}' for record in SUCCESSES),
+    *(f'{{"status":"SUCCESS","result":{result}}}' for result in SUCCESSES),
     '{"status":"REVOKED","result":{"exc_message":["j",{"a_s":"x"}]}}',
     '{"status":"REVOKED","result":{"exc_message":["j",[1]]}}',
     '{"status":"REVOKED","result":5}',
@@ -111,7 +111,7 @@ def client(server: Server) -> Iterator[Client]:
 
 
 def test_whatever_is_stored_comes_as_a_typed_error(client: Client, store: redis.Redis) -> None:
-    """No type of a field, no argument of an error, and no shape of a record reaches the caller's code."""
+    """No type of a field, no argument of an error, and no shape of a result reaches the caller's code."""
     for number, ending in enumerate(ENDINGS):
         for status in ("SUCCESS", "FAILURE", "REVOKED"):
             store.set(record_key(f"odd{number}"), status)

@@ -15,11 +15,11 @@ import pytest
 import redis
 
 from penstock.broker import Broker
+from penstock.codec import decode_meta
 from penstock.connections import connect, connect_sync, get_large
 from penstock.errors import BrokerUnavailableError
 from penstock.inbox import Inbox
 from penstock.keys import result_key
-from penstock.records import decode_meta
 from penstock.request import Lane, Priority
 from penstock.scripts import NO_LIMITS
 from penstock.urls import locate_results

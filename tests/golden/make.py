@@ -11,10 +11,10 @@ from typing import Final
 
 import numpy as np
 
+from penstock.codec import encode_failure, encode_meta
 from penstock.conversation import Message
 from penstock.errors import InputTooLongError
 from penstock.messages import encode_message
-from penstock.records import encode_failure, encode_meta
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
 from penstock.result import EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
 

@@ -24,8 +24,8 @@ from kombu.serialization import register
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
+from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.keys import record_key, result_key
-from penstock.records import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock_workers.delivery.celery_urls import celery_url, first_url, result_backend, transport_options
 from penstock_workers.delivery.consumer import Consumer
 from penstock_workers.delivery.pool import TaskPool

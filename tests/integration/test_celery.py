@@ -14,8 +14,8 @@ from celery import Celery, Signature, chain, chord, group
 from kombu.serialization import register
 
 from penstock import Client, InvalidMessageError, Job, JobCancelledError, ResultTimeoutError
+from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.keys import record_key
-from penstock.records import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock_workers.command.status import read_status
 from penstock_workers.configuration import load_settings
 from penstock_workers.delivery.callbacks import MAX_SIGNATURES

@@ -281,7 +281,7 @@ def test_threads_go_on_when_the_main_thread_has_ended(url: str) -> None:
     import threading, time
     import redis
     from penstock.keys import record_key, result_key
-    from penstock.records import encode_meta
+    from penstock.codec import encode_meta
     from penstock.result import EmbedResult, Timings, Usage
     import numpy as np
 

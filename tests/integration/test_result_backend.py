@@ -13,9 +13,9 @@ from celery import Celery, chain, chord, group
 from celery.exceptions import BackendStoreError
 from kombu.serialization import register
 
+from penstock.codec import decode_meta, encode_failure, encode_meta
 from penstock.errors import JobCancelledError
 from penstock.keys import record_key, result_key
-from penstock.records import decode_meta, encode_failure, encode_meta
 from penstock.result_store import END_JOB, SENT, end_job_arguments
 from penstock_workers.command.local_redis import free_port
 from penstock_workers.delivery.backend import MAX_PENDING_BYTES, ResultBackend

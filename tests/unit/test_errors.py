@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from penstock import errors
+from penstock.codec import decode_outcome, encode_failure
 from penstock.errors import PenstockError, UnknownModelError, WorkerError, error_classes, rebuild_error
-from penstock.records import decode_outcome, encode_failure
 
 EXAMPLES = {str: "grün", int: 7, float: 1.5, float | None: 2.5, Sequence[str]: ["first", "second"]}
 EXAMPLES[Mapping[str, float] | None] = {"queued_s": 1.5}

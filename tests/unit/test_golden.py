@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from penstock.codec import decode_outcome
 from penstock.messages import decode_request
-from penstock.records import decode_outcome
 from penstock.result import EmbedResult, RerankResult
 from tests.golden import make
 

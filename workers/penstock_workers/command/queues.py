@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import click
 
+from penstock.codec import encode_failure
 from penstock.connections import connect_sync, redis_errors
 from penstock.envelope import EntryError, open_entry, printable
 from penstock.errors import ConfigError, InvalidMessageError, JobCancelledError, UnknownJobError
@@ -27,7 +28,6 @@ from penstock.keys import (
     record_key,
     result_key,
 )
-from penstock.records import encode_failure
 from penstock.registry import Registry
 from penstock.request import Priority
 from penstock.result_store import END_JOB, SENT, end_job_arguments

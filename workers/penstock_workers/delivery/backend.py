@@ -22,9 +22,9 @@ from kombu.asynchronous import get_event_loop
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import NoScriptError, RedisError
 
+from penstock.codec import MAX_RESULT_BYTES, encode_failure
 from penstock.errors import JobCancelledError, ResultTooLargeError
 from penstock.keys import record_key
-from penstock.records import MAX_RESULT_BYTES, encode_failure
 from penstock.refusals import OutageError, attentive, is_for_now
 from penstock.result_store import END_JOB, end_job_arguments
 from penstock_workers.background import Background

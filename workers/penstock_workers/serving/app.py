@@ -10,9 +10,9 @@ from kombu import Exchange, Queue
 from kombu.connection import failover_strategies
 from kombu.serialization import register
 
+from penstock.codec import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock.errors import WorkerLostError
 from penstock.keys import queue_name, split_queue
-from penstock.records import CONTENT_TYPE, SERIALIZER, decode_meta, encode_meta
 from penstock_workers.background import lost
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.delivery.callbacks import Callbacks

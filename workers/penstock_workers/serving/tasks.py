@@ -9,6 +9,7 @@ import numpy as np
 from celery import Celery
 from celery.exceptions import Ignore, Reject, Retry
 
+from penstock.codec import MAX_RESULT_BYTES
 from penstock.errors import (
     DeadlineExceededError,
     JobCancelledError,
@@ -17,7 +18,6 @@ from penstock.errors import (
     TooManyTextsError,
 )
 from penstock.messages import TASK_NAMES, decode_request
-from penstock.records import MAX_RESULT_BYTES
 from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
 from penstock.result import Choice, EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
 from penstock.retry import WaitPolicy

@@ -1,4 +1,4 @@
-"""Checks that records from the result store hold what their types say.
+"""Checks that what the codec reads from the result store holds what its types say.
 
 Annotations are no checks: a store that is broken, or not ours, could put any JSON into any field, and
 callers would meet it somewhere in their own code.
@@ -14,9 +14,10 @@ from penstock.result import Choice, EmbedResult, GenerateResult, Logprobs, Reran
 
 _Check = Callable[[Any], bool]
 
-RECORDS: Final[Mapping[str, type]] = {
+TYPES: Final[Mapping[str, type]] = {
     cls.__name__: cls for cls in (Choice, EmbedResult, GenerateResult, Logprobs, RerankResult, Timings, Usage)
 }
+"""What a result is made of, by the names that stand in its bytes."""
 VECTOR_TYPES: Final = ("float32", "float16", "int8", "uint8")
 _MOST: Final = 1 << 63
 
@@ -31,8 +32,8 @@ def is_timings(value: object) -> bool:
     return isinstance(value, dict) and all(map(_is_number, value.values()))
 
 
-def build_record(name: str, fields: Mapping[str, Any]) -> Any:
-    """Return a record of this name.
+def build_object(name: str, fields: Mapping[str, Any]) -> Any:
+    """Return an object of the type that has this name.
 
     Raises:
         KeyError: there is none of this name, or it has no such field.
@@ -44,10 +45,10 @@ def build_record(name: str, fields: Mapping[str, Any]) -> Any:
         if not checks[field](value):
             kind = "no array" if field in ("vectors", "scores") else "of another type"
             raise ResultDecodeError(f"its {field} are {kind}")
-    record = RECORDS[name](**fields)
-    if isinstance(record, Logprobs) and not _fit(record):
+    made = TYPES[name](**fields)
+    if isinstance(made, Logprobs) and not _fit(made):
         raise ResultDecodeError("its log-probabilities lack tokens")
-    return record
+    return made
 
 
 def _is_count(value: object) -> bool:
@@ -74,7 +75,7 @@ def _array(n_axes: int, *types: str) -> _Check:
     return lambda value: type(value) is np.ndarray and value.ndim == n_axes and value.dtype.name in types
 
 
-def _record(cls: type) -> _Check:
+def _is_a(cls: type) -> _Check:
     return lambda value: type(value) is cls
 
 
@@ -107,13 +108,13 @@ def _fit(found: Logprobs) -> bool:
     )
 
 
-_USAGE: Final[dict[str, _Check]] = {"usage": _record(Usage), "timings": _record(Timings), "model": _is_text}
+_USAGE: Final[dict[str, _Check]] = {"usage": _is_a(Usage), "timings": _is_a(Timings), "model": _is_text}
 _ANSWER: Final[dict[str, _Check]] = {
     "text": _is_text,
     "finish_reason": _is_finish,
     "reasoning": _optional(_is_text),
     "tool_calls": _optional(_list_of(_is_call)),
-    "logprobs": _optional(_record(Logprobs)),
+    "logprobs": _optional(_is_a(Logprobs)),
 }
 _CHECKS: Final[Mapping[str, Mapping[str, _Check]]] = {
     "Timings": dict.fromkeys(("queued_s", "prepared_s", "batched_s", "computed_s"), _is_number),
@@ -125,6 +126,6 @@ _CHECKS: Final[Mapping[str, Mapping[str, _Check]]] = {
     "EmbedResult": {**_USAGE, "vectors": _array(2, *VECTOR_TYPES)},
     "Logprobs": {"ids": _array(2, "int32"), "values": _array(2, "float32"), "tokens": _is_bytes_by_id},
     "Choice": {**_ANSWER, "index": _is_count},
-    "GenerateResult": {**_USAGE, **_ANSWER, "others": _optional(_list_of(_record(Choice)))},
+    "GenerateResult": {**_USAGE, **_ANSWER, "others": _optional(_list_of(_is_a(Choice)))},
     "RerankResult": {**_USAGE, "scores": _array(1, "float32"), "order": _list_of(_is_count)},
 }

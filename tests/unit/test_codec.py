@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from penstock import codec
-from penstock.errors import EngineError, JobCancelledError, ResultDecodeError, ResultTooLargeError
-from penstock.records import (
+from penstock.codec import (
     ALIGNMENT,
     MAGIC,
     PREAMBLE,
@@ -20,6 +18,7 @@ from penstock.records import (
     encode_failure,
     encode_meta,
 )
+from penstock.errors import EngineError, JobCancelledError, ResultDecodeError, ResultTooLargeError
 from penstock.result import Choice, EmbedResult, GenerateResult, Logprobs, Timings, Usage
 
 TIMINGS = Timings(queued_s=0.5, prepared_s=0.25, batched_s=0.125, computed_s=1.0)
@@ -27,13 +26,13 @@ NO_ARRAY = {"__record__": "EmbedResult", "model": "m", "vectors": [[1.0]], "usag
 
 
 def stored(vectors: NDArray[Any]) -> bytes:
-    """Return the record of an embedding job that succeeded."""
+    """Return the result of an embedding job as it is stored."""
     result = EmbedResult(model="minilm", vectors=vectors, usage=Usage(prompt_tokens=3), timings=TIMINGS)
     return encode_meta({"status": "SUCCESS", "result": result, "task_id": "job"})
 
 
 def fetched(payload: bytes) -> NDArray[Any]:
-    """Return the vectors of a stored record."""
+    """Return the vectors of a stored result."""
     result = decode_outcome("job", payload).result
     assert isinstance(result, EmbedResult)
     return result.vectors
@@ -231,8 +230,8 @@ def test_cancelled_job_comes_back_cancelled() -> None:
         ({"status": ["SUCCESS"], "result": None}, "without an error"),
     ],
 )
-def test_other_records_are_refused(meta: object, problem: str) -> None:
-    """A record of a foreign task does not pass for a result."""
+def test_other_results_are_refused(meta: object, problem: str) -> None:
+    """What a foreign task stored does not pass for a result."""
     with pytest.raises(ResultDecodeError, match=problem):
         decode_outcome("job", payload_of(meta))
 
@@ -365,7 +364,7 @@ def test_header_longer_than_the_payload_is_refused(header_bytes: int) -> None:
     ids=lambda header: str(header[:24]),
 )
 def test_unreadable_headers_are_refused(header: bytes) -> None:
-    """A header that is no JSON, or builds no record of ours, is told as such."""
+    """A header that is no JSON, or builds no object of ours, is told as such."""
     with pytest.raises(ResultDecodeError, match="in its header"):
         decode_meta(payload_of(header))
 
@@ -393,8 +392,3 @@ def test_other_versions_are_refused_by_number(version: int) -> None:
 
     with pytest.raises(ResultDecodeError, match=f"version {version}; version 1 is read here"):
         decode_meta(payload)
-
-
-def test_other_programs_find_the_serializer_where_they_were_told() -> None:
-    """`penstock.records` has it, and `penstock.codec`, the name in earlier documentation, goes on working."""
-    assert (codec.encode_meta, codec.decode_meta) == (encode_meta, decode_meta)
