@@ -15,7 +15,7 @@ naive      against one stock Celery task for each text
 fetch      a stored result of 6 MiB over a plain GET of its bytes
 deadlines  queries with a deadline behind a load of long documents: how many are answered in time
 memory     what client and workers grow by in 100,000 texts
-card       docstrings by random models of two sizes on a CUDA GPU, by as many processes as `auto` is: against
+gpu        docstrings by random models of two sizes on a CUDA GPU, by as many processes as `auto` is: against
            sentence-transformers in bfloat16 and the GPU's matrix-product rate; left out without one
 
 Run: python -m benchmarks.embedding [--quick] [--only SECTION ...] [--against LIBRARY,...]
@@ -47,10 +47,10 @@ import redis
 from numpy.typing import NDArray
 from redis import asyncio as aioredis
 
-from benchmarks.card import SIZES, Busy, build_model
 from benchmarks.ceiling import Machine, flop_per_text
 from benchmarks.corpus import Corpus
 from benchmarks.deployment import deployed
+from benchmarks.gpu import SIZES, Busy, build_model
 from benchmarks.neighbours import TOLERABLE, Neighbours
 from benchmarks.peers import WAYS, Peer
 from benchmarks.report import Figure, Report, Row, finish
@@ -76,9 +76,9 @@ DEADLINES_MS: Final = (20, 50, 100, 200)
 FETCHED_TEXTS: Final = 4096
 BUSY_ROUNDS: Final = 5
 PEER_PART: Final = 8
-"""Peers get this part of the texts of `card`: they take many times as long for each."""
+"""Peers get this part of the texts of `gpu`: they take many times as long for each."""
 EXACT_TEXTS: Final = 256
-"""Of `card`, that are compared with float32."""
+"""Of `gpu`, that are compared with float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class Counts:
         patient: queries whose callers wait up to a minute; behind long documents each may take seconds.
         fetches: of the stored result.
         many: texts that pass through client and workers in `memory`.
-        card: texts in one repetition of `card`, for us.
+        gpu: texts in one repetition of `gpu`, for us.
     """
 
     rounds: int
@@ -107,7 +107,7 @@ class Counts:
     patient: int
     fetches: int
     many: int
-    card: int
+    gpu: int
 
 
 QUICK: Final = Counts(
@@ -120,7 +120,7 @@ QUICK: Final = Counts(
     patient=4,
     fetches=20,
     many=5_000,
-    card=4096,
+    gpu=4096,
 )
 FULL: Final = Counts(
     rounds=5,
@@ -132,7 +132,7 @@ FULL: Final = Counts(
     patient=20,
     fetches=100,
     many=100_000,
-    card=32_768,
+    gpu=32_768,
 )
 QUICK_SECTIONS: Final = ("bulk", "single", "callers", "fetch")
 
@@ -222,7 +222,7 @@ def main() -> None:
         "fetch": fetch,
         "deadlines": deadlines,
         "memory": memory,
-        "card": card,
+        "gpu": gpu,
     }
     options = arguments(list(sections))
     counts = QUICK if options.quick else FULL
@@ -465,10 +465,10 @@ def memory(bench: Bench) -> Found:
     return Found(rows=rows, figures=figures)
 
 
-def card(bench: Bench) -> Found:
+def gpu(bench: Bench) -> Found:
     """Embed docstrings on a GPU with models of two sizes, by one client."""
     if not [name for name in find_gpus() if name != "mps"]:
-        print("left out: card: there is none", file=sys.stderr)
+        print("left out: gpu: there is none", file=sys.stderr)
         return Found(rows=[], figures={})
     found = []
     for name in SIZES:
@@ -485,7 +485,7 @@ def _on_gpu(counts: Counts, name: str) -> Found:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         config = build_model(folder, SIZES[name])
         corpus = Corpus(folder)
-        texts = corpus.mixed(counts.card)
+        texts = corpus.mixed(counts.gpu)
         model = f'[models.{MODEL}]\ntask = "embed"\nsource = "{folder}"\npools = ["gpu"]\n'
         peer = stack.enter_context(
             Peer(REFERENCE_LIBRARY, python=sys.executable, model=folder, threads=CORES, on_gpu=True)
@@ -522,7 +522,7 @@ def _on_gpu(counts: Counts, name: str) -> Found:
     flop, rate = flop_per_text(config, lengths), statistics.median(rates[1:])
     speed = {way: len(texts) / statistics.median(values) for way, values in seconds.items()}
     worst = {way: float(_cosines(vectors[way][:EXACT_TEXTS], exact).min()) for way in speed}
-    label = f"card, {name}"
+    label = f"gpu, {name}"
     rows = [
         Row(way=f"{label}, {way}", unit="texts/s", values=[len(texts) / s for s in values])
         for way, values in seconds.items()
@@ -539,10 +539,10 @@ def _on_gpu(counts: Counts, name: str) -> Found:
     suffix = name.partition("-")[0].lower()
     others = [value for way, value in speed.items() if way != "penstock"]
     figures = {
-        f"card_vs_sentence_transformers_{suffix}": Figure(value=speed["penstock"] / max(others), unit="x"),
-        f"card_share_of_products_{suffix}": Figure(value=speed["penstock"] * flop / rate, unit=""),
-        f"card_busy_{suffix}": Figure(value=busy.share, unit=""),
-        f"card_min_cosine_{suffix}": Figure(value=worst["penstock"], unit="", goal=MIN_COSINE),
+        f"gpu_vs_sentence_transformers_{suffix}": Figure(value=speed["penstock"] / max(others), unit="x"),
+        f"gpu_share_of_products_{suffix}": Figure(value=speed["penstock"] * flop / rate, unit=""),
+        f"gpu_busy_{suffix}": Figure(value=busy.share, unit=""),
+        f"gpu_min_cosine_{suffix}": Figure(value=worst["penstock"], unit="", goal=MIN_COSINE),
     }
     return Found(rows=rows, figures=figures)
 

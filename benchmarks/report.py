@@ -151,7 +151,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": cpu.partition(": ")[2] or platform.processor(),
         "cores": os.cpu_count(),
         "bf16": bool({"avx512_bf16", "amx_bf16"} & set(flags)),
-        **({"cards": "; ".join(gpus)} if (gpus := _gpus()) else {}),
+        **({"gpus": "; ".join(gpus)} if (gpus := _gpus()) else {}),
         "python": platform.python_version(),
         **{name: version(name) for name in names},
     }
