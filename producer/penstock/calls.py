@@ -20,7 +20,7 @@ from penstock.validation import is_number
 CALL_S: Final = 60.0
 """Time limit of calls that have none of their own, such as a look at what is served, seconds."""
 TAKE_BACK_S: Final = 0.5
-"""How long a cancelled call waits until its job is cancelled too, seconds; after that it does not wait."""
+"""How long a call that ends early waits until its job is cancelled too, seconds; then it waits no more."""
 CLOSE_S: Final = 5.0
 _TURNS: Final = 20  # of the loop, in which a cancelled call tells the job that it shares
 
@@ -92,7 +92,7 @@ class Calls:
         return Call(self, None if timeout_s is None or timeout_s == math.inf else timeout_s, job_id, closing)
 
     async def settle(self, work: Coroutine[Any, Any, object]) -> None:
-        """Do what a cancelled call has to clean up; goes on in the background if that takes long."""
+        """Do what a call that ends early has to clean up; goes on in the background if that takes long."""
         task = self.later(work)
         await asyncio.wait([task], timeout=TAKE_BACK_S)
 
@@ -160,11 +160,6 @@ class Call:
         await self._timeout.__aenter__()
         self._calls._under_way.add(self)
         return self
-
-    @property
-    def is_late(self) -> bool:
-        """True if its time is over."""
-        return self._timeout.expired()
 
     def left_s(self) -> float | None:
         """Return how much of its time is left, seconds; None if it has no limit."""

@@ -137,8 +137,8 @@ class AsyncClient:
         Args:
             texts: up to the model's `max_texts`; `embed_many` takes any number.
             model: name it is served under.
-            timeout_s: time limit of the call, seconds; None waits for as long as it takes. Texts that nobody
-                waits for any more are not computed, if no worker has begun.
+            timeout_s: time limit of the call, seconds; None waits for as long as it takes. If the call ends
+                early, its texts are not computed, unless others share their job.
             **options: see `EmbedOptions`.
 
         Returns:
@@ -184,8 +184,8 @@ class AsyncClient:
             prompt: the user's turn; None answers the last turn of `history`, such as a tool's. With
                 `mode="complete"` the text to go on with.
             model: name it is served under.
-            timeout_s: time limit of the call, seconds; None waits for as long as it takes. If the call is
-                cancelled, its job is too.
+            timeout_s: time limit of the call, seconds; None waits for as long as it takes. If the call ends
+                early, its job is cancelled.
             **options: see `GenerateOptions`.
 
         Raises:
@@ -235,7 +235,8 @@ class AsyncClient:
             model: name it is served under.
             on_restart: behaviour when a job begins again: `hide` leaves out what it repeats, `show`
                 yields a piece with `is_restart` and the text from its beginning.
-            timeout_s: longest wait for the next piece, seconds; None waits for as long as it takes.
+            timeout_s: longest wait for the next piece, seconds; None waits for as long as it takes. When it
+                is over, the job is cancelled.
             **options: see `GenerateOptions`.
 
         Yields:
@@ -274,8 +275,8 @@ class AsyncClient:
             query: the question.
             documents: up to the model's `max_texts`.
             model: name it is served under.
-            timeout_s: time limit of the call, seconds; None waits for as long as it takes. If the call is
-                cancelled, its job is too.
+            timeout_s: time limit of the call, seconds; None waits for as long as it takes. If the call ends
+                early, its job is cancelled.
             **options: see `RerankOptions`.
 
         Returns:
@@ -330,7 +331,8 @@ class AsyncClient:
             texts: read as needed, never all at once.
             model: name it is served under.
             progress: show a bar on standard error, where that is a terminal.
-            timeout_s: longest wait for the next job to end, seconds.
+            timeout_s: longest wait for the next job to end, seconds. When it is over, all its jobs are
+                cancelled.
             **options: see `EmbedOptions`.
 
         Yields:

@@ -337,7 +337,11 @@ class BrokerRefusedError(TransportError):
 
 
 class ResultTimeoutError(TransportError):
-    """The result did not come in time; the job goes on and can be asked again."""
+    """The result did not come in time.
+
+    A call that waits by itself, such as `generate`, has taken its job back. A job that was submitted goes on,
+    and can be asked again.
+    """
 
     def __init__(self, job_id: str, timeout_s: float) -> None:
         super().__init__(job_id, timeout_s)

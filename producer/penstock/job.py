@@ -72,7 +72,7 @@ class AsyncJob(Generic[T]):
             Vectors, see `penstock.result.Vectors`, of an embedding job; else the answer.
 
         Raises:
-            ResultTimeoutError: the result did not come in time; the job goes on.
+            ResultTimeoutError: the result did not come in time; the job goes on, and can be asked again.
             ResultExpiredError: the job ended, and its result is no longer kept.
             UnknownJobError: no job of this id was sent.
             PenstockError: whatever the worker raised.
@@ -93,13 +93,12 @@ class AsyncJob(Generic[T]):
         return result.vectors if isinstance(result, EmbedResult) else result  # type: ignore[return-value]  # T is the task's
 
     async def answer(self, call: Call) -> T:
-        """Wait within a call whose caller is not told the id: a call that is cancelled takes its job back."""
+        """Wait for a call that waits by itself: if it ends early, nobody can ask again, and the job ends."""
         call.job_id = self.id
         try:
             return await self.wait()
-        except asyncio.CancelledError:
-            if not call.is_late:  # else its id is told, and it can be asked for
-                await self.take_back()
+        except asyncio.CancelledError:  # its caller has left, or its time is over
+            await self.take_back()
             raise
 
     async def pieces(

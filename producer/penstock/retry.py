@@ -50,7 +50,7 @@ class WaitPolicy:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Say whether the same call may succeed later. A job that was not in time still runs."""
+    """Say whether the same call may succeed later. One that ran out of time has none left to try again."""
     return isinstance(error, PenstockError) and error.retryable and not isinstance(error, ResultTimeoutError)
 
 
