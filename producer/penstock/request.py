@@ -149,6 +149,10 @@ class _Request(BaseModel):
         """Return what the message carries: JSON types, defaults left out."""
         return self.model_dump(mode="json", exclude_defaults=True) | {"version": self.version}
 
+    def summary(self) -> str:
+        """Say how much is asked, without a word of it: for logs and Flower."""
+        return summarize(self.fields())
+
 
 class EmbedRequest(_Request):
     """Texts to embed with one model; names are those of sentence-transformers' `encode`.
@@ -191,10 +195,6 @@ class EmbedRequest(_Request):
     def n_characters(self) -> int:
         """Number of characters of all texts."""
         return sum(map(len, self.texts))
-
-    def summary(self) -> str:
-        """Say how much is asked, without a word of it: for logs and Flower."""
-        return f"{len(self.texts):,} texts, {self.n_characters:,} characters"
 
 
 class GenerateRequest(_Request, GenerationOptions):
@@ -309,10 +309,6 @@ class GenerateRequest(_Request, GenerationOptions):
         """Number of characters of all turns."""
         return sum(len(turn.content) for turn in self.messages())
 
-    def summary(self) -> str:
-        """Say how much is asked, without a word of it: for logs and Flower."""
-        return f"{len(self.messages()):,} turns, {self.n_characters:,} characters"
-
 
 class RerankRequest(_Request):
     """Documents to bring into order by how well they answer a query, with a cross-encoder.
@@ -341,12 +337,25 @@ class RerankRequest(_Request):
         """Number of characters of all documents, each with the query before it."""
         return sum(map(len, self.documents)) + len(self.documents) * len(self.query)
 
-    def summary(self) -> str:
-        """Say how much is asked, without a word of it: for logs and Flower."""
-        return f"{len(self.documents):,} documents, {sum(map(len, self.documents)):,} characters"
-
 
 Request = EmbedRequest | GenerateRequest | RerankRequest
+
+
+def summarize(fields: Mapping[str, Any]) -> str:
+    """Say how much a message's fields ask, without a word of it; any shape may have come."""
+    for name in ("texts", "documents"):
+        if name in fields:
+            items = fields[name] if isinstance(fields[name], list) else [fields[name]]
+            return f"{len(items):,} {name}, {_n_characters(items):,} characters"
+    turns = fields["history"] if isinstance(fields.get("history"), list) else []
+    asked = [fields[name] for name in ("system_prompt", "prompt") if fields.get(name)]
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    n_turns = max(1, len(asked) + len(turns))
+    return f"{n_turns:,} turns, {_n_characters([*asked, *contents]):,} characters"
+
+
+def _n_characters(values: Sequence[object]) -> int:
+    return sum(len(value) for value in values if isinstance(value, str))
 
 
 def new_job_id() -> str:

@@ -5,11 +5,10 @@ from typing import Any
 import pytest
 
 from penstock.conversation import Message
-from penstock.request import EmbedRequest, GenerateRequest, Request
-from penstock_workers.delivery.consumer import summarize
+from penstock.request import EmbedRequest, GenerateRequest, Request, RerankRequest, summarize
 
 SECRET = "swordfish"
-FIELDS = ("texts", "prompt", "system_prompt", "model")
+FIELDS = ("texts", "prompt", "system_prompt", "query", "documents", "model")
 
 
 def anything(rng: random.Random, depth: int = 3) -> Any:
@@ -34,20 +33,28 @@ def anything(rng: random.Random, depth: int = 3) -> Any:
 
 
 @pytest.mark.parametrize(
-    "request_",
+    ("request_", "summary"),
     [
-        EmbedRequest(model="m", texts=[]),
-        EmbedRequest(model="m", texts=["a", "bc"]),
-        GenerateRequest(model="m", prompt="p"),
-        GenerateRequest(
-            model="m", prompt="p", system_prompt="be brief", history=(Message(role="user", content="hi"),)
+        (EmbedRequest(model="m", texts=[]), "0 texts, 0 characters"),
+        (EmbedRequest(model="m", texts=["a", "bc"]), "2 texts, 3 characters"),
+        (GenerateRequest(model="m", prompt="p"), "1 turns, 1 characters"),
+        (
+            GenerateRequest(
+                model="m", prompt="p", system_prompt="be brief", history=(Message(role="user", content="hi"),)
+            ),
+            "3 turns, 11 characters",
         ),
+        (
+            GenerateRequest(model="m", prompt=None, history=(Message(role="user", content="hi"),)),
+            "1 turns, 2 characters",
+        ),
+        (RerankRequest(model="m", query="who?", documents=[]), "0 documents, 0 characters"),
+        (RerankRequest(model="m", query="who?", documents=["a", "bc"]), "2 documents, 3 characters"),
     ],
-    ids=str,
 )
-def test_summary_of_a_message_is_the_requests_own(request_: Request) -> None:
+def test_summary_of_a_message_is_the_requests_own(request_: Request, summary: str) -> None:
     """A foreign sender's job looks in Flower as one of ours."""
-    assert summarize(request_.fields()) == request_.summary()
+    assert summarize(request_.fields()) == request_.summary() == summary
 
 
 @pytest.mark.parametrize(
@@ -57,6 +64,8 @@ def test_summary_of_a_message_is_the_requests_own(request_: Request) -> None:
         ({"texts": "one string"}, "1 texts, 10 characters"),
         ({"texts": None}, "1 texts, 0 characters"),
         ({"texts": ["a", 5, None, ["deep"]]}, "4 texts, 1 characters"),
+        ({"query": "q", "documents": "one string"}, "1 documents, 10 characters"),
+        ({"query": ["q"], "documents": ["a", 5, None]}, "3 documents, 1 characters"),
         ({"prompt": ["p"]}, "1 turns, 0 characters"),
         ({"prompt": "p", "history": ["turn", {"content": 5}, {"content": "abc"}]}, "4 turns, 4 characters"),
         ({"prompt": "p", "history": {"a": "b"}, "system_prompt": "s"}, "2 turns, 2 characters"),

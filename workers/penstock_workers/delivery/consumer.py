@@ -21,6 +21,7 @@ from kombu.exceptions import ContentDisallowed
 from penstock.envelope import printable, problem_of_headers, sender_of
 from penstock.errors import InvalidMessageError, UpstreamError
 from penstock.messages import TASK_NAMES
+from penstock.request import summarize
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.delivery.callbacks import EMBEDDED, CallbackError, awaited_ids
 from penstock_workers.delivery.control import replace_commands
@@ -248,22 +249,3 @@ class Request(CeleryRequest):  # type: ignore[misc]  # Celery has no types
 def _error_of(exc_info: Any) -> Any:
     error = exc_info.exception
     return error.exc if isinstance(error, ExceptionWithTraceback) else error
-
-
-def summarize(kwargs: dict[str, Any]) -> str:
-    """Say how much a message holds, without a word of it; any shape may have come."""
-    texts = kwargs.get("texts", [])
-    if "texts" in kwargs:
-        n_texts = len(texts) if isinstance(texts, list) else 1
-        return f"{n_texts:,} texts, {_characters(texts):,} characters"
-    history = kwargs.get("history")
-    turns = history if isinstance(history, list) else []
-    n_turns = 1 + bool(kwargs.get("system_prompt")) + len(turns)
-    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
-    n_characters = _characters([kwargs.get("prompt"), kwargs.get("system_prompt"), *contents])
-    return f"{n_turns:,} turns, {n_characters:,} characters"
-
-
-def _characters(values: object) -> int:
-    items = values if isinstance(values, list) else [values]
-    return sum(len(value) for value in items if isinstance(value, str))
