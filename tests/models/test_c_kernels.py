@@ -12,10 +12,12 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  its usual name
 
 from penstock.request import EmbedRequest
+from penstock_workers.embedding import c_kernels, c_library
 from penstock_workers.embedding.attention import _attend, packed
 from penstock_workers.embedding.bert_c import BertC
 from penstock_workers.embedding.bfloat16 import Bfloat16, use_bfloat16
-from penstock_workers.embedding.c_kernels import Kernels, compiled_path, find_kernels
+from penstock_workers.embedding.c_kernels import Kernels, find_kernels
+from penstock_workers.embedding.c_library import compiled_path
 from penstock_workers.embedding.embedder import Embedder
 from penstock_workers.embedding.packed import PackedBert
 from penstock_workers.embedding.probe import MIN_COSINE
@@ -46,6 +48,28 @@ def test_a_library_that_is_missing_is_told(tmp_path: Path) -> None:
     """What was not compiled is an error of the system, which makes torch compute."""
     with pytest.raises(OSError, match="missing"):
         Kernels(tmp_path / "missing.so")
+
+
+def test_an_install_without_it_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker's log says what it costs and what to do, however many models ask."""
+    monkeypatch.setattr(c_library, "cpu_flags", lambda: {"avx512bw", "avx512vl", "avx512_bf16"})
+    monkeypatch.setattr(c_kernels, "compiled_path", lambda: tmp_path / "kernels-0.so")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    c_kernels._load.cache_clear()
+    try:
+        assert [find_kernels(CPU), find_kernels(CPU)] == [None, None]
+    finally:
+        c_kernels._load.cache_clear()
+        torch.set_num_threads(threads)
+
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "1.4 times as long" in record.getMessage()
+    assert "install its wheel for Linux on x86-64" in record.getMessage()
+    assert "kernels-0.so" in record.getMessage()
 
 
 def test_several_threads_are_left_to_torch(kernels: Kernels) -> None:

@@ -10,6 +10,7 @@ from penstock_workers.cli import cli, main
 from penstock_workers.command.deployment import Deployment
 from penstock_workers.command.local_redis import free_port
 from penstock_workers.configuration import load_settings, sample_environment, variable_name
+from penstock_workers.embedding import c_library
 
 CLOSED = "redis.broker_url=redis://:hush@127.0.0.1:{}/0"
 
@@ -66,7 +67,7 @@ def test_config_show_tells_values_and_origins(tmp_path: Path, monkeypatch: pytes
 
 def test_config_show_has_a_line_per_value() -> None:
     """The table for people has the same rows, and no secret."""
-    lines = run("config", "show", "--set", "redis.broker_url=redis://me:hush@r:6379/0").output.splitlines()
+    lines = run("config", "show", "--set", "redis.broker_url=redis://me:hush@r:6379/0").stdout.splitlines()
     rows = json.loads(run("config", "show", "--json").output)
 
     assert [line.split(" ")[0] for line in lines] == list(rows)
@@ -84,6 +85,27 @@ def test_config_show_tells_what_auto_means_here() -> None:
     assert rows["pools.cpu.processes"]["here"] >= 1  # type: ignore[operator]  # a number
     assert "here" not in rows["pools.gpu.processes"]
     assert "auto, here 1 " in lines
+
+
+def test_config_show_tells_what_an_install_without_a_compiler_is_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks at a deployment finds out, where the CPU could do more; the table stays as it is."""
+    with_it = run("config", "show").stdout
+    monkeypatch.setattr(c_library, "cpu_flags", lambda: {"avx512bw", "avx512vl", "avx512_bf16"})
+    monkeypatch.setattr(c_library, "compiled_path", lambda: tmp_path / "kernels-0.so")
+
+    told, without = run("config", "show").stderr, run("config", "show").stdout
+    as_json = run("config", "show", "--json").output
+    monkeypatch.setattr(c_library, "cpu_flags", set)
+    elsewhere = run("config", "show").stderr
+
+    assert without == with_it
+    assert len(told.splitlines()) == 1
+    assert "1.4 times as long" in told
+    assert "install its wheel" in told
+    assert json.loads(as_json)
+    assert elsewhere == ""
 
 
 def test_config_env_is_the_sample_file() -> None:

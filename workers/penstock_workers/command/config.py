@@ -9,6 +9,7 @@ from penstock_workers.command.capacity import choose_layouts
 from penstock_workers.command.deployment import Deployment, deployment_options
 from penstock_workers.command.stack import has_engines
 from penstock_workers.configuration import effective_values, sample_environment
+from penstock_workers.embedding.c_library import missing_reason
 from penstock_workers.hardware.machine import read_machine
 from penstock_workers.settings import AUTO, Settings
 
@@ -24,7 +25,8 @@ def config() -> None:
 def show(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> None:
     """Print the effective values and where each came from; secrets are masked.
 
-    What `auto` means on this machine is told for the pools that serve a model.
+    What `auto` means on this machine is told for the pools that serve a model. Where penstock was installed
+    without a C compiler, a line on standard error says what it is without.
     """
     loaded = Deployment(config, assignments).loaded
     values = effective_values(loaded)
@@ -40,6 +42,8 @@ def show(config: Path | None, assignments: tuple[str, ...], as_json: bool) -> No
     for key, value, origin in values:
         text = f"{value}, here {here[key]}" if key in here else str(value)
         click.echo(f"{key:{width}} = {text:40} ({origin})")
+    if has_engines() and (reason := missing_reason()):
+        click.echo(reason, err=True)
 
 
 def _counts_here(settings: Settings) -> dict[str, int]:

@@ -2,12 +2,11 @@
 
 They compute in bfloat16: attention over a row of texts for every model, and the whole encoder of the BERT
 family. Torch does what lies between products in many small steps, which copy, pad and round each time.
-`hatch_build.py` compiles the source where the package is built or installed. Torch computes where there was
-no C compiler, where the CPU has no AVX-512 BF16, and in processes of several threads.
+`hatch_build.py` compiles the source where a wheel is built, or the package installed from source. Torch
+computes where there was no C compiler, on CPUs without AVX-512 BF16, and in processes of several threads.
 """
 
 import ctypes
-import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -18,11 +17,10 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from penstock_workers.hardware.machine import cpu_flags
+from penstock_workers.embedding.c_library import compiled_path, is_for_this_cpu, tell_missing
 
 logger = logging.getLogger(__name__)
 
-SOURCE: Final = Path(__file__).with_name("kernels.c")
 HEAD_SIZES: Final = (16, 32, 48, 64, 80, 96, 128)
 LANES: Final = 16
 """Numbers of float32 in a vector register: all widths of a model are multiples."""
@@ -236,17 +234,10 @@ def find_kernels(device: torch.device) -> Kernels | None:
 
 @cache
 def _load() -> Kernels | None:
-    if not {"avx512bw", "avx512vl", "avx512_bf16"} <= cpu_flags():
+    if not is_for_this_cpu():
         return None
     try:
         return Kernels(compiled_path())
     except OSError as error:
-        logger.warning(
-            "torch computes what C would faster: install penstock where there is a C compiler: %s", error
-        )
+        logger.warning("%s", tell_missing(error))
         return None
-
-
-def compiled_path() -> Path:
-    """Return where the shared library of this source lies, if it was compiled."""
-    return SOURCE.with_name(f"kernels-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so")
