@@ -51,7 +51,8 @@ from benchmarks.delivery_app import (
     Setup,
     build_app,
 )
-from benchmarks.report import Figure, Report, Row, finish
+from benchmarks.report import Figure, Row, parsed
+from benchmarks.sections import Results
 from penstock import AsyncClient, Client
 from penstock.keys import MODELS_KEY, RESULTS_KEY, result_key
 from penstock.registry import ModelInfo
@@ -387,23 +388,13 @@ def main() -> None:
     }
     options = arguments(list(sections))
     counts = QUICK if options.quick else FULL
-    rows: list[Row] = []
-    figures: dict[str, Figure] = {}
-    broken = []
+    results = Results()
     measured = sides()
     for name in options.only or sections:
-        try:
+        with results.section(name):
             found = sections[name](counts, measured)
-        except (RuntimeError, OSError, redis.RedisError) as error:
-            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
-            broken.append(name)
-        else:
-            rows += found.rows
-            figures |= found.figures
-    if rows:
-        finish(Report(name="delivery", rows=rows, figures=figures), options)
-    if broken:
-        sys.exit(f"not measured: {', '.join(broken)}")
+            results.add(name, found.rows, found.figures)
+    results.finish("delivery", options)
 
 
 def arguments(sections: Sequence[str]) -> argparse.Namespace:
@@ -415,7 +406,7 @@ def arguments(sections: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", choices=sections, nargs="+", metavar="NAME", help=", ".join(sections))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and figures")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, as .png or .svg")
-    return parser.parse_args()
+    return parsed(parser)
 
 
 def sides() -> list[Side]:

@@ -51,9 +51,10 @@ from benchmarks.ceiling import Machine, flop_per_text
 from benchmarks.corpus import Corpus
 from benchmarks.deployment import deployed
 from benchmarks.gpu import SIZES, Busy, build_model
-from benchmarks.neighbours import TOLERABLE, Neighbours
+from benchmarks.neighbours import Neighbours
 from benchmarks.peers import WAYS, Peer
-from benchmarks.report import Figure, Report, Row, finish
+from benchmarks.report import Figure, Row, parsed
+from benchmarks.sections import Results
 from penstock import AsyncClient, Client
 from penstock.errors import PenstockError
 from penstock.keys import result_key
@@ -229,20 +230,14 @@ def main() -> None:
     if options.rounds:
         counts = replace(counts, rounds=options.rounds)
     names = options.only or (QUICK_SECTIONS if options.quick else sections)
-    rows: list[Row] = []
-    figures: dict[str, Figure] = {}
-    disturbed: list[str] = []
+    results = Results()
     with Bench(counts, options.against, options.peer_python) as bench:
         for name in names:
-            neighbours = Neighbours()
-            found = sections[name](bench)
-            if (share := neighbours.share()) > TOLERABLE:
-                disturbed.append(f"{name}: other programs took {share:.0%} of the CPUs, measure again")
-            rows += [*found.rows, Row(way=f"{name}, share of other programs", unit="", values=[share])]
-            figures |= found.figures
-    finish(Report(name="embedding", rows=rows, figures=figures), options)
-    if disturbed:
-        sys.exit("\n".join(disturbed))
+            with results.section(name):
+                neighbours = Neighbours()
+                found = sections[name](bench)
+                results.add(name, found.rows, found.figures, others=neighbours.share())
+    results.finish("embedding", options)
 
 
 def arguments(sections: Sequence[str]) -> argparse.Namespace:
@@ -263,7 +258,7 @@ def arguments(sections: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, metavar="N", help="repetitions of each way")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and figures")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, as .png or .svg")
-    options = parser.parse_args()
+    options = parsed(parser)
     given = dict(item.split("=", 1) if "=" in item else ("", item) for item in options.peer_python)
     if unknown := set(given) - {"", *WAYS}:
         parser.error(f"--peer-python: {', '.join(sorted(unknown))}; known: {', '.join(WAYS)}")

@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, L
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.deployment import deployed
-from benchmarks.report import Figure, Report, Row, arguments, finish
+from benchmarks.report import Figure, Row, arguments
+from benchmarks.sections import Results
 from penstock.conversation import ResponseFormat
 from penstock.request import EmbedRequest, GenerateRequest
 from penstock_workers.batching.batcher import Batcher
@@ -99,13 +100,11 @@ def main() -> None:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # not annotated
     torch.set_num_threads(os.cpu_count() or 1)
     model = make_model()
-    rows: list[Row] = []
-    figures: dict[str, Figure] = {}
+    results = Results()
     for name in options.only:
-        found = sections[name](model)
-        rows += found[0]
-        figures |= found[1]
-    finish(Report(name="generation", rows=rows, figures=figures), options)
+        with results.section(name):
+            results.add(name, *sections[name](model))
+    results.finish("generation", options)
 
 
 def make_model(**fields: Any) -> PreTrainedModel:

@@ -13,7 +13,9 @@ upstream   eight workers of a hosted model that allows 60 requests a minute: how
 recovery   one of two workers stands still (SIGSTOP) under 0.8 x capacity; callers try again by `WaitPolicy`
 
 Latencies count from when a job was due, so that a client that is late with sending hides nothing. Sections
-during which other programs took over 5 % of the CPUs are named, and the run ends with an error.
+during which other programs took over 5 % of the CPUs are named, and the run ends with an error. It
+does so too where a section failed, after the report of the others. `upstream` needs the extra `remote`, or
+is left out.
 
 Run: python -m benchmarks.overload [--quick] [--only SECTION ...] [--json FILE] [--plot FILE]
 `--quick` takes about four minutes, the whole run 20.
@@ -23,7 +25,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
@@ -36,8 +37,9 @@ import numpy as np
 from benchmarks.corpus import Corpus
 from benchmarks.deployment import deployed
 from benchmarks.hosted import DIM, hosting
-from benchmarks.neighbours import TOLERABLE, Neighbours
-from benchmarks.report import Figure, Report, Row, arguments, finish
+from benchmarks.neighbours import Neighbours
+from benchmarks.report import Figure, Row, arguments
+from benchmarks.sections import Results, runnable
 from penstock import AsyncClient
 from penstock.errors import DeadlineExceededError, JobCancelledError, PenstockError, QueueDelayError
 from penstock.job import AsyncJob
@@ -61,6 +63,8 @@ SMALL_LOAD: Final = 0.05
 TIMES_MORE: Final = 100
 REQUESTS_PER_MINUTE: Final = 60
 HOSTED_PROCESSES: Final = 8
+NEEDS: Final = {"upstream": "remote"}
+"""Extras of sections that need one besides `workers` and `bundled`."""
 RECOVERY_DEADLINE_S: Final = 10.0
 
 Found = tuple[list[Row], dict[str, Figure]]
@@ -216,20 +220,14 @@ def main() -> None:
         "recovery": (recovery, 2),
     }
     options = arguments(__doc__, [*sections, "upstream"])
-    rows: list[Row] = []
-    figures: dict[str, Figure] = {}
-    disturbed: list[str] = []
-    for name in options.only:
-        neighbours = Neighbours()
-        seconds = QUICK if options.quick else FULL
-        found = upstream(seconds) if name == "upstream" else run(*sections[name], seconds)
-        if (share := neighbours.share()) > TOLERABLE:
-            disturbed.append(f"{name}: other programs took {share:.0%} of the CPUs, measure again")
-        rows += [*found[0], Row(way=f"{name}, share of other programs", unit="", values=[share])]
-        figures |= found[1]
-    finish(Report(name="overload", rows=rows, figures=figures), options)
-    if disturbed:
-        sys.exit("\n".join(disturbed))
+    seconds = QUICK if options.quick else FULL
+    results = Results()
+    for name in runnable(options.only, NEEDS):
+        with results.section(name):
+            neighbours = Neighbours()
+            found = upstream(seconds) if name == "upstream" else run(*sections[name], seconds)
+            results.add(name, *found, others=neighbours.share())
+    results.finish("overload", options)
 
 
 def run(section: Callable[[Bench], Awaitable[Found]], processes: int, seconds: Seconds) -> Found:

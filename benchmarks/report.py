@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,15 @@ def arguments(description: str | None, sections: Sequence[str] = ()) -> argparse
         parser.add_argument(
             "--only", choices=sections, nargs="+", default=sections, metavar="SECTION", help=what
         )
-    return parser.parse_args()
+    return parsed(parser)
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line; what a picture needs is asked for now, not when minutes of results are there."""
+    options = parser.parse_args()
+    if options.plot and find_spec("matplotlib") is None:
+        parser.error("--plot: matplotlib is not installed: pip install 'penstock[dev]'")
+    return options
 
 
 def finish(report: Report, options: argparse.Namespace) -> None:
