@@ -14,10 +14,6 @@ from penstock.result import Choice, EmbedResult, GenerateResult, Logprobs, Reran
 
 _Check = Callable[[Any], bool]
 
-TYPES: Final[Mapping[str, type]] = {
-    cls.__name__: cls for cls in (Choice, EmbedResult, GenerateResult, Logprobs, RerankResult, Timings, Usage)
-}
-"""What a result is made of, by the names that stand in its bytes."""
 VECTOR_TYPES: Final = ("float32", "float16", "int8", "uint8")
 _MOST: Final = 1 << 63
 
@@ -40,12 +36,13 @@ def build_object(name: str, fields: Mapping[str, Any]) -> Any:
         TypeError: a field is missing.
         ResultDecodeError: a field is of another type.
     """
-    checks = _CHECKS[name]
+    cls = TYPES[name]
+    checks = CHECKS[cls]
     for field, value in fields.items():
         if not checks[field](value):
             kind = "no array" if field in ("vectors", "scores") else "of another type"
             raise ResultDecodeError(f"its {field} are {kind}")
-    made = TYPES[name](**fields)
+    made = cls(**fields)
     if isinstance(made, Logprobs) and not _fit(made):
         raise ResultDecodeError("its log-probabilities lack tokens")
     return made
@@ -116,16 +113,19 @@ _ANSWER: Final[dict[str, _Check]] = {
     "tool_calls": _optional(_list_of(_is_call)),
     "logprobs": _optional(_is_a(Logprobs)),
 }
-_CHECKS: Final[Mapping[str, Mapping[str, _Check]]] = {
-    "Timings": dict.fromkeys(("queued_s", "prepared_s", "batched_s", "computed_s"), _is_number),
-    "Usage": {
+CHECKS: Final[Mapping[type, Mapping[str, _Check]]] = {
+    Timings: dict.fromkeys(("queued_s", "prepared_s", "batched_s", "computed_s"), _is_number),
+    Usage: {
         "prompt_tokens": _is_count,
         "completion_tokens": _is_count,
         "cut_tokens": _optional(_is_count),
     },
-    "EmbedResult": {**_USAGE, "vectors": _array(2, *VECTOR_TYPES)},
-    "Logprobs": {"ids": _array(2, "int32"), "values": _array(2, "float32"), "tokens": _is_bytes_by_id},
-    "Choice": {**_ANSWER, "index": _is_count},
-    "GenerateResult": {**_USAGE, **_ANSWER, "others": _optional(_list_of(_is_a(Choice)))},
-    "RerankResult": {**_USAGE, "scores": _array(1, "float32"), "order": _list_of(_is_count)},
+    EmbedResult: {**_USAGE, "vectors": _array(2, *VECTOR_TYPES)},
+    Logprobs: {"ids": _array(2, "int32"), "values": _array(2, "float32"), "tokens": _is_bytes_by_id},
+    Choice: {**_ANSWER, "index": _is_count},
+    GenerateResult: {**_USAGE, **_ANSWER, "others": _optional(_list_of(_is_a(Choice)))},
+    RerankResult: {**_USAGE, "scores": _array(1, "float32"), "order": _list_of(_is_count)},
 }
+"""What a result is made of: what each field must hold, by type."""
+TYPES: Final[Mapping[str, type]] = {cls.__name__: cls for cls in CHECKS}
+"""These types by the names that stand in a result's bytes."""

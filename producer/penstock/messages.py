@@ -5,15 +5,13 @@ Messages follow Celery's protocol 2 in kombu's Redis envelope, so any Celery pro
 
 import json
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from penstock.envelope import MAX_ENTRY_BYTES
 from penstock.errors import InvalidMessageError, RequestTooLargeError
-from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, RerankRequest
+from penstock.request import Priority, Request
 
-TASK_NAMES: Final[Mapping[type, str]] = {
-    kind: f"penstock.{kind.task}" for kind in (EmbedRequest, GenerateRequest, RerankRequest)
-}
+TASK_NAMES: Final[Mapping[type, str]] = {kind: f"penstock.{kind.task}" for kind in get_args(Request)}
 """Celery's name of the task that serves each kind of request."""
 
 

@@ -192,6 +192,11 @@ class EmbedRequest(_Request):
         return text
 
     @property
+    def n_texts(self) -> int:
+        """Number of texts, which the model's `max_texts` limits."""
+        return len(self.texts)
+
+    @property
     def n_characters(self) -> int:
         """Number of characters of all texts."""
         return sum(map(len, self.texts))
@@ -305,6 +310,11 @@ class GenerateRequest(_Request, GenerationOptions):
         return [*system, *self.history, *asked]
 
     @property
+    def n_texts(self) -> int:
+        """Number of texts, which the model's `max_texts` limits; a conversation has none."""
+        return 0
+
+    @property
     def n_characters(self) -> int:
         """Number of characters of all turns."""
         return sum(len(turn.content) for turn in self.messages())
@@ -331,6 +341,11 @@ class RerankRequest(_Request):
     def _within_limits(self) -> Self:
         _check_bytes([*self.documents, self.query])
         return self
+
+    @property
+    def n_texts(self) -> int:
+        """Number of texts, which the model's `max_texts` limits."""
+        return len(self.documents)
 
     @property
     def n_characters(self) -> int:

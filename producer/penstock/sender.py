@@ -82,9 +82,8 @@ class Sender:
         within_s = read_deadline_s(fields.get("deadline_s"))
         request = kind.parse({name: value for name, value in fields.items() if name not in OF_SENDING})
         model = await self.discovery.find(request.model, kind.task)
-        n_texts = _n_texts(request)
-        if n_texts > model.max_texts:
-            raise TooManyTextsError(n_texts, model.max_texts)
+        if request.n_texts > model.max_texts:
+            raise TooManyTextsError(request.n_texts, model.max_texts)
         # By the broker's clock, which workers go by too: this machine's may be minutes off.
         now, within_s = self.broker.clock.now(), model.deadline_s if within_s is None else within_s
         deadline = None if within_s is None else now + within_s
@@ -235,9 +234,3 @@ def submit_limit_s(wait: WaitPolicy | None) -> float:
 async def _cancel(jobs: Sequence[AsyncJob[T]]) -> None:
     """Cancel jobs whose ids nobody was told."""
     await asyncio.gather(*(job.end() for job in jobs), return_exceptions=True)
-
-
-def _n_texts(request: Request) -> int:
-    if isinstance(request, EmbedRequest):
-        return len(request.texts)
-    return len(request.documents) if isinstance(request, RerankRequest) else 0

@@ -13,11 +13,12 @@ from penstock_workers.settings import ModelSettings
 logger = logging.getLogger(__name__)
 
 _LABELS: Final = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
-_FOREIGN_HEADS: Final[Mapping[Task, tuple[str, ...]]] = {
+FOREIGN_HEADS: Final[Mapping[Task, tuple[str, ...]]] = {
     "embed": ("ForSequenceClassification", *_LABELS),
     "rerank": _LABELS,
     "generate": ("ForSequenceClassification", "ForMaskedLM", *_LABELS),
 }
+"""What the names of architectures end in that are not for a task, by task."""
 _KINDS: Final[Mapping[Task, str]] = {"embed": "SentenceTransformer", "rerank": "CrossEncoder"}
 _OWN_ATTENTION: Final = (None, "sdpa", "eager")
 
@@ -73,7 +74,7 @@ def _check_task(
         return  # its modules say how vectors are computed, whatever the transformer was trained on before
     architectures = config.get("architectures") or []
     if isinstance(architectures, list) and architectures:
-        foreign = [str(one) for one in architectures if str(one).endswith(_FOREIGN_HEADS[task])]
+        foreign = [str(one) for one in architectures if str(one).endswith(FOREIGN_HEADS[task])]
         if len(foreign) == len(architectures):
             raise ModelLoadError(name, f"its files are a {foreign[0]}'s, which is not for task = {task!r}")
 

@@ -35,11 +35,12 @@ from penstock_workers.settings import Settings
 DEFAULT_PORT: Final = 6379
 WORKERS_STAGE: Final = 1
 """After Redis, before Flower."""
-_ENGINES: Final = {
+ENGINES: Final = {
     "embed": "penstock_workers.embedding.embedder",
     "generate": "penstock_workers.generation.generator",
     "rerank": "penstock_workers.embedding.reranker",
 }
+"""Modules that a process imports to serve models of a task, by task."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +255,7 @@ def _preload(settings: Settings, pool: PoolName, layout: Layout) -> Preload | No
     if layout.processes < 2 or on_gpus(settings, pool):
         return None
     models = [model for model in settings.models.values() if pool in model.pools]
-    engines = {_ENGINES[model.task] for model in models if model.engine != "remote"}
+    engines = {ENGINES[model.task] for model in models if model.engine != "remote"}
     return Preload(
         modules=("celery.bin.celery", "celery.bin.worker", "penstock_workers.serving.app", *sorted(engines)),
         environment=tuple(thread_variables(layout.threads).items()),

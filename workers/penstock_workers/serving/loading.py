@@ -1,4 +1,4 @@
-"""Settings to a served model; the only module that imports engines."""
+"""Settings to a served model; besides `penstock tune` nothing else imports engines."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -50,11 +50,13 @@ def load_model(
         if model.engine == "remote":
             return _load_remote(name, model, settings)
         assert device is not None
-        if model.task == "embed":
-            return _load_embedder(name, settings, device, turn)
-        if model.task == "rerank":
-            return _load_reranker(name, model, device, turn)
-        return _load_generator(name, model, device, turn)
+        match model.task:
+            case "embed":
+                return _load_embedder(name, settings, device, turn)
+            case "rerank":
+                return _load_reranker(name, model, device, turn)
+            case "generate":
+                return _load_generator(name, model, device, turn)
 
 
 def _load_embedder(name: str, settings: Settings, device: "torch.device", turn: Turn | None) -> AnyServed:
