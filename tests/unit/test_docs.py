@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import click
@@ -67,6 +68,40 @@ def test_configurations_load(page: Path, tmp_path: Path) -> None:
         file = tmp_path / f"{page.stem}-{block.line}.toml"
         file.write_text(block.text)
         load_settings(file, environ={})
+
+
+@pytest.mark.parametrize("page", [page for page in RUN if "penstock up" in page.read_text()], ids=name)
+def test_a_page_installs_what_it_starts(page: Path) -> None:
+    """Where a page installs and then starts a deployment of its own, the extras bring all that this needs."""
+    shell = "\n".join(block.text for block in blocks(page, ""))
+    installed = re.search(r'pip install "\.\[([\w,-]+)\]"', shell)
+    toml = "\n".join(block.text for block in blocks(page, "toml"))
+    if installed is None or not toml:
+        return
+
+    needed = {"workers"} | ({"remote"} if 'engine = "remote"' in toml else set())
+    needed |= set() if "broker_url" in toml else {"bundled"}
+
+    assert needed <= set(installed[1].split(","))
+
+
+def test_extras_are_installed_from_a_clone() -> None:
+    """Neither a page nor an error advises the name on the package index, and the extras exist."""
+    code = [file for folder in ("producer", "workers") for file in (ROOT / folder).rglob("*.py")]
+    texts = {name(file): file.read_text() for file in (*PAGES, *code)}
+    asked = re.compile(r"""how_to_install\(['"]([\w-]+)|pip install "?\.\[([\w,-]+)\]""")
+    extras = {
+        extra
+        for text in texts.values()
+        for found in asked.findall(text)
+        for extra in "".join(found).split(",")
+    }
+
+    assert [file for file, text in texts.items() if "penstock[" in text] == []
+    assert {"celery", "remote", "openvino", "llama-index"} <= extras
+    if (ROOT / "pyproject.toml").exists():  # there is none where a wheel is tested
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert extras <= project["optional-dependencies"].keys()
 
 
 def test_every_setting_is_told() -> None:

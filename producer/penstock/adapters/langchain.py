@@ -23,6 +23,7 @@ from penstock.adapters.bridge import (
 from penstock.client import DEFAULT_URL, AsyncClient
 from penstock.conversation import ResponseFormat
 from penstock.errors import InvalidOptionError, InvalidTextError
+from penstock.extras import how_to_install
 from penstock.job import RESULT_TIMEOUT_S
 from penstock.options import EmbedOptions
 from penstock.request import PriorityName
@@ -50,7 +51,7 @@ try:
     from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
     from langchain_core.utils.pydantic import is_basemodel_subclass
 except ImportError as error:
-    raise ImportError('LangChain is missing: pip install "penstock[langchain]"') from error
+    raise ImportError(f"LangChain is missing: {how_to_install('langchain')}") from error
 
 _ROLES: Final = {"system": "system", "human": "user", "ai": "assistant", "tool": "tool"}
 _CALLS: Final = ("tool_use", "tool_call")  # blocks that messages have in `tool_calls` too

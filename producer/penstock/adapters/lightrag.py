@@ -29,6 +29,7 @@ from penstock.errors import (
     UnknownModelError,
     WrongTaskError,
 )
+from penstock.extras import how_to_install
 from penstock.options import GenerateOptions
 from penstock.registry import ModelInfo
 from penstock.request import PriorityName, Task
@@ -39,7 +40,7 @@ try:
     from lightrag import LightRAG
     from lightrag.utils import EmbeddingFunc, TruncatedResponse
 except ImportError as error:
-    raise ImportError('LightRAG is missing: pip install "penstock[lightrag]"') from error
+    raise ImportError(f"LightRAG is missing: {how_to_install('lightrag')}") from error
 
 logger = logging.getLogger(__name__)
 

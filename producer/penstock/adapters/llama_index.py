@@ -19,6 +19,7 @@ from penstock.adapters.bridge import (
 from penstock.client import AsyncClient
 from penstock.conversation import ToolCall, parse_arguments
 from penstock.errors import InvalidTextError
+from penstock.extras import how_to_install
 from penstock.job import RESULT_TIMEOUT_S
 from penstock.result import GenerateResult
 from penstock.stream import Piece
@@ -43,7 +44,7 @@ try:
     from llama_index.core.llms.llm import ToolSelection
     from llama_index.core.tools.types import BaseTool
 except ImportError as error:
-    raise ImportError('LlamaIndex is missing: pip install "penstock[llama-index]"') from error
+    raise ImportError(f"LlamaIndex is missing: {how_to_install('llama-index')}") from error
 
 _ROLES: Final = {
     MessageRole.SYSTEM: "system",

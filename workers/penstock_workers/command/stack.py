@@ -13,6 +13,7 @@ from socket import socket
 from typing import Final
 
 from penstock.errors import ConfigError
+from penstock.extras import how_to_install
 from penstock.keys import queue_name
 from penstock.request import PoolName
 from penstock.stacks import RunningStack, check_private, stack_at, with_login, without_login
@@ -182,7 +183,7 @@ def require_engines() -> None:
         ConfigError: what to install.
     """
     if not has_engines():
-        raise ConfigError(["this machine cannot run models yet: pip install 'penstock[workers]'"])
+        raise ConfigError([f"this machine cannot run models yet: {how_to_install('workers')}"])
 
 
 def worker_command(settings: Settings, queues: list[str], node: str) -> list[str]:

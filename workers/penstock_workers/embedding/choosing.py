@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from penstock.errors import ModelLoadError
+from penstock.extras import how_to_install
 from penstock_workers.embedding.bert_c import BertC
 from penstock_workers.embedding.bert_gpu import BertGpu
 from penstock_workers.embedding.bfloat16 import Bfloat16
@@ -104,7 +105,7 @@ class Ways:
         """
         reason: str | None
         if not is_installed():
-            reason = 'it is not installed: pip install "penstock[openvino]"'
+            reason = f"it is not installed: {how_to_install('openvino')}"
         elif self.model.device.type != "cpu":
             reason = "it is for CPUs here"
         elif self.settings.dtype == "float16":

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from penstock.errors import ModelLoadError
+from penstock.extras import how_to_install
 from penstock.registry import ModelInfo
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import Cut, cut_by_tokens
@@ -116,7 +117,7 @@ def _load_remote(name: str, model: ModelSettings, settings: Settings) -> AnyServ
         from penstock_workers.remote.chat import RemoteGenerator
         from penstock_workers.remote.embedding import RemoteEmbedder
     except ModuleNotFoundError as error:
-        raise ModelLoadError(name, f"{error.name} is missing: pip install 'penstock[remote]'") from error
+        raise ModelLoadError(name, f"{error.name} is missing: {how_to_install('remote')}") from error
     if model.task == "embed":
         embedder = RemoteEmbedder.load(name, model, settings.broker_url)
         return _serve_embedder(
