@@ -1,7 +1,7 @@
 """Token buckets in Redis: what all processes of a cluster together may do in a time.
 
-Knows the script `take` and nothing of what is counted. One call asks and takes, on Redis's own clock; a
-call that may wait reserves its place, so that a rate is used up although every process wakes a little late.
+Knows the script `take_tokens` and nothing of what is counted. One call asks and takes, on Redis's own clock;
+a call that may wait reserves its place, so that a rate is used up although every process wakes a little late.
 """
 
 from collections.abc import Sequence
@@ -69,11 +69,11 @@ async def take(store: aioredis.Redis, *shares: Share, within_s: float = 0.0) -> 
         within_s: Longest wait that is reserved, seconds; with 0, now or not at all.
     """
     keys, arguments = take_arguments(*shares, within_s=within_s)
-    return read_taken(await store.register_script(script("take"))(keys=keys, args=arguments))
+    return read_taken(await store.register_script(script("take_tokens"))(keys=keys, args=arguments))
 
 
 def take_arguments(*shares: Share, within_s: float = 0.0) -> tuple[list[str], list[float]]:
-    """Return the keys and arguments of the script `take`; for clients that do not await, too."""
+    """Return the keys and arguments of the script `take_tokens`; for clients that do not await, too."""
     arguments = [within_s]
     for bucket, cost in shares:
         arguments += [bucket.rate, bucket.burst, cost]
@@ -81,6 +81,6 @@ def take_arguments(*shares: Share, within_s: float = 0.0) -> tuple[list[str], li
 
 
 def read_taken(reply: object) -> Taken:
-    """Read what the script `take` returns."""
+    """Read what the script `take_tokens` returns."""
     is_taken, wait_s = cast("Sequence[Any]", reply)
     return Taken(bool(is_taken), float(wait_s))

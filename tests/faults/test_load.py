@@ -101,7 +101,7 @@ SCRIPTS = (
     "pop",
     "ack",
     "requeue",
-    "reclaim",
+    "undo_pop",
     "delay",
     "retry",
     "dead_letter",
@@ -183,9 +183,9 @@ class Life:
         """Return some."""
         self.run("requeue", self.random.randrange(2), *self.some())
 
-    def reclaim(self) -> None:
+    def undo_pop(self) -> None:
         """Return all of a pop whose reply was lost."""
-        self.run("reclaim", f"worker/{self.random.randrange(1, self._n_pops + 2)}")
+        self.run("undo_pop", f"worker/{self.random.randrange(1, self._n_pops + 2)}")
 
     def delay(self) -> None:
         """Delay one."""
@@ -240,8 +240,8 @@ class Life:
     def step(self) -> str:
         """Do one thing; return what."""
         often = [self.push, self.push, self.pop, self.pop, self.ack]
-        seldom = [self.push_late, self.push_foreign, self.requeue, self.reclaim, self.delay, self.dead_letter]
-        seldom += [self.retry]
+        seldom = [self.push_late, self.push_foreign, self.requeue, self.undo_pop, self.delay]
+        seldom += [self.dead_letter, self.retry]
         seldom += [self.revive, self.die, self.move_due, self.purge]
         deed: Callable[[], None] = self.random.choice(often if self.random.random() < 0.6 else seldom)
         deed()

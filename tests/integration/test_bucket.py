@@ -138,7 +138,7 @@ async def _reserve(server: Server, limit: Bucket, *, n_clients: int, n_each: int
         for _ in range(n_each):
             async with store.pipeline(transaction=True) as pipe:
                 keys, arguments = take_arguments(limit.of(1), within_s=60)
-                pipe.eval(script("take"), len(keys), *keys, *arguments)
+                pipe.eval(script("take_tokens"), len(keys), *keys, *arguments)
                 pipe.time()
                 reply, (second, microsecond) = await pipe.execute()
             reserved.append(second + microsecond / 1e6 + read_taken(reply).wait_s)

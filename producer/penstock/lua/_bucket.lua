@@ -29,7 +29,7 @@ end
 -- keys: buckets. arguments, from the `first` on: longest wait in seconds; then for each bucket its rate per
 -- second, its burst, the cost.
 -- Returns 1 if it was taken, else 0, and the seconds to wait: before acting, or before asking again.
-local function take(keys, arguments, first)
+local function take_tokens(keys, arguments, first)
   local now = now_s()
   local start, full = now, {}
   for i, key in ipairs(keys) do

@@ -41,7 +41,7 @@ if tenant ~= '' then
   if rate > 0 then
     local tokens = 0
     for i = 6, #ARGV, 2 do tokens = tokens + cost_of(ARGV[i]) end
-    local taken = take({'penstock:bucket:tenant:' .. tenant}, {0, rate, 60 * rate, tokens}, 1)
+    local taken = take_tokens({'penstock:bucket:tenant:' .. tenant}, {0, rate, 60 * rate, tokens}, 1)
     if taken[1] == 0 then return {taken[2], '', 'rate'} end
   end
 end

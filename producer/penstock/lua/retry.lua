@@ -6,7 +6,7 @@
 -- Uses _lists.lua, _counts.lua, _moves.lua, _bucket.lua.
 
 if list_held(ARGV[1], ARGV[2]) then
-  local taken = take(KEYS, {math.huge, tonumber(ARGV[4]), tonumber(ARGV[5]), 1}, 1)
+  local taken = take_tokens(KEYS, {math.huge, tonumber(ARGV[4]), tonumber(ARGV[5]), 1}, 1)
   delay_held(ARGV[1], ARGV[2], now() + tonumber(ARGV[3]) + tonumber(taken[2]))
   redis.call('HINCRBY', TRIES, tag_in(ARGV[1]), 1)
 end

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Requeues messages whose leases ran out, as the next ones in their lists.
+-- Requeues the messages of workers that died, whose leases ran out, as the next ones in their lists.
 -- After the last delivery, or if a message cannot go back, the caller holds it and must dead-letter it.
 --
 -- KEYS: none.

@@ -166,9 +166,9 @@ class Leases:
             self._upkeep.do("retry", *arguments, keys=(RETRIES.key,))
         return lease
 
-    def reclaim(self, token: str) -> None:
+    def undo_pop(self, token: str) -> None:
         """Requeue what a pop took whose reply never arrived."""
-        self._upkeep.do("reclaim", token)
+        self._upkeep.do("undo_pop", token)
 
     def nudge(self) -> None:
         """Wake this process' wait for messages."""

@@ -157,13 +157,13 @@ class PolledChannel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no 
 
     def _lose(self, connection: Any, sent: Pop | Wait | None) -> None:
         if isinstance(sent, Pop):
-            self.leases.reclaim(sent.token)
+            self.leases.undo_pop(sent.token)
         connection.disconnect()
 
     def _on_connection_disconnect(self, connection: Any) -> None:
         sent = self.in_flight
         if self._in_poll is connection and isinstance(sent, Pop):
-            self.leases.reclaim(sent.token)
+            self.leases.undo_pop(sent.token)
         if self._in_poll is connection:
             self.in_flight = None
         super()._on_connection_disconnect(connection)

@@ -20,7 +20,7 @@ from penstock_workers.background import Background
 logger = logging.getLogger(__name__)
 
 _SCRIPTS: Final = (
-    *("ack", "dead_letter", "claim_notices", "fail", "requeue", "move_due", "nudge", "delay", "reclaim"),
+    *("ack", "dead_letter", "claim_notices", "fail", "requeue", "move_due", "nudge", "delay", "undo_pop"),
     *("recount", "renew", "retry", "take_over"),
 )
 _BACKOFF_S: Final = (0.05, 1.0)

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Requeues what a pop took whose reply never arrived.
+-- Requeues what a pop took whose reply never arrived: its worker lives, so no lease has to run out.
 --
 -- KEYS: none.
 -- ARGV: token of the pop.

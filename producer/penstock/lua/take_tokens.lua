@@ -5,4 +5,4 @@
 -- Returns 1 if it was taken, else 0; then the seconds to wait.
 -- Uses _bucket.lua.
 
-return take(KEYS, ARGV, 1)
+return take_tokens(KEYS, ARGV, 1)
