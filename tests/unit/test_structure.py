@@ -1,4 +1,5 @@
 import re
+from fnmatch import fnmatchcase
 
 import pytest
 
@@ -68,15 +69,62 @@ def scripts() -> dict[str, str]:
     return {path.stem: path.read_text() for path in (ROOT / "producer" / "penstock" / "lua").glob("*.lua")}
 
 
+def keys_in_scripts() -> set[str]:
+    """Return the keys that scripts write out; names that end in a colon begin keys."""
+    literal = re.compile(r"'(penstock:[a-z:]+|unacked\w*)'")
+    return {name for text in scripts().values() for name in literal.findall(text)}
+
+
 def test_scripts_touch_no_key_that_is_not_told() -> None:
     """docs/reference/keys.md has a row for each key that stands in a script."""
     told = (ROOT / "docs" / "reference" / "keys.md").read_text()
-    names = {
-        name for text in scripts().values() for name in re.findall(r"'(penstock:[a-z:]+|unacked\w*)'", text)
+
+    assert len(keys_in_scripts()) > 10
+    assert [name for name in keys_in_scripts() if f"\n| `{name}" not in told] == []
+
+
+def test_workers_have_a_right_to_every_key() -> None:
+    """configs/users.acl lets a worker use each key and channel of scripts and of `penstock.keys`."""
+    users = (ROOT / "configs" / "users.acl").read_text()
+    (rights,) = re.findall(r"^user worker (.*)", users, flags=re.MULTILINE)
+    allowed = [right.lstrip("%RW~&") for right in rights.split() if re.match("(%[RW]+)?[~&]", right)]
+    named = (ROOT / "producer" / "penstock" / "keys.py").read_text()
+    names = keys_in_scripts() | set(re.findall(r"\"(penstock:[a-z:]+|celery-task-meta-)", named))
+
+    assert len(names) > 20
+    assert [
+        name
+        for name in sorted(names)
+        if not any(fnmatchcase(each, right) for right in allowed for each in (name, f"{name}:any"))
+    ] == []
+
+
+def test_scripts_are_named_where_they_are_run() -> None:
+    """A script's name is a string in Python: each file has one, and `script` is given no other."""
+    code = "".join((ROOT / path).read_text() for path in structure.modules(".py"))
+    names = {name for name in scripts() if not name.startswith("_")}
+
+    assert [name for name in sorted(names) if f'"{name}"' not in code] == []
+    assert set(re.findall(r"\bscript\(\"(\w+)\"", code)) - names == set()
+
+
+def test_scripts_say_which_parts_they_use() -> None:
+    """A function of a part that is missing would be an unknown name, once a server runs that line."""
+    bodies = {name: re.sub(r"--.*", "", text) for name, text in scripts().items()}
+    functions = {name: set(re.findall(r"local function (\w+)", body)) for name, body in bodies.items()}
+    parts = [name for name in bodies if name.startswith("_")]
+    missing = {
+        name: {
+            part
+            for part in parts
+            if f"{part}.lua" not in scripts()[name].partition("-- Uses ")[2].partition("\n")[0]
+            and functions[part] & (set(re.findall(r"(?<![.:])\b(\w+)\(", body)) - functions[name])
+        }
+        for name, body in bodies.items()
+        if name not in parts
     }
 
-    assert len(names) > 10
-    assert [name for name in names if f"\n| `{name}" not in told] == []
+    assert {name: found for name, found in missing.items() if found} == {}
 
 
 def test_scripts_say_what_they_are_given() -> None:
