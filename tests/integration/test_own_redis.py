@@ -147,6 +147,24 @@ def test_up_says_when_it_is_ready(stack: Stack) -> None:
     assert eventually(lambda: stack.log.read_text().splitlines().count(line), within_s=60) == 1
 
 
+def test_the_command_that_up_names_can_be_typed(stack: Stack) -> None:
+    """Its status is a copy away, whether or not the shell finds `penstock` by its name."""
+    (line,) = re.findall(r"^penstock \| status:  (.+)$", stack.log.read_text(), re.M)
+
+    found = subprocess.run(
+        line,
+        shell=True,  # as it is typed
+        cwd=stack.folder,
+        env=stack.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.endswith("ready\n")
+
+
 def test_who_asks_another_redis_is_told_where_the_stack_is(
     stack: Stack, own: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

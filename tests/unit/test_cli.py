@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 from penstock_workers.cli import cli, main
 from penstock_workers.command.deployment import Deployment
 from penstock_workers.command.local_redis import free_port
+from penstock_workers.command.up import own_command
 from penstock_workers.configuration import load_settings, sample_environment, variable_name
 from penstock_workers.embedding import c_library
 
@@ -49,6 +50,19 @@ def fail(
     output = capsys.readouterr()
     assert output.out == ""
     return caught.value.code, output.err.splitlines()
+
+
+def test_the_program_is_named_as_the_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name where its folder is on the PATH, else as it was typed."""
+    typed = tmp_path / "bin/penstock"
+    typed.parent.mkdir()
+    typed.touch(mode=0o755)
+    monkeypatch.setattr("sys.argv", ["bin/penstock", "up"])
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert own_command() == "bin/penstock"
+    monkeypatch.setenv("PATH", str(typed.parent))
+    assert own_command() == "penstock"
 
 
 def test_config_show_tells_values_and_origins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """`penstock up`: a whole stack until Ctrl-C, and the file that tells this user's other programs of it."""
 
 import asyncio
+import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -42,7 +44,7 @@ def up(config: Path | None, assignments: tuple[str, ...]) -> None:
     settings = deployment.loaded.settings
     shown = stack.broker_url if stack.password else mask_url(settings.redis.broker_url)
     click.echo(f'penstock | clients: Client("{shown}"){_login(stack, settings)}')
-    click.echo(f"penstock | status:  penstock status{f' --config {config}' if config else ''}")
+    click.echo(f"penstock | status:  {own_command()} status{f' --config {config}' if config else ''}")
     if stack.flower_url:
         click.echo(f"penstock | Flower:  {stack.flower_url}")
     for note in stack.notes:
@@ -77,6 +79,13 @@ def _exit_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def own_command() -> str:
+    """Return what calls this program in a shell here: its name if that is found, else the path as typed."""
+    typed = Path(sys.argv[0])
+    found = shutil.which(typed.name)
+    return typed.name if found and typed.exists() and typed.samefile(found) else shlex.quote(str(typed))
 
 
 async def _run(supervisor: Supervisor, stack: Stack, models: str) -> int:
