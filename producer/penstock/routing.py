@@ -66,10 +66,10 @@ class Estimate:
     def __str__(self) -> str:
         if self.predicted_wait_s is None:
             return f"{self.queue}: unknown, {self.workers} workers have not told their speed"
-        return (
-            f"{self.queue}: {self.predicted_wait_s:,.2f} s, {self.tokens_ahead:,} tokens before it, "
-            f"{self.tokens_per_s or 0:,.0f} tokens/s of {self.workers} workers"
-        )
+        before = f"{self.queue}: {self.predicted_wait_s:,.2f} s, {self.tokens_ahead:,} tokens before it"
+        if not self.tokens_per_s:
+            return f"{before}, speed of {self.workers} workers not measured yet"
+        return f"{before}, {self.tokens_per_s:,.0f} tokens/s of {self.workers} workers"
 
 
 def predict(queue: str, load: list[int], registry: Registry) -> Estimate:

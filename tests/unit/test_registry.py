@@ -5,6 +5,7 @@ import pytest
 
 from penstock.errors import ConfigError
 from penstock.registry import ALIVE_S, ModelInfo, Registry, WorkerInfo, WorkerState
+from penstock.routing import predict
 from penstock.urls import announce_results, locate_results, mask_url
 from tests.announced import model, worker
 
@@ -192,3 +193,17 @@ def test_another_server_has_to_be_named_by_the_client(announced: str) -> None:
         locate_results("redis://me:hush@r:6379/0", announced)
 
     assert "hush" not in str(caught.value)
+
+
+def test_a_speed_that_is_not_measured_is_not_told_as_none() -> None:
+    """Right after the start the wait is known, since nothing waits, and the speed is not."""
+    live = Registry(models={"m": model("m")}, workers=[(worker(models=("m",)), 0.0)], results=None)
+    known = replace(predict("cpu.m", [1, 50, 0, 50], live), predicted_wait_s=0.5, tokens_per_s=100.0)
+
+    assert str(predict("cpu.m", [0, 0, 0, 0], live)) == (
+        "cpu.m: 0.00 s, 0 tokens before it, speed of 1 workers not measured yet"
+    )
+    assert str(predict("cpu.m", [1, 50, 0, 50], live)) == (
+        "cpu.m: unknown, 1 workers have not told their speed"
+    )
+    assert str(known) == "cpu.m: 0.50 s, 50 tokens before it, 100 tokens/s of 1 workers"
