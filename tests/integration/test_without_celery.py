@@ -39,11 +39,13 @@ def server() -> Iterator[Server]:
         yield running
 
 
-def run(server: Server, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(
+    server: Server, code: str, *arguments: str, prologue: str = PROLOGUE
+) -> subprocess.CompletedProcess[str]:
     """Run code in an interpreter that has no Celery."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
     return subprocess.run(
-        [sys.executable, "-c", PROLOGUE + code, *arguments],
+        [sys.executable, "-c", prologue + code, *arguments],
         env=environ
         | {
             "PENSTOCK_REDIS__BROKER_URL": server.broker_url,
@@ -85,6 +87,26 @@ def test_the_commands_that_look_need_no_celery(
     assert (done.returncode, told in done.stdout) == (code, True), done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [("penstock_workers", ("worker",)), ("celery", ("-A", "penstock_workers", "worker"))],
+    ids=["own command", "celery -A"],
+)
+def test_whoever_starts_a_worker_is_told_the_extra(
+    server: Server, module: str, arguments: tuple[str, ...]
+) -> None:
+    """One line says what to install, on Celery's own command line too."""
+    absent = "('packaging',)" if module == "celery" else repr(ABSENT)
+    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({absent}))"
+    code += f"; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+
+    done = run(server, code, *arguments, prologue="")
+
+    assert done.returncode == os.EX_CONFIG, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.endswith('pip install ".[celery]"\n')
+
+
 def test_the_names_that_other_programs_import(server: Server) -> None:
     """The serializer needs no Celery; the transport says that it does, once it is used."""
     uses = "from penstock.codec import decode_meta, encode_meta; import penstock.transport; print('named'); "
@@ -92,6 +114,15 @@ def test_the_names_that_other_programs_import(server: Server) -> None:
 
     assert (done.returncode, done.stdout) == (1, "named\n")
     assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: No module named 'kombu")
+
+
+def test_the_transports_module_may_be_looked_at(server: Server) -> None:
+    """`unittest` asks each module that is loaded for a name of its own, in a program without Celery too."""
+    uses = "import unittest, warnings; import penstock.transport\n"
+    uses += "with unittest.TestCase().assertWarns(UserWarning): warnings.warn('looked')"
+    done = run(server, f"exec({uses!r})")
+
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="tests a wheel: no project")

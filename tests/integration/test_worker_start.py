@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock.extras import how_to_install
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.serving.lifecycle import EXIT_CONFIG
 from tests.deployment import BUNDLED, ROOT, Server, WorkerProcess
@@ -139,6 +140,54 @@ def test_a_wrong_start_is_refused(
     assert code == EXIT_CONFIG, worker.log
     assert reason in worker.log
     assert "Traceback" not in worker.log
+
+
+HIDDEN = "import sys; sys.modules.update(torch=None, transformers=None, sentence_transformers=None); "
+"""Begins a program on a machine where what runs models is not installed."""
+
+
+def test_a_missing_library_is_told_by_its_extra(server: Server, tmp_path: Path) -> None:
+    """`celery -A penstock_workers` where Celery alone is installed: one line, and no traceback."""
+    program = ("-c", HIDDEN + "from celery.__main__ import main; main()")
+    worker = WorkerProcess(
+        tmp_path, server, toml=BUNDLED, queues="cpu.minilm", program=program, is_warm=False
+    )
+
+    code = worker.wait()
+
+    critical = [line for line in worker.log.splitlines() if "CRITICAL" in line]
+    assert code == EXIT_CONFIG, worker.log
+    assert len(critical) == 1
+    assert critical[0].endswith(f"torch is missing: {how_to_install('workers')}")
+    assert "Traceback" not in worker.log
+
+
+def test_a_worker_of_remote_models_needs_no_torch(server: Server, tmp_path: Path) -> None:
+    """`penstock worker` asks for what its own models need, and for nothing else."""
+    config = tmp_path / "remote.toml"
+    config.write_text(
+        f'[redis]\nbroker_url = "{server.broker_url}"\nresults_url = "{server.results_url}"\n{BUNDLED}'
+        '[models.far]\ntask = "embed"\nengine = "remote"\nsource = "http://127.0.0.1:9/v1"\n'
+        'remote = { model = "far", dim = 8 }\n'
+    )
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", HIDDEN + "from penstock_workers.cli import main; main()", "worker"]
+    command += ["--config", str(config), "--pool", "cpu"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--model", "far"], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        eventually(lambda: process.poll() is not None or "ready." in log.read_text(), within_s=60)
+        assert "ready." in log.read_text()
+    finally:
+        process.terminate()
+        process.wait(30)
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == os.EX_CONFIG
+    assert done.stderr == f"this machine cannot run models yet: {how_to_install('workers')}\n"
 
 
 def test_options_of_celery_without_effect_are_refused(server: Server, tmp_path: Path) -> None:

@@ -1,6 +1,12 @@
 import inspect
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import kombu
 import pytest
 
 from penstock.errors import ConfigError
@@ -67,3 +73,41 @@ def test_a_worker_starts_with_what_is_supported(monkeypatch: pytest.MonkeyPatch)
 
     with pytest.raises(ConfigError, match=r"kombu 5.7.95 changed"):
         transport.install()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Return a checkout of kombu that is installed as editable: its version lies apart from its source."""
+    shutil.copytree(Path(kombu.__file__).parent, tmp_path / "checkout/kombu")
+    metadata = tmp_path / "site/kombu-5.7.9.dist-info/METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: kombu\nVersion: 5.7.9\n")
+    return tmp_path / "checkout"
+
+
+def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python where kombu is that checkout."""
+    path = os.pathsep.join([str(checkout), str(checkout.parent / "site"), *filter(None, sys.path)])
+    environ = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environ, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_checkout_that_changes_nothing_here_works(checkout: Path) -> None:
+    """The source is read where Python finds it, as for `pip install --editable`."""
+    done = run(checkout, "-c", "from penstock_workers.delivery import transport; transport.install()")
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_version_without_a_name_that_is_imported_is_told_by_its_version(checkout: Path) -> None:
+    """Where the import fails first, the line still says what changed, and what to install."""
+    redis, connection = checkout / "kombu/transport/redis.py", checkout / "kombu/connection.py"
+    redis.write_text(redis.read_text().replace("def _brpop_read(self", "def _brpop_read(self, more=None"))
+    connection.write_text(connection.read_text().replace("failover_strategies", "strategies_of_failover"))
+
+    done = run(checkout, "-m", "penstock_workers", "report")
+
+    assert done.returncode == os.EX_CONFIG
+    assert done.stderr == f"kombu 5.7.9 changed {NAME}; supported: 5.7.0, pip install kombu==5.7.0\n"

@@ -3,10 +3,17 @@
 `celery -A penstock_workers` is the same, but looks for the package in the current folder first.
 """
 
+import os
 import sys
 from contextlib import suppress
 
-from celery.__main__ import main
+from penstock_workers.delivery.internals import why_not_imported
+
+try:
+    from celery.__main__ import main
+except ImportError as error:
+    sys.stderr.write(f"{why_not_imported(error)}\n")
+    sys.exit(os.EX_CONFIG)
 
 import penstock_workers.celery  # noqa: F401  Celery then finds it in memory
 

@@ -10,8 +10,14 @@ if sys.path[0] in ("", str(Path.cwd())) and Path(__file__).parents[1] != Path.cw
     del sys.path[0]
 
 from penstock.errors import ConfigError, PenstockError
+from penstock_workers.delivery.internals import why_not_imported
 from penstock_workers.running_stack import load_with_stack
-from penstock_workers.serving.app import build_app
+
+try:
+    from penstock_workers.serving.app import build_app
+except ImportError as error:  # Celery would say that this package has no attribute `celery`
+    sys.stderr.write(f"{why_not_imported(error)}\n")
+    sys.exit(os.EX_CONFIG)
 
 try:
     app = build_app(load_with_stack(None, {}, only_here=True).loaded.settings)

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from penstock_workers.command.local_redis import (
 from penstock_workers.configuration import CONFIG_VARIABLE, Loaded, variable_name
 from penstock_workers.hardware.machine import read_machine
 from penstock_workers.hardware.threads import on_gpus, thread_variables
-from penstock_workers.settings import Settings
+from penstock_workers.settings import ModelSettings, Settings
 
 DEFAULT_PORT: Final = 6379
 WORKERS_STAGE: Final = 1
@@ -106,9 +106,9 @@ def plan_stack(
         ConfigError: There is no model, no process or no Redis to start, a port is taken, or a variable would
             win over the settings.
     """
-    require_engines()
-    refuse_variables(os.environ)  # the children have them too
     settings = loaded.settings
+    require_engines(settings.models.values())
+    refuse_variables(os.environ)  # the children have them too
     variables = dict(environment) | ({CONFIG_VARIABLE: str(config.resolve())} if config else {})
     layouts = choose_layouts(settings, read_machine())
     for pool, layout in layouts.items():
@@ -176,14 +176,16 @@ def has_engines() -> bool:
     return importlib.util.find_spec("sentence_transformers") is not None
 
 
-def require_engines() -> None:
-    """Refuse a machine that has the client alone.
+def require_engines(models: Iterable[ModelSettings] = ()) -> None:
+    """Refuse a machine that cannot serve these models; one that can serve none of its own, if there are none.
 
     Raises:
         ConfigError: what to install.
     """
-    if not has_engines():
-        raise ConfigError([f"this machine cannot run models yet: {how_to_install('workers')}"])
+    engines = {model.engine for model in models}
+    extra, library = ("remote", "openai") if engines == {"remote"} else ("workers", "sentence_transformers")
+    if importlib.util.find_spec("celery") is None or importlib.util.find_spec(library) is None:
+        raise ConfigError([f"this machine cannot run models yet: {how_to_install(extra)}"])
 
 
 def worker_command(settings: Settings, queues: list[str], node: str) -> list[str]:

@@ -31,10 +31,11 @@ def worker(
 
     Further options are Celery's own.
     """
-    require_engines()
+    name, deployment = cast("PoolName", pool), Deployment(config, assignments)
+    served = {key: one for key, one in deployment.loaded.settings.models.items() if name in one.pools}
+    require_engines(one for key, one in served.items() if key in models or not models)
     refuse_variables(os.environ)
-    deployment = Deployment(config, assignments).joined(only_here=True)
-    name = cast("PoolName", pool)
+    deployment.joined(only_here=True)
     queues = worker_queues(deployment.loaded.settings, name, models)
     command = worker_command(deployment.loaded.settings, queues, f"{pool}-{os.getpid()}")
     os.environ.update(deployment.environment)

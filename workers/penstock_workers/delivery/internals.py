@@ -6,13 +6,16 @@ is known by a digest of its source: a version that was never read is fine while 
 
 import ast
 import hashlib
+import sys
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import distribution, version
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 from penstock.errors import ConfigError
+from penstock.extras import how_to_install
 
 READ: Final[Mapping[str, str]] = {"celery": "5.7.0", "kombu": "5.7.0"}
 """The versions whose source was read and tested; the digests are theirs."""
@@ -102,11 +105,16 @@ def check_versions() -> None:
     """Refuse a version of Celery or kombu in which something changed that is counted on here.
 
     Raises:
-        ConfigError: names what changed, and the version to install.
+        ConfigError: names what changed, or what is missing, and what to install.
     """
     problems = []
     for library, read in READ.items():
-        if (found := version(library)) == read:
+        try:
+            found = version(library)
+        except PackageNotFoundError:
+            problems.append(f"{library} is missing: {how_to_install('celery')}")
+            continue
+        if found == read:
             continue
         ours = (name for name in DIGESTS if name.startswith(f"{library}."))
         if changed := [name for name in ours if digest(name) != DIGESTS[name]]:
@@ -116,6 +124,18 @@ def check_versions() -> None:
             )
     if problems:
         raise ConfigError(problems)
+
+
+def why_not_imported(error: ImportError) -> ConfigError:
+    """Return what an import of Celery's parts lacks, in the words of whoever installs them.
+
+    Another version may be without a name that we import, and a failed import names that one alone.
+    """
+    try:
+        check_versions()
+    except ConfigError as found:
+        return found
+    return ConfigError([f"{error}: {how_to_install('celery')}"])
 
 
 def digest(name: str) -> str | None:
@@ -135,9 +155,19 @@ def digest(name: str) -> str | None:
 
 @cache
 def _source(module: str) -> str | None:
-    library, path = module.partition(".")[0], f"{module.replace('.', '/')}.py"
-    file = Path(str(distribution(library).locate_file(path)))
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    library, _, path = module.partition(".")
+    for folder in _folders(library):
+        if (file := Path(folder, f"{path.replace('.', '/')}.py")).is_file():
+            return file.read_text(encoding="utf-8")
+    return None
+
+
+def _folders(library: str) -> list[str]:
+    """Return where Python finds a library: a checkout that is installed as editable lies elsewhere."""
+    if (loaded := sys.modules.get(library)) is not None:
+        return list(loaded.__path__)
+    spec = find_spec(library)
+    return list(spec.submodule_search_locations or ()) if spec else []
 
 
 @cache

@@ -15,6 +15,7 @@ from celery.concurrency.thread import TaskPool as ThreadPool
 from celery.signals import celeryd_init
 
 from penstock.errors import ConfigError, ModelLoadError
+from penstock.extras import how_to_install
 from penstock.identity import process_token
 from penstock.keys import queue_name
 from penstock.request import PoolName
@@ -210,4 +211,7 @@ def _or_exit() -> Iterator[None]:
     except (ConfigError, ModelLoadError) as error:
         for line in str(error).splitlines():
             logger.critical("%s", line)
+        raise SystemExit(EXIT_CONFIG) from None
+    except ModuleNotFoundError as error:  # no engine here for models of our own
+        logger.critical("%s is missing: %s", error.name, how_to_install("workers"))
         raise SystemExit(EXIT_CONFIG) from None
