@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -214,6 +217,14 @@ def test_broken_toml_is_told_with_its_line(tmp_path: Path, toml: str) -> None:
     assert "line" in line
 
 
+def test_a_file_from_windows_is_read(tmp_path: Path) -> None:
+    """Editors there begin UTF-8 with a mark, and end lines with two characters."""
+    config = tmp_path / "penstock.toml"
+    config.write_bytes(b"\xef\xbb\xbf" + MODEL.replace("\n", "\r\n").encode())
+
+    assert load_settings(config, environ={}).settings.models["minilm"].source == "a/b"
+
+
 def test_other_encodings_are_told(tmp_path: Path) -> None:
     """TOML is UTF-8."""
     config = tmp_path / "penstock.toml"
@@ -367,6 +378,23 @@ def test_sample_environment_explains_each_variable() -> None:
         if line.startswith("#PENSTOCK_"):
             assert above.startswith("# ")
             assert above.endswith(".")
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_sample_environment_without_docstrings(level: int) -> None:
+    """`python -OO` drops the headings of sections; what each variable is stays."""
+    code = "from penstock_workers.configuration import sample_environment as f; print(f(), end='')"
+    environ = {**os.environ, "PYTHONOPTIMIZE": str(level)}
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60
+    )
+
+    assert done.stderr == ""
+    sections = [type(value) for _, value in Settings() if value]
+    headings = {f"# {(section.__doc__ or '').splitlines()[0]}" for section in sections}
+    wanted = sample_environment().splitlines()
+    assert done.stdout.splitlines() == [line for line in wanted if level < 2 or line not in headings]
 
 
 @pytest.mark.skipif(not CONFIGS.is_dir(), reason="an installed wheel has no configs")

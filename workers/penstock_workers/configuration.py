@@ -85,7 +85,8 @@ def _sources(
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if path is not None:
         try:
-            yield str(path), tomllib.loads(path.read_text(encoding="utf-8"))
+            # With the mark that editors on Windows begin a file with, or without.
+            yield str(path), tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
             raise ConfigError([f"{path}: {error}"]) from None
     yield PREFIX, _from_environment(environ)
@@ -239,7 +240,8 @@ def sample_environment() -> str:
     ]
     for section, field in Settings.model_fields.items():
         if isinstance(field.default, Section):
-            lines += ["", f"# {(type(field.default).__doc__ or '').splitlines()[0]}"]
+            about = (type(field.default).__doc__ or "").splitlines()[:1]  # `python -OO` drops it
+            lines += ["", *(f"# {line}" for line in about)]
             lines += _sample_section(section, field.default)
     return "\n".join(lines) + "\n"
 
@@ -250,6 +252,7 @@ def _sample_section(path: str, section: Section) -> Iterator[str]:
         if isinstance(value, Section):
             yield from _sample_section(f"{path}.{name}", value)
         else:
-            yield f"# {field.description}"
+            if field.description:  # it is read from the source, which may be packed away
+                yield f"# {field.description}"
             text = "" if value is None else json.dumps(value) if isinstance(value, tuple) else value
             yield f"#{variable_name(f'{path}.{name}')}={text}"
