@@ -2,7 +2,7 @@
 
 There are no timers. While the device is busy work piles up, and the next batch is cut from the most urgent
 of it; an idle device starts on a single item at once. A thread cuts a batch when its last one has ended, not
-before: cutting takes a tenth of a millisecond, and what came meanwhile may be more urgent. Knows nothing of
+before: cutting takes less than a millisecond, and what came meanwhile may be more urgent. Knows nothing of
 models, queues and processes: items have a number of tokens, jobs a moment at which they are due.
 """
 
