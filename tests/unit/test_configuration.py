@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -6,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import penstock
+import penstock_workers
 from penstock.errors import ConfigError
+from penstock_workers import configuration
 from penstock_workers.configuration import (
     effective_values,
     flatten,
@@ -413,3 +417,19 @@ def test_demo_needs_no_model_hub_and_no_redis() -> None:
 
     assert all(model.source.startswith("bundled:") for model in loaded.settings.models.values())
     assert "redis.broker_url" not in loaded.origins
+
+
+def test_no_other_module_reads_a_setting_from_the_environment() -> None:
+    """The variables of others that are read elsewhere are named where the settings are read."""
+    read = re.compile(r"""environ(?:\.get\(|\[)\s*["'](\w+)["'][\])](?!\s*=[^=])""")
+    here = Path(configuration.__file__)
+    found = {
+        variable
+        for package in (penstock, penstock_workers)
+        for file in Path(str(package.__file__)).parent.rglob("*.py")
+        if file != here
+        for variable in read.findall(file.read_text())
+    }
+
+    assert {"XDG_CACHE_HOME", "NO_COLOR"} <= found
+    assert [variable for variable in sorted(found) if f"`{variable}`" not in str(configuration.__doc__)] == []

@@ -1,7 +1,9 @@
 """How a deployment is read: one TOML file, overridden by `PENSTOCK_*` variables, overridden by arguments.
 
-Read once at an entry point and passed on. Nothing else reads the environment, except for a remote model's
-token, which is read where it is sent from. What can be set stands in `settings`.
+Read once at an entry point and passed on; what can be set stands in `settings`. No other module reads a
+setting from the environment. What belongs to the machine or to another program is read where it is used:
+`XDG_CACHE_HOME`, `CUDA_VISIBLE_DEVICES`, `FLOWER_CONF`, `NO_COLOR`, the token of a remote model, and Celery's
+own variables, which are refused.
 """
 
 import difflib
