@@ -4,6 +4,7 @@ import ast
 import asyncio
 import inspect
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import penstock
 from penstock_workers.cli import cli
 from tests.deployment import Server, WorkerProcess
 from tests.documents import PAGES, ROOT, blocks, commands, name
@@ -31,8 +33,24 @@ def test_the_site_is_built(tmp_path: Path) -> None:
 
     assert built.returncode == 0, built.stdout + built.stderr
     assert "embed_many" in (tmp_path / "reference" / "python.html").read_text()
+    _check_names((tmp_path / "reference" / "python.html").read_text())
     assert 'class="mermaid"' in (tmp_path / "understand" / "batching.html").read_text()
     assert (tmp_path / "repository" / "compose.yaml.txt").read_text() == (ROOT / "compose.yaml").read_text()
+
+
+def _check_names(html: str) -> None:
+    """Check that the page has what programs import and call, and nothing that only this package calls."""
+    shown = set(re.findall(r'id="penstock\.([\w.]+)"', html))
+
+    def members(of: str) -> set[str]:
+        return {found.removeprefix(f"{of}.") for found in shown if found.startswith(f"{of}.")}
+
+    names = {found for found in penstock.__all__ if not found.endswith("Error")}
+    assert names <= shown
+    assert members("AsyncClient") == members("Client")
+    assert members("AsyncJob") | {"id"} == members("Job")
+    assert {found for found in shown if found.endswith(("_json", ".pause_s", ".read"))} == set()
+    assert {"result.Vectors", "registry.Registry", "registry.WorkerInfo"} <= shown
 
 
 @pytest.mark.parametrize("page", [page for page in SHOWN if [*blocks(page, "python")]], ids=name)
