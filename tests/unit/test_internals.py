@@ -101,6 +101,16 @@ def test_a_checkout_that_changes_nothing_here_works(checkout: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_checkout_that_decorates_something_is_refused(checkout: Path) -> None:
+    """A method that becomes a property has the same lines, and is another."""
+    redis = checkout / "kombu/transport/redis.py"
+    redis.write_text(redis.read_text().replace("    def _brpop_read(", "    @property\n    def _brpop_read("))
+
+    done = run(checkout, "-m", "penstock_workers", "report")
+
+    assert (done.returncode, f"changed {NAME};" in done.stderr) == (os.EX_CONFIG, True), done.stderr
+
+
 def test_a_version_without_a_name_that_is_imported_is_told_by_its_version(checkout: Path) -> None:
     """Where the import fails first, the line still says what changed, and what to install."""
     redis, connection = checkout / "kombu/transport/redis.py", checkout / "kombu/connection.py"

@@ -78,7 +78,7 @@ DIGESTS: Final[Mapping[str, str]] = {
     "kombu.transport.redis:Channel._size": "b1e0bb09cdbb",
     "kombu.transport.redis:Channel.basic_consume": "633ea00148a5",
     "kombu.transport.redis:Channel.close": "5ca5e6f0419f",
-    "kombu.transport.redis:Channel.conn_or_acquire": "4015b30bac79",
+    "kombu.transport.redis:Channel.conn_or_acquire": "0ea0bfca9a66",
     "kombu.transport.redis:Channel.maybe_refresh_binding_expiry": "817f59a34baf",
     "kombu.transport.redis:MultiChannelPoller.get": "b23efc8e2d48",
     "kombu.transport.redis:MultiChannelPoller.on_poll_start": "606d9df635e0",
@@ -150,7 +150,9 @@ def digest(name: str) -> str | None:
         node = next((each for each in getattr(node, "body", ()) if getattr(each, "name", None) == part), None)
     if source is None or node is None:
         return None
-    return hashlib.sha256((ast.get_source_segment(source, node) or "").encode()).hexdigest()[:12]
+    parts = [*getattr(node, "decorator_list", ()), node]  # the node's own lines begin below its decorators
+    text = "\n".join(ast.get_source_segment(source, part) or "" for part in parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @cache
