@@ -7,6 +7,7 @@ finish together (guided self-scheduling: Polychronopoulos and Kuck, IEEE Trans. 
 """
 
 import asyncio
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -220,4 +221,5 @@ def _n_characters(texts: Sequence[str]) -> int:
 def progress_bar(texts: Iterable[str], progress: bool) -> "tqdm[NoReturn]":
     """Return a bar that counts texts; it shows if `progress` is wanted and standard error is a terminal."""
     total = len(texts) if isinstance(texts, Sized) else None
-    return tqdm(total=total, unit=" texts", disable=None if progress else True)
+    shows = progress and sys.stderr is not None  # a program without a console has none
+    return tqdm(total=total, unit=" texts", disable=None if shows else True)

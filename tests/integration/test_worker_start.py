@@ -190,6 +190,27 @@ def test_a_worker_of_remote_models_needs_no_torch(server: Server, tmp_path: Path
     assert done.stderr == f"this machine cannot run models yet: {how_to_install('workers')}\n"
 
 
+@pytest.mark.parametrize("command", [("worker", "--pool", "cpu"), ("up",)], ids=lambda words: words[0])
+def test_a_start_without_standard_files(server: Server, tmp_path: Path, command: tuple[str, ...]) -> None:
+    """What starts it may have closed input, output and errors."""
+    config, heartbeat = tmp_path / "remote.toml", tmp_path / "ready"
+    config.write_text(
+        f'[redis]\nbroker_url = "{server.broker_url}"\nresults_url = "{server.results_url}"\n'
+        f'[worker]\nheartbeat_file = "{heartbeat}"\n[pools.cpu]\nprocesses = 1\n[flower]\nport = 0\n'
+        '[models.far]\ntask = "embed"\nengine = "remote"\nsource = "http://127.0.0.1:9/v1"\n'
+        'remote = { model = "far", dim = 8 }\n'
+    )
+    penstock = str(Path(sys.executable).with_name("penstock"))
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", penstock, *command, "--config", str(config)]
+    process = subprocess.Popen(closed, cwd=tmp_path)
+    try:
+        eventually(lambda: process.poll() is not None or heartbeat.exists(), within_s=60)
+        assert heartbeat.exists()
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
 def test_options_of_celery_without_effect_are_refused(server: Server, tmp_path: Path) -> None:
     """Each option of `celery worker` that means nothing here is named, with what to do instead."""
     options = {

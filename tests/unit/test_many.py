@@ -1,11 +1,12 @@
 """How many texts each job of `embed_many` has."""
 
+import sys
 from collections.abc import Iterable
 
 import pytest
 
 from penstock.errors import InvalidTextError
-from penstock.many import FEWEST_TEXTS, TEXTS_PER_JOB, Cutter
+from penstock.many import FEWEST_TEXTS, TEXTS_PER_JOB, Cutter, progress_bar
 from penstock.registry import Registry
 from tests.announced import model, worker
 
@@ -68,3 +69,13 @@ def test_one_string_is_no_list_of_texts(texts: Iterable[str]) -> None:
     """A string instead of a list is refused: its characters would be embedded one by one."""
     with pytest.raises(InvalidTextError, match="pass an iterable of strings"):
         Cutter(texts)
+
+
+def test_a_program_without_a_console_shows_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services of Windows and programs without a window's console have no standard error."""
+    monkeypatch.setattr(sys, "stderr", None)
+
+    with progress_bar(["a"] * 10, True) as bar:
+        bar.update(10)
+
+    assert bar.disable

@@ -78,6 +78,7 @@ def demo(config: Path | None, assignments: tuple[str, ...], as_json: bool, corpu
 
 def main() -> None:
     """Run the command line; one line and a non-zero exit for what is wrong."""
+    _open_missing_files()
     # For all processes started from here: no module of the current folder may pass for an installed one.
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
@@ -90,6 +91,20 @@ def main() -> None:
         if isinstance(error, BrokerUnavailableError) and (advice := _advice(error.url)):
             click.echo(advice, err=True)
         sys.exit(1)
+
+
+def _open_missing_files() -> None:
+    """Open nothing's file for each standard file that the process was started without, as `2>&-` does.
+
+    Celery and the supervisor write to them, and a connection would be given the number of one.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free: the missing one
+            os.set_inheritable(number, True)
+            file = os.fdopen(number, mode, encoding="utf-8")
+            setattr(sys, name, file)
+            setattr(sys, f"__{name}__", file)
 
 
 def _advice(url: str) -> str:
