@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from penstock_workers.embedding.collating import Collator
+from penstock_workers.embedding.pooling import pool
 from penstock_workers.embedding.tokenizing import Encoded
 from penstock_workers.embedding.way import WayName
 
@@ -82,11 +83,7 @@ class Graph:
         padded = self._collator.collate(texts, self.device)
         states = self._request.infer([padded[key].numpy() for key in self._keys], share_inputs=True)
         states = torch.from_numpy(states[0])  # its own copy
-        found: dict[str, Any] = {**padded, **features, "token_embeddings": states}
-        for module in self._modules[1:]:
-            found = module(found)
-        vectors: Tensor = found["sentence_embedding"]
-        return vectors
+        return pool(self._modules[1:], {**padded, **features, "token_embeddings": states})
 
     def close(self) -> None:
         """See `Way.close`."""

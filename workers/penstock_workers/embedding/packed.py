@@ -9,6 +9,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from penstock_workers.embedding.attention import PACKED, packed
+from penstock_workers.embedding.pooling import pool_row
 from penstock_workers.embedding.positions import first_position
 from penstock_workers.embedding.row import RowLayout
 from penstock_workers.embedding.tokenizing import Encoded, gather
@@ -120,20 +121,7 @@ class Packed:
         extra: Mapping[str, Any],
     ) -> Tensor:
         """Return the vectors in the order of the row, shape (n_texts, dim)."""
-        hidden = encoder.hidden(row, positions, layout)
-        found: list[Tensor] = []
-        for part in layout.pooled:
-            real = torch.ones(1, 1, dtype=torch.int64, device=layout.device).expand(part.n_texts, part.length)
-            features: dict[str, Any] = {
-                **extra,
-                **{key: part.pad(value) for key, value in row.items()},
-                "token_embeddings": part.pad(hidden),
-                "attention_mask": real if part.real is None else part.real.long(),
-            }
-            for module in self._modules[1:]:
-                features = module(features)
-            found.append(features["sentence_embedding"])
-        return torch.cat(found)
+        return pool_row(self._modules[1:], encoder.hidden(row, positions, layout), row, layout, extra)
 
     def hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: RowLayout) -> Tensor:
         """Return the last hidden states by the transformer's own modules; see `RowEncoder.hidden`."""

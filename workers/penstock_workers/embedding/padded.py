@@ -1,4 +1,4 @@
-"""The model's own modules on padded batches: the way that all others are compared with."""
+"""The model's own modules on padded batches, pooling too: the way that all others are compared with."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
