@@ -46,7 +46,7 @@ class Batcher(ModelThread[I, A]):
 
     Args:
         name: Name of the model, for logs and errors.
-        run: Computes a batch.
+        run: Computes a batch: an engine's `run`, which `serving.loading` passes.
         cut: Chooses what goes into it.
         turn: See `ModelThread`; a batch is a turn.
         n_threads: Number of batches in progress at once: one is laid out and copied to a GPU while another

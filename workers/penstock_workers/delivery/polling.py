@@ -93,7 +93,7 @@ class PolledChannel(kombu_redis.Channel):  # type: ignore[misc]  # kombu has no 
             self.leases.nudge()
 
     def take(self, pop: Pop, found: list[tuple[Lease, bytes]]) -> None:
-        """Deliver what was popped."""
+        """Deliver what was popped; see `transport.Channel.take`."""
         raise NotImplementedError
 
     def _brpop_start(self, timeout: float | None = None) -> None:

@@ -282,7 +282,7 @@ class Channel(PolledChannel):
         if no_ack:
             self.qos.ack(lease.id)
         try:
-            taker(message)
+            taker(message)  # kombu's, which calls `consumer.Consumer.create_task_handler`'s
         except (redis.RedisError, OSError):
             self.qos.reject(lease.id, requeue=True)
             raise

@@ -20,7 +20,8 @@ WayName = Literal["packed", "padded", "padded, OpenVINO"]
 class Way(Protocol):
     """One way to compute a model's vectors.
 
-    A way may change the model that it was made from: at most one way of a model is in use.
+    A way may change the model that it was made from: at most one way of a model is in use. See `Packed`,
+    `PackedBert`, `Padded`, `Bfloat16` and `openvino.Graph`; `choosing` makes them.
     """
 
     @property
