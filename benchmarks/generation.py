@@ -33,7 +33,7 @@ from benchmarks.sections import Results
 from penstock.conversation import ResponseFormat
 from penstock.request import EmbedRequest, GenerateRequest
 from penstock_workers.batching.batcher import Batcher
-from penstock_workers.batching.engine import Job
+from penstock_workers.batching.feed import Job
 from penstock_workers.batching.scheduler import Scheduler
 from penstock_workers.batching.turns import Device, Turn
 from penstock_workers.embedding.embedder import Embedder

@@ -1,6 +1,6 @@
 """Fakes of what stands between tasks, batching and engines.
 
-See `penstock_workers.batching.engine` and `penstock_workers.serving.models`. None needs a model, a thread or
+See `penstock_workers.batching.feed` and `penstock_workers.serving.models`. None needs a model, a thread or
 Redis. A fake feed answers at once what its function says, and keeps the jobs it was given; a fake engine
 makes an item of each text.
 """
@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from penstock.request import EmbedRequest, GenerateRequest, RerankRequest
-from penstock_workers.batching.engine import Answer, Job, Listen
+from penstock_workers.batching.feed import Answer, Job, Listen
 from penstock_workers.serving.models import Vector
 
 A = TypeVar("A")

@@ -25,7 +25,7 @@ from penstock.errors import (
     UpstreamUnavailableError,
 )
 from penstock.request import EmbedRequest, new_job_id
-from penstock_workers.batching.engine import Job
+from penstock_workers.batching.feed import Job
 from penstock_workers.batching.work import Work
 from penstock_workers.remote.dispatcher import Dispatcher
 from penstock_workers.remote.embedding import RemoteEmbedder

@@ -18,7 +18,7 @@ from penstock.errors import (
     UpstreamRefusedError,
 )
 from penstock.request import GenerateRequest, new_job_id
-from penstock_workers.batching.engine import Answer, Job, Thought
+from penstock_workers.batching.feed import Answer, Job, Thought
 from penstock_workers.remote import dispatcher
 from penstock_workers.remote.chat import Prompt, RemoteGenerator
 from penstock_workers.remote.dispatcher import Dispatcher

@@ -349,9 +349,9 @@ def costly(client: redis.Redis, names: str, n_tokens: int, *, level: int = 0) ->
 def test_tokens_are_bounded_level_by_level(
     broker: redis.Redis, connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a process cannot compute soon is left to others, but two jobs; urgent ones have their own room."""
-    monkeypatch.setattr(transport.Transport, "brpop_timeout", 60)  # it is told of room, and does not look
-    transport.install(room=lambda _: 100)
+    """What a process cannot compute soon is left to others, but two jobs; urgent ones have a budget."""
+    monkeypatch.setattr(transport.Transport, "brpop_timeout", 60)  # it is told, and does not look
+    transport.install(token_budget=lambda _: 100)
     costly(broker, "abcd", 400, level=6)
     connection = connect()
     channel = connection.default_channel

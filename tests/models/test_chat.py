@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from penstock.conversation import Message, Tool
 from penstock.errors import IncompleteOutputError, InputTooLongError, InvalidOptionError, ModelLoadError
-from penstock_workers.batching.engine import Answer, Thought
+from penstock_workers.batching.feed import Answer, Thought
 from penstock_workers.generation.chat import GAP, Chat
 from penstock_workers.generation.generator import Generator
 from tests.models.test_generation import (

@@ -14,7 +14,7 @@ from penstock.errors import EngineError, InvalidOptionError, OutOfMemoryError
 from penstock.request import EmbedRequest
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
-from penstock_workers.batching.engine import Job
+from penstock_workers.batching.feed import Job
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.embedding import embedder
 from penstock_workers.embedding.embedder import Embedder

@@ -34,7 +34,7 @@ from penstock.errors import (
     OutOfMemoryError,
 )
 from penstock.request import GenerateRequest, GenerationOptions
-from penstock_workers.batching.engine import Answer
+from penstock_workers.batching.feed import Answer
 from penstock_workers.generation.generator import Generator
 from penstock_workers.generation.prompt import Prompt
 from penstock_workers.generation.sampling import draw

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from penstock.errors import IncompleteOutputError, InvalidFormatError, PenstockError
 from penstock.request import GenerationOptions
-from penstock_workers.batching.engine import Answer
+from penstock_workers.batching.feed import Answer
 from penstock_workers.bundled import bundled_folder
 from penstock_workers.generation.generator import Generator
 from penstock_workers.generation.grammar import Grammars, restrict

@@ -11,7 +11,7 @@ from penstock.errors import ModelLoadError
 from penstock.request import EmbedRequest
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
-from penstock_workers.batching.engine import Job
+from penstock_workers.batching.feed import Job
 from penstock_workers.embedding.embedder import Embedder
 from penstock_workers.embedding.openvino import Graph
 from penstock_workers.embedding.probe import MIN_COSINE

@@ -34,7 +34,7 @@ from penstock.errors import EngineError
 from penstock.request import EmbedRequest
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
-from penstock_workers.batching.engine import Job
+from penstock_workers.batching.feed import Job
 from penstock_workers.embedding.attention import _attend, packed
 from penstock_workers.embedding.bfloat16 import use_bfloat16
 from penstock_workers.embedding.choosing import Ways

@@ -19,7 +19,7 @@ from penstock.errors import (
 from penstock.request import Priority
 from penstock_workers.batching.batcher import WINDOW_ITEMS, Batcher
 from penstock_workers.batching.cuts import ATTENTION_BYTES, PADDING_TOKENS, cut_by_tokens
-from penstock_workers.batching.engine import Job, RequeueError
+from penstock_workers.batching.feed import Job, RequeueError
 from penstock_workers.batching.rate import Speed
 from penstock_workers.batching.work import Work
 from tests.eventually import eventually
@@ -45,7 +45,7 @@ class FakeModel:
         self._fails = fails
 
     def run(self, items: Sequence[Text]) -> Iterator[tuple[int, str | PenstockError] | None]:
-        """See `penstock_workers.batching.engine.Run`; the answers come last first."""
+        """See `penstock_workers.batching.feed.Run`; the answers come last first."""
         self.batches.append([item.text for item in items])
         self.go_on.wait(HELD_S)
         if (error := self._fails(items)) is not None:

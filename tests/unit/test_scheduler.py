@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from penstock.errors import DeadlineExceededError, EngineError, JobCancelledError, PenstockError
-from penstock_workers.batching.engine import Job, RequeueError
+from penstock_workers.batching.feed import Job, RequeueError
 from penstock_workers.batching.scheduler import Scheduler
 from tests.eventually import eventually
 

@@ -16,7 +16,7 @@ from penstock.errors import (
 from penstock.registry import ModelInfo
 from penstock.request import EmbedRequest, GenerateRequest, RerankRequest, Task
 from penstock.stream import Part
-from penstock_workers.batching.engine import Answer, Job, Thought
+from penstock_workers.batching.feed import Answer, Job, Thought
 from penstock_workers.serving import tasks
 from penstock_workers.serving.models import AnyServed, Served, Serving
 from penstock_workers.serving.streams import Stream, Streams
@@ -167,7 +167,7 @@ def test_a_job_that_comes_too_late_says_how_late() -> None:
 
 
 def test_a_process_tells_what_its_feeds_tell() -> None:
-    """Speed, room, trouble and life are asked of the feeds; what has a cache may be held in any number."""
+    """Speed, budget, trouble and life are asked of the feeds; what has a cache may be held in any number."""
     feed = FakeFeed(vector_of, tokens_per_s=123.44, has_room=12.3, says="on hold")
     fakes = serving(Served(info=info("embed"), engine=FakeEmbedder(), feed=feed))
 

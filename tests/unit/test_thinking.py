@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from penstock_workers.batching.engine import Thought
+from penstock_workers.batching.feed import Thought
 from penstock_workers.generation.detokenizer import Detokenizer
 from penstock_workers.generation.thinking import ReasoningMarks, ReasoningParser, Stage
 

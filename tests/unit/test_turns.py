@@ -8,7 +8,7 @@ import pytest
 
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import cut_by_tokens
-from penstock_workers.batching.engine import Job
+from penstock_workers.batching.feed import Job
 from penstock_workers.batching.scheduler import Scheduler
 from penstock_workers.batching.turns import Device, Turn
 from tests.eventually import eventually

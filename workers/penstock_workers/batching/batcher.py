@@ -18,7 +18,7 @@ import numpy as np
 from penstock.errors import DeadlineExceededError, EngineError, OutOfMemoryError, PenstockError
 from penstock.request import Priority
 from penstock_workers.batching.cuts import MIN_BATCH_TOKENS, Cut, Lengths
-from penstock_workers.batching.engine import A, I, Job, Run
+from penstock_workers.batching.feed import A, I, Job, Run
 from penstock_workers.batching.model_thread import ModelThread
 from penstock_workers.batching.rate import Speed
 from penstock_workers.batching.turns import Turn

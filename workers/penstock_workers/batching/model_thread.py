@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Generic, NoReturn
 
-from penstock_workers.batching.engine import A, I, RequeueError
+from penstock_workers.batching.feed import A, I, RequeueError
 from penstock_workers.batching.turns import Turn
 from penstock_workers.batching.work import Work
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Final, Generic, NoReturn, Protocol, TypeVar
 
 from penstock.errors import PenstockError
-from penstock_workers.batching.engine import A, A_co, I, I_contra, Job, Listen
+from penstock_workers.batching.feed import A, A_co, I, I_contra, Job, Listen
 from penstock_workers.batching.model_thread import ModelThread
 from penstock_workers.batching.rate import Ratio
 from penstock_workers.batching.turns import Turn

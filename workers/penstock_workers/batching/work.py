@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from penstock.errors import PenstockError
 from penstock.request import Priority
 from penstock_workers.batching.cuts import Lengths
-from penstock_workers.batching.engine import A, I, Job
+from penstock_workers.batching.feed import A, I, Job
 from penstock_workers.tracebacks import forget_frames
 
 PATIENCE_S: Final = {Priority.INTERACTIVE: 1.0, Priority.DEFAULT: 30.0, Priority.BATCH: 100.0}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from penstock.errors import ConfigError, PenstockError, WorkerError
 from penstock.request import EmbedRequest, PoolName
 from penstock_workers.batching.batcher import Batcher
-from penstock_workers.batching.engine import Job
+from penstock_workers.batching.feed import Job
 from penstock_workers.command.capacity import Layout, find_gpus, process_bytes
 from penstock_workers.hardware.machine import pss_bytes, read_machine
 from penstock_workers.hardware.threads import on_gpus, share_of_cores, thread_variables

@@ -15,7 +15,7 @@ from penstock_workers.delivery.dead_letters import OnDead
 from penstock_workers.delivery.leases import IsAlive, Leases
 from penstock_workers.delivery.purge import OnPurged
 
-Room = Callable[[str], float | None]
+TokenBudget = Callable[[str], float | None]
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class Hooks:
 
     is_alive: IsAlive | None = None
     on_dead: OnDead | None = None
-    room: Room | None = None
+    token_budget: TokenBudget | None = None
     clock: Clock | None = None
     on_purged: OnPurged | None = None
 

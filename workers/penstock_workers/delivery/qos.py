@@ -14,8 +14,9 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu has no types
     """How much of each queue may be held, and what becomes of it.
 
     `prefetch_count` counts for each queue by itself, so jobs of one model leave the places of another alone.
-    Where the process tells its `room`, tokens count too: what it cannot compute soon is left to others. Less
-    urgent jobs that are held take none of the budget of urgent ones, which would wait for them otherwise.
+    Where the process tells its `token_budget`, tokens count too: what it cannot compute soon is left to
+    others. Less urgent jobs that are held take none of the budget of urgent ones, which would wait for them
+    otherwise.
     Counted are the leases of the process, not those of a channel: jobs outlive connections.
     """
 
@@ -42,7 +43,7 @@ class QoS(virtual.QoS):  # type: ignore[misc]  # kombu has no types
 
     def token_budget(self, queue: str) -> float | None:
         """Return how many tokens of a queue may be held; None for any number."""
-        return None if HOOKS.room is None else HOOKS.room(queue)
+        return None if HOOKS.token_budget is None else HOOKS.token_budget(queue)
 
     def open_lists(self, queues: list[str]) -> list[str]:
         """Return the lists that more may be taken from, the most urgent first; as the script `pop` does."""

@@ -31,7 +31,7 @@ from penstock_workers.delivery.held import Lease
 from penstock_workers.delivery.internals import check_versions
 from penstock_workers.delivery.leases import LEASE_RANGE_S, LEASE_S, MAX_DELIVERIES, IsAlive
 from penstock_workers.delivery.polling import PolledChannel, Pop, leases_in
-from penstock_workers.delivery.process import HOOKS, Room
+from penstock_workers.delivery.process import HOOKS, TokenBudget
 from penstock_workers.delivery.purge import OnPurged, purge
 from penstock_workers.delivery.qos import QoS
 
@@ -72,7 +72,7 @@ def install(
     *,
     is_alive: IsAlive | None = None,
     on_dead: OnDead | None = None,
-    room: Room | None = None,
+    token_budget: TokenBudget | None = None,
     clock: Clock | None = None,
     on_purged: OnPurged | None = None,
 ) -> None:
@@ -82,7 +82,7 @@ def install(
         is_alive: Leases are renewed, and jobs taken, while it says yes; it must not wait.
         on_dead: Is called with each message that was given up, and how often it was delivered; again if
             the process died during the call.
-        room: Tells how many tokens of a queue's jobs this process may hold, apart from two jobs
+        token_budget: Tells how many tokens of a queue's jobs this process may hold, apart from two jobs
             that it may hold in any case; None where only their number is bounded. It must not wait.
         clock: Is told the broker's time.
         on_purged: Is called with id and `reply_to` of jobs that were purged, some at a time.
@@ -94,7 +94,7 @@ def install(
     for scheme, name in (("redis", "Transport"), ("rediss", "Transport"), ("sentinel", "SentinelTransport")):
         kombu.transport.TRANSPORT_ALIASES[scheme] = f"{__name__}:{name}"
         kombu.transport._transport_cache.pop(scheme, None)  # whoever asked before us got kombu's own
-    HOOKS.is_alive, HOOKS.on_dead, HOOKS.room, HOOKS.clock = is_alive, on_dead, room, clock
+    HOOKS.is_alive, HOOKS.on_dead, HOOKS.token_budget, HOOKS.clock = is_alive, on_dead, token_budget, clock
     HOOKS.on_purged = on_purged
 
 

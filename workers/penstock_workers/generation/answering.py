@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from penstock.errors import IncompleteOutputError
 from penstock.result import FinishReason
-from penstock_workers.batching.engine import Answer
+from penstock_workers.batching.feed import Answer
 from penstock_workers.generation.generation_config import ForbiddenTokens
 from penstock_workers.generation.prompt import Prompt
 from penstock_workers.generation.sequence import TokenSequence

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from penstock.conversation import Message
 from penstock.errors import InvalidOptionError, InvalidTextError, ModelLoadError, PenstockError
 from penstock.request import GenerateRequest, GenerationOptions
-from penstock_workers.batching.engine import Answer
+from penstock_workers.batching.feed import Answer
 from penstock_workers.checkpoint.failures import explained
 from penstock_workers.checkpoint.source import resolve_source
 from penstock_workers.generation.answering import Answering

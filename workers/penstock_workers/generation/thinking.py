@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
-from penstock_workers.batching.engine import Thought
+from penstock_workers.batching.feed import Thought
 from penstock_workers.generation.detokenizer import HALF_CHARACTER, Detokenizer
 from penstock_workers.generation.stop_strings import TextStream
 

@@ -10,7 +10,7 @@ import numpy as np
 from penstock.conversation import Message, ToolCall
 from penstock.errors import PenstockError
 from penstock.result import FinishReason, Logprobs
-from penstock_workers.batching.engine import Answer
+from penstock_workers.batching.feed import Answer
 
 FINISH: Final[Mapping[str, FinishReason]] = {
     "stop": "stop",

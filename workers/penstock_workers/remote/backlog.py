@@ -8,7 +8,7 @@ from itertools import count
 from typing import Generic, Protocol, TypeVar
 
 from penstock.errors import PenstockError
-from penstock_workers.batching.engine import HasTokens
+from penstock_workers.batching.feed import HasTokens
 from penstock_workers.batching.work import Work
 
 

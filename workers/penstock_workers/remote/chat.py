@@ -9,7 +9,7 @@ from typing import Any, Final, Self
 from penstock.conversation import ToolCall
 from penstock.errors import IncompleteOutputError, InvalidFormatError, InvalidOptionError, UpstreamError
 from penstock.request import GenerateRequest, GenerationOptions
-from penstock_workers.batching.engine import Answer, Thought
+from penstock_workers.batching.feed import Answer, Thought
 from penstock_workers.remote.answer import (
     FINISH,
     UnusableError,

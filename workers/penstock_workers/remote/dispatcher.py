@@ -20,7 +20,7 @@ from penstock.errors import (
     UpstreamError,
     UpstreamUnavailableError,
 )
-from penstock_workers.batching.engine import Job, Listen, TryLaterError
+from penstock_workers.batching.feed import Job, Listen, TryLaterError
 from penstock_workers.batching.model_thread import ModelThread
 from penstock_workers.batching.work import PATIENCE_S, Work, stretch
 from penstock_workers.clock import BROKER_CLOCK

@@ -68,7 +68,7 @@ def build_app(settings: Settings) -> Celery:
             end_process("the heartbeat has ended; this process ends, others take its jobs over")
         return not ended and not serving.is_stalled(settings.worker.stall_s)
 
-    def token_budget(queue: str) -> float | None:
+    def budget(queue: str) -> float | None:
         _, model = split_queue(queue)
         return serving.token_budget(model)
 
@@ -82,7 +82,7 @@ def build_app(settings: Settings) -> Celery:
     def tell_purged(jobs: Sequence[tuple[str, str]]) -> None:
         app.backend.revoke(jobs)
 
-    install(is_alive=is_alive, on_dead=notify, room=token_budget, clock=BROKER_CLOCK, on_purged=tell_purged)
+    install(is_alive=is_alive, on_dead=notify, token_budget=budget, clock=BROKER_CLOCK, on_purged=tell_purged)
     return app
 
 

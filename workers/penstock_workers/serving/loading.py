@@ -8,7 +8,7 @@ from penstock.extras import how_to_install
 from penstock.registry import ModelInfo
 from penstock_workers.batching.batcher import Batcher
 from penstock_workers.batching.cuts import Cut, cut_by_tokens
-from penstock_workers.batching.engine import A, Feed, I, StreamingFeed
+from penstock_workers.batching.feed import A, Feed, I, StreamingFeed
 from penstock_workers.batching.scheduler import Scheduler
 from penstock_workers.batching.turns import Turn
 from penstock_workers.checkpoint.failures import explained

@@ -13,7 +13,7 @@ from penstock.registry import ModelInfo
 from penstock.request import EmbedRequest, GenerateRequest, Request, RerankRequest, Task
 from penstock.result import Usage
 from penstock.validation import describe
-from penstock_workers.batching.engine import Answer, Feed, HasTokens, StreamingFeed
+from penstock_workers.batching.feed import Answer, Feed, HasTokens, StreamingFeed
 from penstock_workers.batching.rate import Ratio
 from penstock_workers.batching.turns import Device, Turn
 from penstock_workers.serving.vector_cache import VectorCache

@@ -22,7 +22,7 @@ from penstock.request import EmbedRequest, GenerateRequest, Priority, Request, R
 from penstock.result import Choice, EmbedResult, GenerateResult, RerankResult, Result, Timings, Usage
 from penstock.retry import WaitPolicy
 from penstock.stream import Part
-from penstock_workers.batching.engine import A, Feed, I, Job, Pending, RequeueError, Thought, TryLaterError
+from penstock_workers.batching.feed import A, Feed, I, Job, Pending, RequeueError, Thought, TryLaterError
 from penstock_workers.batching.work import PATIENCE_S
 from penstock_workers.clock import BROKER_CLOCK
 from penstock_workers.delivery.consumer import Request as JobRequest

@@ -1,4 +1,4 @@
-"""The contract of this folder: a job, its items, what computes a batch of them, and what answers jobs.
+"""What a feed is: it takes the items of jobs, has batches of them computed, and answers the jobs.
 
 What makes items of requests has its protocols in `serving.models`. Fakes of both are in `tests/fakes.py`.
 """
