@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from penstock.extras import how_to_install
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -138,7 +140,7 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Read the command line; what a picture needs is asked for now, not when minutes of results are there."""
     options = parser.parse_args()
     if options.plot and find_spec("matplotlib") is None:
-        parser.error("--plot: matplotlib is not installed: pip install 'penstock[dev]'")
+        parser.error(f"--plot: matplotlib is not installed: {how_to_install('dev')}")
     return options
 
 

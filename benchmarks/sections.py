@@ -14,6 +14,7 @@ from benchmarks.deployment import StackFailedError
 from benchmarks.neighbours import TOLERABLE
 from benchmarks.report import Figure, Report, Row, finish
 from penstock.errors import PenstockError
+from penstock.extras import how_to_install
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
@@ -29,8 +30,8 @@ def runnable(sections: Iterable[str], needs: Mapping[str, str]) -> list[str]:
     for section in sections:
         absent = missing(needs[section]) if section in needs else []
         if absent:
-            what = f"pip install 'penstock[{needs[section]}]'"
-            print(f"left out: {section}: {', '.join(absent)} not installed: {what}", file=sys.stderr)
+            what = f"{', '.join(absent)} not installed: {how_to_install(needs[section])}"
+            print(f"left out: {section}: {what}", file=sys.stderr)
         else:
             found.append(section)
     return found

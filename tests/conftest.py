@@ -13,6 +13,8 @@ from tests import warm
 from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.upstream import Upstream
 
+# Read where OpenMP is loaded: threads that wait for work leave the CPU to the processes beside theirs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if not Path("/dev/nvidia0").exists():
     # Read where Triton is imported: kernels for GPUs then run in Python.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -248,7 +248,7 @@ def test_delayed_jobs_wait_in_redis(fleet: Fleet, sender: Celery) -> None:
     assert (n_delayed, n_held) == (200, 0)
     assert set(fleet.runs().values()) == {1}
     assert min(late) >= 0
-    assert max(late) <= 3
+    assert max(late) <= 30  # a second on an idle machine; the lease of the one that died has to run out
 
 
 def test_delayed_jobs_of_foreign_senders_wait_in_redis(fleet: Fleet) -> None:
@@ -261,7 +261,7 @@ def test_delayed_jobs_of_foreign_senders_wait_in_redis(fleet: Fleet) -> None:
     eventually(lambda: fleet.redis.zcard("penstock:due") == 1 and not fleet.n_held())
     fleet.wait_for(["job"])
 
-    assert 0 <= fleet.began_at()["job"] - due.timestamp() <= 3
+    assert 0 <= fleet.began_at()["job"] - due.timestamp() <= 30
 
 
 def test_a_slow_queue_takes_no_place_of_another(fleet: Fleet) -> None:

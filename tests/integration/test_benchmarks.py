@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.deployment import StackFailedError, deployed
+from penstock.extras import how_to_install
 from tests.deployment import ROOT
 
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="tests a wheel: no benchmarks")
@@ -44,6 +45,6 @@ def test_a_benchmark_without_its_libraries_blames_no_redis(tmp_path: Path) -> No
 
     assert done.returncode == 1
     assert "upstream: not measured: the benchmark's own stack did not start" in done.stderr
-    assert "pip install 'penstock[remote]'" in done.stderr
+    assert how_to_install("remote") in done.stderr
     assert "Traceback" not in done.stderr
     assert "out of reach" not in done.stderr

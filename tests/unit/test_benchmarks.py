@@ -15,6 +15,7 @@ from benchmarks.neighbours import TOLERABLE
 from benchmarks.report import Figure, Row
 from benchmarks.sections import Results, missing, runnable
 from penstock.errors import DeadlineExceededError
+from penstock.extras import how_to_install
 from tests.deployment import ROOT
 
 ROWS = [Row(way="ours", unit="jobs/s", values=[1.0, 2.0])]
@@ -44,7 +45,7 @@ def test_a_section_without_its_extra_is_left_out_at_once(capsys: pytest.CaptureF
     assert missing("remote") == ["openai"]
     assert runnable(["load", "upstream", "recovery"], overload.NEEDS) == ["load", "recovery"]
     assert capsys.readouterr().err.splitlines() == [
-        "left out: upstream: openai not installed: pip install 'penstock[remote]'"
+        "left out: upstream: openai not installed: " + how_to_install("remote")
     ]
 
 
@@ -131,4 +132,4 @@ def test_a_picture_is_refused_before_anything_is_measured(
     with pytest.raises(SystemExit):
         report.arguments("A benchmark.", ["load"])
 
-    assert "matplotlib is not installed: pip install 'penstock[dev]'" in capsys.readouterr().err
+    assert how_to_install("dev") in capsys.readouterr().err

@@ -87,7 +87,9 @@ def test_a_page_installs_what_it_starts(page: Path) -> None:
 
 def test_extras_are_installed_from_a_clone() -> None:
     """Neither a page nor an error advises the name on the package index, and the extras exist."""
-    code = [file for folder in ("producer", "workers") for file in (ROOT / folder).rglob("*.py")]
+    code = [
+        file for folder in ("producer", "workers", "benchmarks") for file in (ROOT / folder).rglob("*.py")
+    ]
     texts = {name(file): file.read_text() for file in (*PAGES, *code)}
     asked = re.compile(r"""how_to_install\(['"]([\w-]+)|pip install "?\.\[([\w,-]+)\]""")
     extras = {
