@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -139,6 +140,36 @@ def test_processes_of_a_pool_are_forked_where_they_can_be() -> None:
     assert [child.preload for child in (*one.children, *gpus.children)] == [None] * 3
     assert trial.children[0].preload is not None
     assert "penstock_workers.generation.generator" not in trial.children[0].preload.modules
+
+
+LATE = """
+import sys
+from importlib import import_module
+for name in sys.argv[1:]:
+    import_module(name)
+before = set(sys.modules)
+import_module("penstock_workers.celery")
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_a_fork_has_all_that_the_app_imports(tmp_path: Path) -> None:
+    """What each process imports by itself is in memory once for each: tens of MiB."""
+    remote = {"far": {"task": "generate", "engine": "remote", "source": "http://h/v1"}}
+    preload = plan(BROKER | {"pools.cpu.processes": "2"}, models=remote).children[0].preload
+    assert preload is not None
+    command = [sys.executable, "-c", LATE, *preload.modules]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False)
+
+    assert done.returncode == 0, done.stderr
+    packages = {name.partition(".")[0] for name in done.stdout.split()} & {
+        "celery",
+        "kombu",
+        "pydantic_settings",
+    }
+    assert packages == set()
+    ours = [name for name in done.stdout.split() if name.startswith("penstock")]
+    assert ours == ["penstock_workers.celery"]
 
 
 def test_workers_get_the_numbers_that_auto_stands_for() -> None:

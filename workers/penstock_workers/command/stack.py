@@ -42,6 +42,13 @@ ENGINES: Final = {
     "rerank": "penstock_workers.embedding.reranker",
 }
 """Modules that a process imports to serve models of a task, by task."""
+_APP: Final = (
+    "celery.bin.celery",
+    "celery.bin.worker",
+    "penstock_workers.running_stack",
+    "penstock_workers.serving.app",
+)
+"""Modules that each process imports; none of them reads the configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,7 +267,7 @@ def _preload(settings: Settings, pool: PoolName, layout: Layout) -> Preload | No
     models = [model for model in settings.models.values() if pool in model.pools]
     engines = {ENGINES[model.task] for model in models if model.engine != "remote"}
     return Preload(
-        modules=("celery.bin.celery", "celery.bin.worker", "penstock_workers.serving.app", *sorted(engines)),
+        modules=(*_APP, *sorted(engines)),
         environment=tuple(thread_variables(layout.threads).items()),
     )
 
