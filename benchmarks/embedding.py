@@ -19,8 +19,9 @@ gpu        docstrings by random models of two sizes on a CUDA GPU, by as many pr
            sentence-transformers in bfloat16 and the GPU's matrix-product rate; left out without one
 
 Run: python -m benchmarks.embedding [--quick] [--only SECTION ...] [--against LIBRARY,...]
-    [--peer-python [LIBRARY=]PYTHON ...] [--rounds N] [--json FILE] [--plot FILE]
-`--quick` takes about a minute: bulk with few texts, single, callers and fetch.
+    [--peer-python [LIBRARY=]PYTHON ...] [--rounds N] [--as KIND] [--json FILE] [--plot FILE]
+`--quick` takes about a minute: bulk with few texts, single, callers and fetch. `--as` has all sides use no
+more of this CPU than an earlier kind has (`benchmarks.instructions`).
 """
 
 import argparse
@@ -51,6 +52,7 @@ from benchmarks.ceiling import Machine, flop_per_text
 from benchmarks.corpus import Corpus
 from benchmarks.deployment import deployed
 from benchmarks.gpu import SIZES, Busy, build_model
+from benchmarks.instructions import KINDS, NOT_LIMITED, limit_to
 from benchmarks.neighbours import Neighbours
 from benchmarks.peers import WAYS, Peer
 from benchmarks.report import Figure, Row, parsed
@@ -226,6 +228,8 @@ def main() -> None:
         "gpu": gpu,
     }
     options = arguments(list(sections))
+    if options.as_kind:
+        print(f"all sides as on {options.as_kind}; not limited: {NOT_LIMITED}", file=sys.stderr)
     counts = QUICK if options.quick else FULL
     if options.rounds:
         counts = replace(counts, rounds=options.rounds)
@@ -237,7 +241,7 @@ def main() -> None:
                 neighbours = Neighbours()
                 found = sections[name](bench)
                 results.add(name, found.rows, found.figures, others=neighbours.share())
-    results.finish("embedding", options)
+    results.finish(f"embedding as on {options.as_kind}" if options.as_kind else "embedding", options)
 
 
 def arguments(sections: Sequence[str]) -> argparse.Namespace:
@@ -256,9 +260,17 @@ def arguments(sections: Sequence[str]) -> argparse.Namespace:
         help="interpreter that a library, or each without its own, is installed in",
     )
     parser.add_argument("--rounds", type=int, metavar="N", help="repetitions of each way")
+    parser.add_argument(
+        "--as", dest="as_kind", choices=KINDS, help="use no more of the CPU than this kind has"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and figures")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, as .png or .svg")
     options = parsed(parser)
+    if options.as_kind:
+        try:
+            limit_to(options.as_kind)
+        except ValueError as error:
+            parser.error(f"--as {options.as_kind}: {error}")
     given = dict(item.split("=", 1) if "=" in item else ("", item) for item in options.peer_python)
     if unknown := set(given) - {"", *WAYS}:
         parser.error(f"--peer-python: {', '.join(sorted(unknown))}; known: {', '.join(WAYS)}")

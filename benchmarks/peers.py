@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
@@ -31,6 +32,8 @@ Way = Callable[[list[str]], Vectors]
 BATCH: Final = 32
 """Texts in a batch: what `encode` and Infinity take by default."""
 START_LIMIT_S: Final = 120.0
+_notes: list[str] = []
+"""What a way that was loaded just now tells of itself."""
 
 
 class Peer:
@@ -126,6 +129,8 @@ def main() -> None:
             found["ways"][name] = f"{package} {version(package)}"
             ways[name] = load(model, threads)
             ways[name](["a text"])
+            found["ways"][name] = ", ".join((found["ways"][name], *_notes))
+            _notes.clear()
         except PackageNotFoundError:
             found["ways"].pop(name, None)
             found["left_out"][name] = f"{package} is not installed in {sys.executable}"
@@ -170,9 +175,17 @@ def _openvino(model: Path, threads: int, *, precision: str | None) -> Way:
     graph = openvino.convert_model(_whole_model(encoder), example_input=_features(encoder, ["a text", "b"]))
     # Two streams of one thread are faster for many batches than all threads on one.
     hints: dict[str, Any] = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_NUM_THREADS": threads}
+    # It would choose its default by what the CPU has, also where it is to use less.
+    precision = precision if _has_bfloat16() else "f32"
     if precision is not None:
         hints["INFERENCE_PRECISION_HINT"] = precision
     compiled = openvino.compile_model(graph, "CPU", hints)
+    products = Counter(
+        node.get_rt_info()["primitiveType"].astype(str)
+        for node in compiled.get_runtime_model().get_ordered_ops()
+        if node.get_rt_info()["layerType"].astype(str) in ("FullyConnected", "MatMul")
+    )
+    _notes.append(", ".join(f"{count} products by {name}" for name, count in products.items()))
 
     def embed(texts: list[str]) -> Vectors:
         found: list[Any] = [None] * len(texts)
@@ -251,9 +264,16 @@ def _naive_celery(model: Path, threads: int) -> Way:
     return embed
 
 
+def _has_bfloat16() -> bool:
+    """Tell whether the kind of CPU that all are limited to has bfloat16; see `benchmarks.instructions`."""
+    return os.environ.get("PENSTOCK_CPU") not in ("avx2", "avx512")
+
+
 def _encoder(model: Path, threads: int, dtype: str, device: str = "cpu") -> Any:
     torch = import_module("torch")
     torch.set_num_threads(threads)
+    if dtype == "bfloat16" and device == "cpu" and not _has_bfloat16():
+        raise RuntimeError("such a CPU has no bfloat16, and what stands in for it takes minutes")
     library = import_module("sentence_transformers")
     kwargs = {"dtype": getattr(torch, dtype)}
     return library.SentenceTransformer(str(model), device=device, model_kwargs=kwargs).eval()

@@ -7,6 +7,7 @@ import pytest
 from penstock.errors import ConfigError, WorkerError, rebuild_error
 from penstock.urls import mask_url
 from penstock_workers.configuration import load_settings
+from penstock_workers.hardware.machine import cpu_flags
 
 
 def refused(config: Path | None = None, **given: dict[str, str]) -> str:
@@ -69,3 +70,27 @@ def test_a_password_in_a_query_is_masked() -> None:
 def test_an_error_of_impossible_numbers_is_still_an_error() -> None:
     """Fields that cannot be shown do not hide the failure."""
     assert isinstance(rebuild_error("ResultTimeoutError", ["job", 10**400]), WorkerError)
+
+
+def test_an_unknown_cpu_is_refused() -> None:
+    """Among all else that is wrong; a known one, or none, is no setting that would be missing."""
+    with pytest.raises(ConfigError) as raised:
+        load_settings(environ={"PENSTOCK_CPU": "mmx", "PENSTOCK_REDS": "a"})
+
+    assert "PENSTOCK_CPU = 'mmx': one of avx2, avx512, avx512_bf16, amx" in str(raised.value)
+    assert "PENSTOCK_REDS" in str(raised.value)
+    assert load_settings(environ={"PENSTOCK_CPU": "avx2"}).settings == load_settings(environ={}).settings
+
+
+def test_a_cpu_can_do_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind has what the kinds before it have."""
+    has = []
+    for kind in ("avx2", "avx512", "avx512_bf16", "amx"):
+        monkeypatch.setenv("PENSTOCK_CPU", kind)
+        has.append(cpu_flags())
+
+    assert not [flag for flag in has[0] if flag.startswith(("avx512", "amx"))]
+    assert "avx512_bf16" not in has[1]
+    assert has[0] <= has[1] <= has[2] <= has[3]
+    monkeypatch.delenv("PENSTOCK_CPU")
+    assert cpu_flags() == has[3]

@@ -28,6 +28,7 @@ FALLBACKS = {
     "workers/penstock_workers/hardware/device.py": "float32 where the CPU's flags are not known",
     "workers/penstock_workers/hardware/machine.py": "all cores, the memory's size, and no flags elsewhere",
     "workers/penstock_workers/serving/heartbeat.py": "the peak of memory where there is no /proc",
+    "workers/penstock_workers/settings.py": "names of kinds of CPUs; none of them has to be there",
 }
 """Files that use some of it, and what they do where it is not there."""
 

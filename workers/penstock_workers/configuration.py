@@ -2,8 +2,8 @@
 
 Read once at an entry point and passed on; what can be set stands in `settings`. No other module reads a
 setting from the environment. What belongs to the machine or to another program is read where it is used:
-`XDG_CACHE_HOME`, `CUDA_VISIBLE_DEVICES`, `FLOWER_CONF`, `NO_COLOR`, the token of a remote model, and Celery's
-own variables, which are refused.
+`XDG_CACHE_HOME`, `CUDA_VISIBLE_DEVICES`, `FLOWER_CONF`, `NO_COLOR`, `PENSTOCK_CPU`, the token of a remote
+model, and Celery's own variables, which are refused.
 """
 
 import difflib
@@ -13,7 +13,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, get_args
+from typing import Any, Final, NamedTuple, cast, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -21,10 +21,12 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 
 from penstock.errors import ConfigError
 from penstock.urls import mask_url
-from penstock_workers.settings import ModelSettings, Section, Settings, TenantSettings
+from penstock_workers.settings import Cpu, ModelSettings, Section, Settings, TenantSettings
 
 PREFIX: Final = "PENSTOCK_"
 CONFIG_VARIABLE: Final = "PENSTOCK_CONFIG"
+CPU_VARIABLE: Final = "PENSTOCK_CPU"
+"""Lets workers use no more of their CPU than one of an earlier kind has: to measure what that would do."""
 _SEPARATOR: Final = "__"
 _ARGUMENT: Final = "argument"
 """Origin of a value from the command line."""
@@ -60,8 +62,10 @@ def load_settings(
     """
     path = config or (Path(environ[CONFIG_VARIABLE]) if environ.get(CONFIG_VARIABLE) else None)
     from_arguments = {variable_name(key): text for key, text in (arguments or {}).items()}
-    given = {name.upper() for name in environ if name.upper().startswith(PREFIX)} - {CONFIG_VARIABLE}
-    problems = [*_misspelled(given), *(f"{_ARGUMENT}: {line}" for line in _misspelled(from_arguments))]
+    given = {name.upper() for name in environ if name.upper().startswith(PREFIX)}
+    given -= {CONFIG_VARIABLE, CPU_VARIABLE}
+    problems = [*_misspelled(given), *_unknown_cpu(environ)]
+    problems += [*(f"{_ARGUMENT}: {line}" for line in _misspelled(from_arguments))]
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, values in _sources(path, from_arguments, environ):
@@ -176,6 +180,23 @@ def _unknown_word(model: type[BaseModel], words: list[str]) -> tuple[str, list[s
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             return _unknown_word(inner, words[1:])
     return None if len(words) == 1 else (words[1], [])
+
+
+def read_cpu_limit(environ: Mapping[str, str]) -> Cpu | None:
+    """Return which kind of CPU `PENSTOCK_CPU` names; None if it is not set.
+
+    Raises:
+        ConfigError: It names none.
+    """
+    if problems := list(_unknown_cpu(environ)):
+        raise ConfigError(problems)
+    return cast("Cpu | None", environ.get(CPU_VARIABLE) or None)
+
+
+def _unknown_cpu(environ: Mapping[str, str]) -> Iterator[str]:
+    text = environ.get(CPU_VARIABLE)
+    if text and text not in get_args(Cpu):
+        yield f"{CPU_VARIABLE} = {text!r}: one of {', '.join(get_args(Cpu))}"
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> Iterator[str]:

@@ -20,6 +20,7 @@ _QUEUE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 AUTO: Final = "auto"
 Count = int | Literal["auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Cpu = Literal["avx2", "avx512", "avx512_bf16", "amx"]
 
 
 def _count_from(low: int) -> PlainValidator:

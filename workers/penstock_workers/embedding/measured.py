@@ -15,7 +15,7 @@ from typing import Final
 
 from penstock.stacks import cache_folder
 from penstock_workers.hardware import own_files
-from penstock_workers.hardware.machine import cpu_name
+from penstock_workers.hardware.machine import cpu_limit, cpu_name
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ def machine_key(fingerprint: str, device: str, n_threads: int, code: str) -> str
         code,
         platform.machine(),
         cpu_name(),
+        cpu_limit(),
         *map(_version, _PACKAGES),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -2,9 +2,21 @@
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+
+from penstock_workers.configuration import read_cpu_limit
+from penstock_workers.settings import Cpu
+
+_BEYOND: Final[Mapping[Cpu, tuple[str, ...]]] = {
+    "avx2": ("avx512", "avx_vnni", "amx"),
+    "avx512": ("avx512_bf16", "avx512_fp16", "amx"),
+    "avx512_bf16": ("avx512_fp16", "amx"),
+    "amx": (),
+}
+"""What instruction sets begin with that a CPU of each kind does not have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +91,19 @@ def pss_bytes(pid: int | None = None) -> int | None:
 
 
 def cpu_flags() -> set[str]:
-    """Return the instruction sets of an x86-64 CPU, in Linux's words; empty where they are not known."""
+    """Return the instruction sets of an x86-64 CPU, as far as `PENSTOCK_CPU` lets them be used.
+
+    They are in Linux's words; empty where they are not known.
+    """
     flags = Path("/proc/cpuinfo")
     is_known = platform.machine() in ("x86_64", "AMD64") and flags.exists()
-    return set(flags.read_text().split()) if is_known else set()
+    unused = _BEYOND[cpu_limit() or "amx"]
+    return {flag for flag in flags.read_text().split() if not flag.startswith(unused)} if is_known else set()
+
+
+def cpu_limit() -> Cpu | None:
+    """Return what the CPU is to be used as, by `PENSTOCK_CPU`; None: as what it is."""
+    return read_cpu_limit(os.environ)
 
 
 def cpu_name() -> str:
