@@ -38,7 +38,7 @@ clean:
 	rm -rf .venv .penstock site
 
 # torch comes first and by itself: asked for by another package, pip would take its largest build.
-.venv/ready: pyproject.toml constraints.txt hatch_build.py workers/penstock_workers/embedding/kernels.c
+.venv/ready: pyproject.toml constraints.txt hatch_build.py $(wildcard workers/penstock_workers/embedding/kernels*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[workers,flower,bundled]"

@@ -11,13 +11,21 @@ import re
 import shlex
 import subprocess
 import sysconfig
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("workers/penstock_workers/embedding")
-FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-shared", "-fPIC")
+FLAGS: Final = ("-O3", "-fPIC", "-fvisibility=hidden")
+VARIANTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "avx2": ("kernels_float32.c", "-mavx2", "-mfma"),
+    "avx512": ("kernels_float32.c", "-mavx512f", "-mfma"),
+    "avx512_bf16": ("kernels_bfloat16.c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"),
+}
+"""Of the encoder, one for each kind of CPU: its source, and its own flags."""
 OLDEST_GLIBC = (2, 17)
 """The glibc of manylinux2014, the oldest that the libraries of a worker still have wheels for."""
 
@@ -29,27 +37,53 @@ class KernelsHook(BuildHookInterface[Any]):
         """Compile what a wheel, or an editable install, is to have."""
         if self.target_name != "wheel" or sysconfig.get_platform() != "linux-x86_64":
             return
-        source = Path(self.root) / FOLDER / "kernels.c"
-        library = source.with_name(f"kernels-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so")
-        compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+        folder = Path(self.root) / FOLDER
+        library = folder / f"kernels-{_digest(folder)}.so"
         draft = library.with_suffix(".draft")
-        try:
-            command = [*compiler, *FLAGS, "-o", str(draft), str(source)]
-            subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603  # our own source
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or error
+        reasons: list[str] = []
+        with tempfile.TemporaryDirectory() as objects:
+            compiled = [f for name in VARIANTS if (f := _compile(folder, name, Path(objects), reasons))]
+            is_linked = bool(compiled) and _run(["-shared", "-o", str(draft), *map(str, compiled)], reasons)
+        if not is_linked:
             self.app.display_warning(
-                f"{source.name} is not compiled: {reason}\n"
-                "Workers run without it, and embed at 0.7 of the speed where the CPU has AVX-512 BF16. "
-                "A wheel for Linux on x86-64 has it compiled; with a C compiler (gcc, or another cc), "
-                "an install from source has it too."
+                f"the kernels are not compiled: {reasons[-1]}\n"
+                "Workers run without them, and embed at 0.7 of the speed where the CPU has AVX-512 BF16. "
+                "A wheel for Linux on x86-64 has them compiled; with a C compiler (gcc, or another cc), "
+                "an install from source has them too."
             )
             return
-        for old in source.parent.glob("kernels-*.so"):
+        for reason in reasons:
+            self.app.display_warning(f"kernels for one kind of CPU are not compiled: {reason}")
+        for old in folder.glob("kernels-*.so"):
             old.unlink()
         draft.replace(library)
         build_data["artifacts"].append(f"/{FOLDER}/{library.name}")
         build_data |= {"pure_python": False, "tag": f"py3-none-{platform_tag(library.read_bytes())}"}
+
+
+def _digest(folder: Path) -> str:
+    """Return the hash that `penstock_workers.embedding.c_library` looks for."""
+    sources = sorted([*folder.glob("kernels*.c"), *folder.glob("kernels*.h")])
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
+def _compile(folder: Path, variant: str, objects: Path, reasons: list[str]) -> Path | None:
+    """Compile one variant; None if the compiler does not know its CPU, or there is none."""
+    source, *flags = VARIANTS[variant]
+    file = objects / f"{variant}.o"
+    names = (f"-DVARIANT={variant}", "-c", "-o", str(file), str(folder / source))
+    return file if _run([*FLAGS, *flags, *names], reasons) else None
+
+
+def _run(arguments: list[str], reasons: list[str]) -> bool:
+    """Run the C compiler; adds to `reasons` what it says if it fails."""
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    try:
+        subprocess.run([*compiler, *arguments], check=True, capture_output=True, text=True)  # noqa: S603  # our own source
+    except (OSError, subprocess.CalledProcessError) as error:
+        reasons.append(str(getattr(error, "stderr", None) or error))
+        return False
+    return True
 
 
 def platform_tag(library: bytes) -> str:

@@ -55,7 +55,7 @@ print(json.dumps({
     "cores": here.cores, "memory": here.memory_bytes, "free": machine.free_bytes(),
     "pss": machine.pss_bytes(), "flags": sorted(machine.cpu_flags()), "name": machine.cpu_name(),
     "resident": _memory_bytes(), "ties": tie_to_parent() is not None, "missing": missing_reason(),
-    "kernels": find_kernels(cpu) is not None, "bfloat16": has_fast_bfloat16(cpu),
+    "kernels": find_kernels(cpu, torch.float32) is not None, "bfloat16": has_fast_bfloat16(cpu),
 }))
 """
 EMBED = """

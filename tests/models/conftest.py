@@ -22,7 +22,7 @@ def kernels() -> Iterator[Kernels]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = find_kernels(torch.device("cpu"))
+        found = find_kernels(torch.device("cpu"), torch.bfloat16)
         if found is None:
             pytest.skip("the CPU has no AVX-512 BF16, or there was no C compiler")
         yield found

@@ -16,7 +16,7 @@ from penstock_workers.embedding import c_kernels, c_library
 from penstock_workers.embedding.attention import _attend, packed
 from penstock_workers.embedding.bert_c import BertC
 from penstock_workers.embedding.bfloat16 import Bfloat16, use_bfloat16
-from penstock_workers.embedding.c_kernels import Kernels, find_kernels
+from penstock_workers.embedding.c_kernels import VARIANTS, Kernels, find_kernels
 from penstock_workers.embedding.c_library import compiled_path
 from penstock_workers.embedding.embedder import Embedder
 from penstock_workers.embedding.packed import PackedBert
@@ -47,22 +47,22 @@ def test_an_install_compiles_them() -> None:
 def test_a_library_that_is_missing_is_told(tmp_path: Path) -> None:
     """What was not compiled is an error of the system, which makes torch compute."""
     with pytest.raises(OSError, match="missing"):
-        Kernels(tmp_path / "missing.so")
+        Kernels(tmp_path / "missing.so", VARIANTS[-1])
 
 
 def test_an_install_without_it_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A worker's log says what it costs and what to do, however many models ask."""
-    monkeypatch.setattr(c_library, "cpu_flags", lambda: {"avx512bw", "avx512vl", "avx512_bf16"})
+    monkeypatch.setattr(c_library, "cpu_flags", lambda: {"avx2", "fma"})
     monkeypatch.setattr(c_kernels, "compiled_path", lambda: tmp_path / "kernels-0.so")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    c_kernels._load.cache_clear()
+    c_kernels._choose.cache_clear()
     try:
-        assert [find_kernels(CPU), find_kernels(CPU)] == [None, None]
+        assert [find_kernels(CPU, torch.float32) for _ in range(2)] == [None, None]
     finally:
-        c_kernels._load.cache_clear()
+        c_kernels._choose.cache_clear()
         torch.set_num_threads(threads)
 
     (record,) = caplog.records
@@ -75,9 +75,9 @@ def test_an_install_without_it_is_told_once(
 def test_several_threads_are_left_to_torch(kernels: Kernels) -> None:
     """A process whose products have two threads shares attention out too."""
     torch.set_num_threads(2)
-    assert find_kernels(CPU) is None
+    assert find_kernels(CPU, torch.bfloat16) is None
     torch.set_num_threads(1)
-    assert find_kernels(CPU) is kernels
+    assert find_kernels(CPU, torch.bfloat16) is kernels
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
@@ -152,7 +152,9 @@ def test_what_is_not_finite_stays_so(kernels: Kernels) -> None:
 def test_the_bundled_model_keeps_its_directions(kernels: Kernels) -> None:
     """With all of it in use, vectors are those of the model in float32."""
     settings = ModelSettings(task="embed", source="bundled:minilm", engine="torch", dtype="float32")
+    torch.set_num_threads(2)  # by one thread C would compute float32 too
     quick, plain = (Embedder.load("minilm", settings, CPU) for _ in range(2))
+    torch.set_num_threads(1)
     quick._way = in_c(quick, kernels)
     request = EmbedRequest(model="minilm", texts=[*texts_of(LENGTHS), "a", "1 2 3", "naïve café " * 90])
 

@@ -98,9 +98,14 @@ def build(path: Path, kind: str) -> SentenceTransformer:
 
 
 def load(path: Path, dtype: str = "float32", device: torch.device = CPU) -> Embedder:
-    """Load it as a worker does."""
+    """Load it as a worker of two threads does, in which no C computes."""
     settings = {"task": "embed", "source": str(path / "model"), "engine": "torch", "dtype": dtype}
-    return Embedder.load("small", ModelSettings.model_validate(settings), device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        return Embedder.load("small", ModelSettings.model_validate(settings), device)
+    finally:
+        torch.set_num_threads(before)
 
 
 def texts_of(n_words: list[int], seed: int = 0) -> list[str]:

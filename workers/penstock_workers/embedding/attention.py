@@ -78,7 +78,7 @@ def _attend(
     )  # (n_tokens, n_heads, dim)
     if value.is_cuda and value.dtype != torch.float32:
         return _flash(query, key, value, layout, window, is_causal, scale)[None], None
-    kernels = find_kernels(value.device) if value.dtype == torch.bfloat16 else None
+    kernels = find_kernels(value.device, value.dtype)
     if kernels is not None:
         computed = kernels.attend(
             query,

@@ -1,4 +1,4 @@
-"""The BERT family's encoder on a row of texts, as one call into `kernels.c`.
+"""The BERT family's encoder on a row of texts, as one call into `kernels_encoder.h`.
 
 The model's own modules give the same. They take longer for products, and Python between them takes 2 ms a
 batch: as long as all products of a short text. Each step may also wait for the interpreter's lock.
@@ -19,7 +19,6 @@ from penstock_workers.embedding.c_kernels import (
     CLinear,
     Kernels,
     c_norm,
-    lay_out,
     n_outputs,
 )
 from penstock_workers.embedding.row import RowLayout
@@ -27,9 +26,12 @@ from penstock_workers.embedding.shared_weights import share
 
 
 class BertC:
-    """An encoder whose weights for products are bfloat16 and shared; all other weights are the model's own.
+    """An encoder whose weights for products are laid out and shared; all other weights are the model's own.
 
     Whoever makes one compares its vectors with the model's own before trusting it.
+
+    Attributes:
+        dtype: Format of the factors of its products.
 
     Args:
         transformer: The transformer that computes in float32.
@@ -41,6 +43,7 @@ class BertC:
 
     def __init__(self, transformer: Any, kernels: Kernels) -> None:
         self._kernels = kernels
+        self.dtype = str(kernels.variant.dtype).removeprefix("torch.")
         encoder = read_encoder(transformer)
         dim, n_heads, layers = encoder.dim, encoder.n_heads, encoder.layers
         if dim not in [size * n_heads for size in HEAD_SIZES]:
@@ -48,7 +51,7 @@ class BertC:
         products = [
             linears for layer in layers for linears in (layer.heads, [layer.output], [layer.up], [layer.down])
         ]
-        laid = share([tensor for linears in products for tensor in lay_out(linears)])
+        laid = share([tensor for linears in products for tensor in kernels.lay_out(linears)])
         linears = [
             CLinear(weight.data_ptr(), bias.data_ptr(), linears[0].in_features, n_outputs(linears))
             for linears, weight, bias in zip(products, laid[::2], laid[1::2], strict=True)

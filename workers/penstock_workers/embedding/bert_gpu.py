@@ -26,6 +26,9 @@ class BertGpu:
 
     Whoever makes one compares its vectors with the model's own before trusting it.
 
+    Attributes:
+        dtype: Name of the format of products.
+
     Args:
         transformer: The transformer that computes in float32.
         n_words: Number of words that the tokenizer knows.
@@ -41,6 +44,7 @@ class BertGpu:
         except ModuleNotFoundError as error:
             raise NotImplementedError(f"{error.name} is not installed") from error
         self._kernels, self._dtype = triton_kernels, dtype
+        self.dtype = str(dtype).removeprefix("torch.")
         encoder = read_encoder(transformer)
         if encoder.dim not in [size * encoder.n_heads for size in triton_kernels.HEAD_SIZES]:
             raise NotImplementedError("its heads have an unusual size")

@@ -1,4 +1,4 @@
-"""Where the compiled library of `kernels.c` lies, and what a machine is without it. Needs no torch."""
+"""Where the compiled library of `kernels*.c` lies, and what a machine is without it. Needs no torch."""
 
 import ctypes
 import hashlib
@@ -7,18 +7,21 @@ from typing import Final
 
 from penstock_workers.hardware.machine import cpu_flags
 
-SOURCE: Final = Path(__file__).with_name("kernels.c")
-_NEEDED: Final = {"avx512bw", "avx512vl", "avx512_bf16"}
+FOLDER: Final = Path(__file__).parent
+NEEDED: Final = frozenset({"avx2", "fma"})
+"""Instruction sets without which no variant runs, in Linux's words."""
 
 
 def compiled_path() -> Path:
-    """Return where the shared library of this source lies, if it was compiled."""
-    return SOURCE.with_name(f"kernels-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so")
+    """Return where the shared library of these sources lies, if it was compiled."""
+    sources = sorted([*FOLDER.glob("kernels*.c"), *FOLDER.glob("kernels*.h")])
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
+    return FOLDER / f"kernels-{digest.hexdigest()[:16]}.so"
 
 
-def is_for_this_cpu() -> bool:
-    """Say whether the CPU has the instructions of the source."""
-    return cpu_flags() >= _NEEDED
+def is_for_this_cpu(needs: frozenset[str] = NEEDED) -> bool:
+    """Say whether the CPU has the instructions of a variant, or of any."""
+    return cpu_flags() >= needs
 
 
 def missing_reason() -> str | None:

@@ -71,6 +71,8 @@ class Ways:
             return graph
         base = self.pack() or self._pad()
         way, products = self.reduce(base, known) if is_bfloat16 else (base, "torch")
+        if way is base:
+            way, products = self.fuse(base, known)
         if graph is not None and self._is_faster(graph, way):
             # frees the weights in the layouts that torch's ways made of them
             way.close()
@@ -141,7 +143,7 @@ class Ways:
         float32_s = math.inf if is_settled else self.probe.time(base)
         # oneDNN's products are faster where a CPU has tiles for them (AMX)
         makers: dict[str, Callable[[], Way]] = {
-            "C": partial(self._bert, base),
+            "C": partial(self._bert, base, torch.bfloat16),
             "torch": partial(Bfloat16, base, self.model),
         }
         candidates = [known["products"]] if known.get("products") in makers else list(makers)
@@ -166,6 +168,29 @@ class Ways:
         self._warn("float32 is used, not bfloat16: %s", reason)
         return base, "torch"
 
+    def fuse(self, base: Way, known: Mapping[str, str]) -> tuple[Way, str]:
+        """Return a way with its encoder in C in float32, if it keeps the probe's vectors and is faster.
+
+        Args:
+            base: The way by torch.
+            known: What was chosen before in float32 is not timed again.
+
+        Returns:
+            The way that is in use now, `base` where the other is not better; and whose products it uses.
+        """
+        settled = known.get("products") if known.get("dtype") == base.dtype else None
+        reasons: list[str] = []
+        make = partial(self._bert, base, torch.float32)
+        way = None if settled == "torch" or self.model.device.type != "cpu" else self._try(make, reasons)
+        for reason in reasons:
+            self._warn("float32 in C is not used: %s", reason)
+        if way is None or settled == "C":
+            return (base, "torch") if way is None else (way, "C")
+        in_c_s = min(self.probe.time(way) for _ in range(N_TIMED))
+        way.close()
+        by_torch_s = min(self.probe.time(base) for _ in range(N_TIMED))
+        return (make(), "C") if in_c_s <= by_torch_s else (base, "torch")
+
     @property
     def _dtype(self) -> str:
         """Return the format of the weights as they were loaded."""
@@ -178,9 +203,9 @@ class Ways:
     def _key(self, fingerprint: str) -> str:
         """Return the key that this choice is kept under."""
         device = self.model.device
-        kernels = find_kernels(device)
-        version = "" if kernels is None else kernels.version
-        code = f"{self.settings.engine} {version}"
+        kernels = [find_kernels(device, dtype) for dtype in (torch.bfloat16, torch.float32)]
+        versions = [found.version for found in kernels if found is not None]
+        code = f"{self.settings.engine} {versions}"
         return machine_key(fingerprint, name_device(device), torch.get_num_threads(), code)
 
     def _wants_bfloat16(self, known: Mapping[str, str]) -> bool:
@@ -204,14 +229,14 @@ class Ways:
         self._warn("texts are embedded one by one: %s", reason)
         return Padded(self.model, self.collator, dtype=self._dtype, is_one_by_one=True)
 
-    def _bert(self, base: Way) -> PackedBert:
-        """Return the packed way with its encoder in C, or by kernels for a GPU.
+    def _bert(self, base: Way, dtype: torch.dtype) -> PackedBert:
+        """Return the packed way with its encoder in C, or by kernels for a GPU, and products in a dtype.
 
         Raises:
             NotImplementedError: There is none for such a model or machine.
         """
         device = self.model.device
-        kernels = find_kernels(device)
+        kernels = find_kernels(device, dtype)
         if not isinstance(base, Packed) or (kernels is None and device.type != "cuda"):
             raise NotImplementedError("its own modules compute")
         if kernels is None:

@@ -20,6 +20,10 @@ from penstock_workers.hardware.copies import upload
 class RowEncoder(Protocol):
     """Computes a transformer in place of its own modules."""
 
+    @property
+    def dtype(self) -> str:
+        """Return the format of the factors of products."""
+
     def hidden(self, row: Mapping[str, Tensor], positions: Tensor, layout: RowLayout) -> Tensor:
         """Return the last hidden states, float32, shape (n_tokens, dim); see `bert_c.BertC`."""
 
@@ -149,12 +153,12 @@ class PackedBert:
 
     name: Final[WayName] = "packed"
     is_padded: Final = False
-    dtype: Final = "bfloat16"
 
     def __init__(self, packed: Packed, make: Callable[[Any], RowEncoder]) -> None:
         self._packed, self.device = packed, packed.device
         transformer = packed.transformer
-        self.encoder: RowEncoder | None = make(transformer)
+        self.encoder: RowEncoder | None = (encoder := make(transformer))
+        self.dtype = encoder.dtype
         self._own, transformer.encoder = transformer.encoder, nn.Identity()
 
     def embed(self, texts: Sequence[Encoded], features: Mapping[str, Any]) -> Tensor:
