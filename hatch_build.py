@@ -20,10 +20,14 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("workers/penstock_workers/embedding")
 FLAGS: Final = ("-O3", "-fPIC", "-fvisibility=hidden")
+_BFLOAT16: Final = ("kernels_bfloat16.c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16")
 VARIANTS: Final[Mapping[str, tuple[str, ...]]] = {
     "avx2": ("kernels_float32.c", "-mavx2", "-mfma"),
     "avx512": ("kernels_float32.c", "-mavx512f", "-mfma"),
-    "avx512_bf16": ("kernels_bfloat16.c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"),
+    "avx512_bf16": _BFLOAT16,
+    "amx": (*_BFLOAT16, "-mamx-tile", "-mamx-bf16", "-DTILES"),
+    # for tests alone: what is laid out for tiles, on CPUs that have none
+    "tiles_in_c": (*_BFLOAT16, "-DTILES", "-DTILES_IN_C"),
 }
 """Of the encoder, one for each kind of CPU: its source, and its own flags."""
 OLDEST_GLIBC = (2, 17)

@@ -1,4 +1,4 @@
-"""Each variant of the C encoder that this CPU can run, against torch."""
+"""Each variant of the C encoder that this CPU can run, against torch; tiles also where it has none."""
 
 import json
 from collections.abc import Iterator
@@ -33,6 +33,13 @@ from penstock_workers.settings import ModelSettings
 from tests.models.test_embedding import cosines
 from tests.models.test_packed import CPU, LENGTHS, build, embed, load, packed_way, texts_of, ways
 
+TILES = Variant(
+    name="tiles_in_c",
+    dtype=torch.bfloat16,
+    needs=frozenset.union(*(v.needs for v in VARIANTS if v.name == "avx512_bf16")),
+)
+"""What is laid out for tiles, and loops instead of their instructions: no CPU is given it."""
+
 pytestmark = pytest.mark.skipif(not compiled_path().exists(), reason="there was no C compiler")
 
 
@@ -45,7 +52,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda variant: variant.name, scope="module")
+@pytest.fixture(params=[*VARIANTS, TILES], ids=lambda variant: variant.name, scope="module")
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     """A variant, where the CPU can run it."""
     variant: Variant = request.param
@@ -121,6 +128,7 @@ def test_encoders_of_any_width_give_what_torch_gives(
     kernels: Kernels, lengths: list[int], n_heads: int, head: int, inner: int, n_layers: int, seed: int
 ) -> None:
     """Blocks of inputs, outputs and rows, and what is left over of each, add up to the layer."""
+    n_heads += n_heads % 2 if head % 32 else 0  # tiles take 32 inputs at once
     model = _bert(n_heads, n_heads * head, inner, n_layers, seed)
     words = torch.randint(0, 50, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
     positions = torch.cat([torch.arange(length) for length in lengths])

@@ -86,6 +86,7 @@ class Variant:
 
 
 VARIANTS: Final = (
+    Variant(name="amx", dtype=torch.bfloat16, needs=_AVX512_BF16 | {"amx_tile", "amx_bf16"}),
     Variant(name="avx512_bf16", dtype=torch.bfloat16, needs=_AVX512_BF16),
     Variant(name="avx512", dtype=torch.float32, needs=frozenset({"avx512f", "fma"})),
     Variant(name="avx2", dtype=torch.float32, needs=NEEDED),

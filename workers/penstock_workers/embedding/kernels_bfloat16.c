@@ -1,4 +1,7 @@
-/* The encoder in bfloat16, for CPUs with AVX-512 BF16. Factors of products are bfloat16, sums are float32. */
+/* The encoder in bfloat16: compiled once for CPUs with AVX-512 BF16, and once for those with tiles (AMX) too.
+
+   Factors of products are bfloat16, sums are float32. With `TILES`, products and attention are those of
+   `kernels_tiles.h`; all else is the same. */
 
 #define BFLOAT16
 #include "kernels.h"
@@ -7,10 +10,6 @@ typedef Number bf16;
 typedef int32_t __attribute__((may_alias)) Pair; /* of bfloat16 */
 
 enum {
-    KEYS = 8,    /* at once */
-    ROWS = 6,    /* of a product at once, */
-    VECTORS = 4, /* each this wide: 24 sums, 4 vectors of weights and a state are 29 of 32 registers */
-    PANEL = VECTORS * LANES,
     BLOCK = 192, /* rows from one layer's attention to the next one's: what lies between stays in the cache */
     QUERIES = LANES,
     MOST_NUMBERS = 128 /* of the largest head */
@@ -90,7 +89,22 @@ INLINE void store_numbers(Floats *numbers, Floats inverse, Queries queries, bf16
     for (int r = 0; r < queries.n; r++) store_number(out + r * out_stride, numbers[r]);
 }
 
-enum { INPUTS = LANES, TAIL = 0 };
+/* Multiply some rows with a Linear layer's weights, which lie as (panel, pair of inputs, output of the panel, input
+   of the pair), and then: `stored` or `added` to. */
+static void multiply(Then then, const bf16 *states, int64_t n_rows, const Linear *by, bf16 *stored, float *added);
+
+#ifdef TILES
+#include "kernels_tiles.h"
+#else
+
+enum {
+    KEYS = 8,    /* at once */
+    ROWS = 6,    /* of a product at once, */
+    VECTORS = 4, /* each this wide: 24 sums, 4 vectors of weights and a state are 29 of 32 registers */
+    PANEL = VECTORS * LANES,
+    INPUTS = LANES,
+    TAIL = 0
+};
 
 INLINE int is_allowed(void) { return 1; }
 INLINE void begin(void) {}
@@ -160,8 +174,6 @@ INLINE void attend_queries(
     }
 }
 
-/* Products: weights lie as (panel, pair of inputs, output of the panel, input of the pair). */
-
 /* Some rows' outputs of one panel. */
 INLINE void multiply_panel(
     const int n_rows, const Then then, const bf16 *states, const Linear *by, int64_t column, bf16 *stored, float *added
@@ -220,5 +232,7 @@ static void multiply(Then then, const bf16 *states, int64_t n_rows, const Linear
         case ADD: multiply_rows(ADD, states, n_rows, by, 0, added); break;
     }
 }
+
+#endif
 
 #include "kernels_encoder.h"
