@@ -12,9 +12,9 @@ demo: .venv/ready
 check: lint
 	$(BIN)/python -m pytest tests/unit -m "not gpu" --quiet --numprocesses 2 --dist loadfile
 
-# Four at once on two CPUs, a file in one process: many tests wait for what they have started. `make test K=word` runs
+# Three at once on two CPUs, a file in one process: many tests wait for what they have started. `make test K=word` runs
 # those alone whose names have the word, `make test N=2` two at once.
-N ?= 4
+N ?= 3
 test: lint
 	$(BIN)/python -m pytest -m "not gpu" --numprocesses $(N) --dist loadfile --no-loadscope-reorder $(if $(K),-k "$(K)")
 

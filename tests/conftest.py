@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tests import warm
 from tests.deployment import BUNDLED, Server, WorkerProcess
 from tests.upstream import Upstream
 
+# A shell has what it starts in the background ignore it, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Read where OpenMP is loaded: threads that wait for work leave the CPU to the processes beside theirs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if not Path("/dev/nvidia0").exists():

@@ -31,6 +31,7 @@ class Proxy:
         self._target_port, self._tls = target_port, tls
         self._is_silent = False
         self._links: list[_Link] = []
+        self._accepted: list[asyncio.StreamWriter] = []
         self._carrying: list[asyncio.Future[list[None]]] = []
 
     @contextmanager
@@ -82,8 +83,12 @@ class Proxy:
         for link in self._links:
             link.close()
         await asyncio.gather(*self._carrying)
+        for writer in self._accepted:  # also of those whose other side was not reached yet
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for writer in self._accepted), return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._accepted.append(writer)
         there = await asyncio.open_connection("127.0.0.1", self._target_port)
         link = _Link((writer, there[1]), is_silent=self._is_silent, bytes_per_s=self._bytes_per_s)
         self._links.append(link)

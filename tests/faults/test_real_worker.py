@@ -22,7 +22,7 @@ TOML = BUNDLED.split("[models.chat]")[0]
 LEASES = {"PENSTOCK_WORKER__LEASE_S": str(LEASE_S)}
 HANGS = {"PENSTOCK_WORKER__STALL_S": "0.01"}
 AT_MOST_TWO = {"PENSTOCK_WORKER__MAX_DELIVERIES": "2"}
-LONG_TEXTS = ["slow " * 250] * 400
+LONG_TEXTS = ["slow " * 250] * 160  # seconds of work
 
 
 def start(folder: Path, server: Server, **environment: str) -> WorkerProcess:
@@ -43,7 +43,7 @@ def test_a_killed_worker_s_jobs_are_answered_by_another(own: Server, tmp_path: P
         first.process.send_signal(signal.SIGKILL)
         second = start(tmp_path, own)
         try:
-            assert [job.result(timeout_s=90).shape for job in jobs] == [(400, 384)] * 3
+            assert [job.result(timeout_s=90).shape for job in jobs] == [(len(LONG_TEXTS), 384)] * 3
         finally:
             first.stop()
             second.stop()
@@ -57,7 +57,7 @@ def test_a_hung_model_ends_its_process_and_another_answers(own: Server, tmp_path
         code = hung.wait(60)
         healthy = start(tmp_path, own)
         try:
-            assert job.result(timeout_s=90).shape == (400, 384)
+            assert job.result(timeout_s=90).shape == (len(LONG_TEXTS), 384)
         finally:
             healthy.stop()
 

@@ -122,27 +122,31 @@ def test_a_full_bucket_is_no_key(server: Server, bucket: Callable[..., Bucket]) 
 def test_many_callers_use_a_rate_up_and_no_more(server: Server, bucket: Callable[..., Bucket]) -> None:
     """Eight processes that reserve together stay within rate and burst in every window, without gaps."""
     limit = bucket(rate=200, burst=4)
-    clock = asyncio.run(_reserve(server, limit, n_clients=8, n_each=25))
+    times = sorted(asyncio.run(_reserve(server, limit, n_clients=8, n_each=25)))
 
-    times = sorted(clock)
-    gaps = [later - earlier for earlier, later in zip(times[4:], times[8:], strict=False)]
+    gaps = [latest - earliest for (earliest, _), (_, latest) in zip(times[4:], times[8:], strict=False)]
     assert min(gaps) >= 4 / 200 - 1e-3
-    assert times[-1] - times[0] == pytest.approx((200 - 4) / 200, abs=0.5)
+    assert times[-1][0] - times[0][0] == pytest.approx((200 - 4) / 200, abs=0.5)
 
 
-async def _reserve(server: Server, limit: Bucket, *, n_clients: int, n_each: int) -> list[float]:
-    """Return the seconds, on Redis's clock, at which callers may act."""
+async def _reserve(
+    server: Server, limit: Bucket, *, n_clients: int, n_each: int
+) -> list[tuple[float, float]]:
+    """Return between which seconds, on Redis's clock, lie those at which callers may act."""
 
-    async def one(store: aioredis.Redis) -> list[float]:
+    async def one(store: aioredis.Redis) -> list[tuple[float, float]]:
         reserved = []
         for _ in range(n_each):
             async with store.pipeline(transaction=True) as pipe:
                 keys, arguments = take_arguments(limit.of(1), within_s=60)
+                pipe.time()
                 pipe.eval(script("take_tokens"), len(keys), *keys, *arguments)
                 pipe.time()
-                reply, (second, microsecond) = await pipe.execute()
-            reserved.append(second + microsecond / 1e6 + read_taken(reply).wait_s)
+                before, reply, after = await pipe.execute()
+            wait_s = read_taken(reply).wait_s
+            first, last = (second + microsecond / 1e6 + wait_s for second, microsecond in (before, after))
+            reserved.append((first, last))
         return reserved
 
     async with clients(server, n_clients) as stores:
-        return [at for reserved in await asyncio.gather(*map(one, stores)) for at in reserved]
+        return [times for reserved in await asyncio.gather(*map(one, stores)) for times in reserved]

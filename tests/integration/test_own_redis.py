@@ -63,7 +63,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One worker process, and a Redis on the port that was free."""
     running = Stack(tmp_path_factory.mktemp("own"))
     try:
-        eventually(lambda: running.run("status").returncode == 0, within_s=100)
+        eventually(lambda: "penstock | ready" in running.log.read_text(), within_s=100)
         yield running
     finally:
         running.process.send_signal(signal.SIGINT)
@@ -104,17 +104,17 @@ def test_a_worker_that_is_started_beside_it_joins(stack: Stack, how: str) -> Non
     environment = {**stack.environment, "PENSTOCK_WORKER__HEARTBEAT_FILE": str(stack.folder / "ready")}
     command = [PENSTOCK, "worker", "--pool", "cpu", "--config", "stack.toml"]
     if how == "by its URL":
-        command = [*CELERY, "worker", "-Q", "cpu.minilm", "-n", "second@%h"]
+        command = [*CELERY, "worker", "-Q", "cpu.minilm", "-n", "second@%h", "-l", "info"]
         environment["PENSTOCK_CONFIG"] = "named.toml"
     with (stack.folder / "second.log").open("wb") as output:
         second = subprocess.Popen(
             command, cwd=stack.folder, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
     try:
-        eventually(
-            lambda: second.poll() is not None or "2 in cpu" in stack.run("status").stdout, within_s=100
-        )
-        assert second.poll() is None, (stack.folder / "second.log").read_text()
+        log = stack.folder / "second.log"
+        eventually(lambda: second.poll() is not None or " ready." in log.read_text(), within_s=100)
+        assert second.poll() is None, log.read_text()
+        eventually(lambda: "2 in cpu" in stack.run("status").stdout, within_s=60)
     finally:
         second.terminate()
         second.wait(60)

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with Server(free_port()).running() as server:
         running = Stack(tmp_path_factory.mktemp("stack"), server)
         try:
-            eventually(lambda: running.status()["is_ready"], within_s=90)
+            eventually(lambda: "penstock | ready" in running.log.read_text(), within_s=90)
             yield running
         finally:
             running.process.send_signal(signal.SIGINT)
@@ -127,10 +128,14 @@ def test_a_killed_process_is_back_at_once(stack: Stack) -> None:
     assert "ended with signal 9" in stack.log.read_text()
 
 
+def _both(workers: object) -> dict[str, Any] | None:
+    return workers if isinstance(workers, dict) and len(workers) == 2 else None
+
+
 def test_flower_shows_workers_queues_and_tasks_without_texts(stack: Stack) -> None:
     """Flower lists the workers with their queues, and a task with a summary for arguments."""
     with client_of(stack) as client:
-        workers = eventually(lambda: stack.flower("/api/workers?refresh=1"), within_s=30)
+        workers = eventually(lambda: _both(stack.flower("/api/workers?refresh=1")), within_s=60)
         texts = ["flowers-xylophone"] * 12
         job = client.submit_embed(texts, model="minilm")
         job.result(timeout_s=30)

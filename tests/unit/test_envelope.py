@@ -199,8 +199,6 @@ SECTIONS = st.sampled_from(["headers", "properties"])
 FIELDS = st.sampled_from([*NAMES, "tenant", "retries", "timelimit", "reply_to", "correlation_id", "priority"])
 
 
-# Hypothesis takes a thread that another test left, and that draws a random pause, for a strategy of ours.
-@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(SECTIONS, FIELDS, JSON), max_size=3))
 def test_what_passes_is_clean(changes: list[tuple[str, str, Any]]) -> None:
