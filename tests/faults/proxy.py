@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
 import math
 import ssl
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,6 +48,12 @@ class Proxy:
         finally:
             self._loop.call_soon_threadsafe(self._stop.set)
             thread.join(10)
+            # Whoever was connecting at that moment has left a connection that nobody can close.
+            del self._loop, self._stop
+            for kept in (self._links, self._accepted, self._carrying):
+                kept.clear()
+            with warnings.catch_warnings(action="ignore"):
+                gc.collect()
 
     def swallow(self) -> None:
         """Let no byte through any more, and close nothing: both sides see silence.

@@ -21,7 +21,8 @@ ANSWER_S = 1.0
 
 def test_a_dropped_network_costs_one_error(own: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a silent drop the first caller waits in vain; idle connections of that time are not tried."""
-    monkeypatch.setattr("penstock.connections.ANSWER_TIMEOUT_S", ANSWER_S)
+    answer_s = 5 * ANSWER_S  # longer than eight calls take on a busy machine
+    monkeypatch.setattr("penstock.connections.ANSWER_TIMEOUT_S", answer_s)
 
     async def run(link: Proxy) -> float:
         broker = Broker(f"redis://127.0.0.1:{link.port}/0")
@@ -37,7 +38,7 @@ def test_a_dropped_network_costs_one_error(own: Server, monkeypatch: pytest.Monk
         return seconds
 
     with Proxy(own.port).running() as link:
-        assert asyncio.run(run(link)) < ANSWER_S
+        assert asyncio.run(run(link)) < answer_s
 
 
 def by_tasks(url: str) -> bytes | None:
